@@ -1,0 +1,1 @@
+"""fastdiff: small diffusion models, trained fast, in code that is easy to read."""

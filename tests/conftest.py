@@ -1,0 +1,44 @@
+"""Markers and settings that all tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # `kernels` must be this repository's, also under importlib mode
+
+# One intra-op thread count everywhere, so that bit-exact comparisons hold between processes.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_slow = pytest.mark.skip(reason="slow; run with --slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(no_slow)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root, from which commands are run."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def cifar_jpeg() -> Path:
+    """The archive of real CIFAR-10 images (JPEG) beside the repository, if it is there."""
+    path = REPO.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
