@@ -1,4 +1,4 @@
-"""The one exception that users see: a mistake they can mend, told in one line."""
+"""The exceptions that users see, each told in one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the file, flag or value, what was expected, and what to do. Entry points print it as one
     line and exit with status 1; library callers may catch it as `ValueError`.
     """
+
+
+class TrainingFailed(Exception):
+    """A run that cannot go on, such as one whose loss is not finite; printed as one line, exit status 1."""

@@ -1,0 +1,5 @@
+import sys
+
+from fastdiff.cli import main, run_command
+
+sys.exit(run_command(main))

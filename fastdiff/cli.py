@@ -1,0 +1,117 @@
+"""`python -m fastdiff {sample,evaluate,export}`: use what a training run has saved."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fastdiff.errors import TrainingFailed, UserError
+
+# torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command; a user's mistake or a failed run becomes one line on stderr and the exit code 1."""
+    try:
+        return command()
+    except (UserError, TrainingFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+@dataclass(frozen=True)
+class _FromCheckpoint:
+    """What every command that draws samples needs to know."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint is taken), or one checkpoint, e.g. working/1/checkpoints/step-10000."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """How samples are drawn."""
+    steps: int = 50
+    """Network evaluations for each sample, 1 to T (1000)."""
+    eta: float = 0.0
+    """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
+    seed: int = 0
+    """The same seed, batch size and machine give the same images."""
+    batch_size: int = 256
+    """Images drawn at a time; bounds the memory."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: cuda if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Activations of the network; `auto`: bf16 on CUDA, fp32 on CPU."""
+
+
+@dataclass(frozen=True)
+class Sample(_FromCheckpoint):
+    """Draw images from a trained network into a grid, and if asked into an .npz."""
+
+    n: int = 64
+    """Images to draw."""
+    out: Path = Path("samples.png")
+    """The grid, a PNG; of more than 1,024 images it shows the first 1,024."""
+    save_npz: Path | None = None
+    """Also write all images here: `images`, uint8 (n, H, W, C)."""
+
+    def run(self) -> int:
+        """Returns 0. Raises UserError for bad input."""
+        from fastdiff.evaluation import commands
+
+        commands.sample(**vars(self))
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate(_FromCheckpoint):
+    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's metrics."""
+
+    n: int = 10_000
+    """Samples to draw; published FIDs use 50,000."""
+    features: Literal["auto", "inception", "efficientnet_lite0"] = "auto"
+    """Extractor: inception gives `fid`; `auto` takes it if its weights are to be had."""
+    feature_size: int | None = None
+    """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
+    data: str | None = None
+    """Reference images; default: what the run was trained on."""
+    data_root: str | None = None
+    """Folder for downloads and caches; default: the run's."""
+
+    def run(self) -> int:
+        """Returns 0. Raises UserError for bad input."""
+        from fastdiff.evaluation import commands
+
+        print(json.dumps(commands.measure(**vars(self))))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained network's averaged weights for other programs."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint is taken), or one checkpoint."""
+    out: Path
+    """Folder to write; it must not exist yet."""
+    to: Literal["diffusers", "safetensors"] = "diffusers"
+    """`diffusers`: a folder for DDPMPipeline.from_pretrained; `safetensors`: our weights and config.json."""
+
+    def run(self) -> int:
+        """Returns 0. Raises UserError for bad input."""
+        from fastdiff.evaluation import commands
+
+        commands.export(**vars(self))
+        return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"sample": Sample, "evaluate": Evaluate, "export": Export}, prog="python -m fastdiff", args=arguments
+    )
+    return command.run()

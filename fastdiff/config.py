@@ -1,0 +1,236 @@
+"""What a run is made of: frozen dataclasses, checked when they are built, and the table of presets."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastdiff.errors import UserError
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be {expected}.")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; the defaults are google/ddpm-cifar10-32 (35,746,307 parameters)."""
+
+    image_size: int = 32
+    """Height and width of the images, in pixels; a multiple of 2^(levels - 1)."""
+    image_channels: int = 3
+    """Channels of the images (RGB: 3)."""
+    channels: int = 128
+    """Channels of the first level; a multiple of --norm-groups."""
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    """One factor of --channels for each level; each level halves the resolution."""
+    blocks_per_level: int = 2
+    """Residual blocks in each level on the way down (one more on the way up)."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Resolutions, in pixels, whose blocks are followed by single-head self-attention."""
+    dropout: float = 0.0
+    """Dropout probability inside the residual blocks, in [0, 1)."""
+    norm_groups: int = 32
+    """Groups of each GroupNorm."""
+    norm_eps: float = 1e-6
+    """Added to the variance in each GroupNorm."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        mult = self.channel_mult
+        _require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
+        factor = 2 ** (len(mult) - 1)
+        _require(
+            self.image_size % factor == 0, "image_size", self.image_size, f"a multiple of {factor} ({len(mult)} levels)"
+        )
+        _require(
+            self.channels % self.norm_groups == 0,
+            "channels",
+            self.channels,
+            f"a multiple of --norm-groups ({self.norm_groups})",
+        )
+        resolutions = tuple(self.image_size // 2**level for level in range(len(mult)))
+        for resolution in self.attention_resolutions:
+            _require(
+                resolution in resolutions, "attention_resolutions", self.attention_resolutions, f"among {resolutions}"
+            )
+        _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        _require(self.norm_eps > 0.0, "norm_eps", self.norm_eps, "above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Every field is a flag of `train_cifar.py`; the defaults are the DDPM CIFAR-10 baseline."""
+
+    preset: Literal["ddpm-cifar10", "quick"] = "ddpm-cifar10"
+    """Where the other fields' defaults come from."""
+
+    data: str = "cifar10"
+    """`cifar10`, `digits` (scikit-learn's; no download), or a path: a folder, tar or zip of images, or an .npz."""
+    data_root: str = "data"
+    """Folder for downloads and caches of decoded images."""
+    split: Literal["train", "test"] = "train"
+    """Which part of the data to train on."""
+    loader: Literal["auto", "dali", "resident"] = "auto"
+    """`dali`: NVIDIA DALI pipeline; `resident`: whole set on the device; `auto`: dali on CUDA, else resident."""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """Mirror every other image at random; `auto`: on, but off for digits."""
+
+    net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
+
+    schedule: Literal["ddpm-linear", "cosine"] = "ddpm-linear"
+    """Noise schedule."""
+    objective: Literal["eps"] = "eps"
+    """What the network predicts."""
+    weighting: Literal["uniform"] = "uniform"
+    """How the error at each noise level is weighted."""
+    timesteps: int = 1000
+    """T, the number of discrete noise levels."""
+
+    batch_size: int = 128
+    """Images in a step."""
+    lr: float = 2e-4
+    """Adam's learning rate after warm-up."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW's); 0 is plain Adam."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    ema_decay: float = 0.9999
+    """Decay of the weights' exponential moving average, in [0, 1); 0 keeps no memory."""
+    steps: int | None = None
+    """Stop after this many steps; by default train until stopped (Ctrl-C saves)."""
+    seed: int = 0
+    """Seed of weights, data order, noise and evaluation samples; at least 0."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: cuda if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto`: on for CUDA, off for CPU."""
+
+    log_every: int = 100
+    """Steps between metric rows; the only moments in which the host reads a value of the device."""
+    save_every: int = 10_000
+    """Steps between checkpoints."""
+    eval_every: int = 10_000
+    """Steps between evaluations (sample grid, trajectory, Frechet distance, plots); each also saves a checkpoint."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; the best by Frechet distance is kept as well."""
+    run_root: str = "working"
+    """Folder in which the run directory is made; it is numbered upwards."""
+
+    features: Literal["auto", "inception", "efficientnet_lite0", "none"] = "auto"
+    """Extractor of the Frechet distance; `auto`: inception if its weights are to be had; `none`: no distance."""
+    feature_size: int | None = None
+    """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
+    eval_at_start: bool = False
+    """Also evaluate before the first step."""
+    eval_samples: int = 10_000
+    """Samples of each Frechet distance during training."""
+    eval_batch_size: int = 256
+    """Images sampled at a time."""
+    eval_sampler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler of evaluations (ddim with eta = 0)."""
+    eval_steps: int = 50
+    """Network evaluations for each sample."""
+    grid_samples: int = 64
+    """Images in the sample grid."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            if get_origin(hint) is Literal:
+                _require(
+                    getattr(self, name) in get_args(hint),
+                    name,
+                    getattr(self, name),
+                    f"one of {', '.join(get_args(hint))}",
+                )
+        at_least = {
+            "timesteps": 1, "batch_size": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1, "eval_every": 1,
+            "keep_last": 1, "eval_samples": 2, "eval_batch_size": 1, "eval_steps": 1, "grid_samples": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        for name in ("steps", "feature_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"
+        )
+        _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(
+            self.eval_steps <= self.timesteps, "eval_steps", self.eval_steps, f"at most --timesteps ({self.timesteps})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The config as the text of a run's config.json."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`. Raises UserError for a field that this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown += [
+            f"net.{name}" for name in set(values.get("net", {})) - {f.name for f in dataclasses.fields(UNetConfig)}
+        ]
+        if unknown:
+            raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
+        values = dict(values)
+        if "net" in values:
+            net: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["net"].items()}
+            values["net"] = UNetConfig(**net)
+        return cls(**values)
+
+
+PRESETS: dict[str, Config] = {
+    "ddpm-cifar10": Config(),
+    "quick": Config(
+        preset="quick",
+        data="digits",
+        net=UNetConfig(
+            image_size=16,
+            channels=32,
+            channel_mult=(1, 2, 2),
+            blocks_per_level=1,
+            attention_resolutions=(4,),
+            norm_groups=8,
+        ),
+        batch_size=64,
+        lr=2e-3,
+        warmup_steps=100,
+        ema_decay=0.99,
+        steps=600,
+        log_every=20,
+        save_every=200,
+        eval_every=600,
+        eval_at_start=True,
+        eval_samples=500,
+        eval_batch_size=250,
+        # A network this little trained misjudges the first steps; ancestral noise lets later ones mend that.
+        eval_sampler="ddpm",
+        eval_steps=50,
+        features="efficientnet_lite0",
+    ),
+}
+
+# A resumed run may change these: none of them changes the mathematics of a step that is still to come.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
+        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
+        "loader", "device", "compile", "run_root",
+    }
+)  # fmt: skip

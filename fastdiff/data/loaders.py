@@ -1,0 +1,213 @@
+"""Two loaders with identical batches: `dali` (NVIDIA DALI pipeline) and `resident` (the whole set on the device).
+
+Training reads one endless global stream of images: epoch after epoch, each a fresh permutation of the set. Which
+images and which flips a step gets is a pure function of (seed, step, rank), so both loaders agree bit for bit and a
+resumed run sees exactly what the uninterrupted run would have seen.
+"""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+
+from fastdiff.data.datasets import ImageSet
+from fastdiff.errors import UserError
+
+Batch = tuple[torch.Tensor, torch.Tensor | None]  # images uint8 (B, H, W, C), labels int64 (B,) or None
+PREFETCH = 2  # batches that DALI prepares ahead of the one in use
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the n images in one epoch, int64 (n,), and the flip of each position, bool (n,).
+
+    Sorting raw Philox keys, not `Generator.permutation`: NumPy keeps the raw stream fixed across its versions.
+    """
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(2 * n)
+    order = np.argsort(keys[:n], kind="stable").astype(np.int64)
+    flips = keys[n:] >= np.uint64(1 << 63)
+    order.flags.writeable = flips.flags.writeable = False  # the cache hands out the same arrays again
+    return order, flips
+
+
+def batch_plan(
+    n: int, *, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which images, and which of them mirrored, one rank gets at one step. Pure: no state, no global RNG.
+
+    Element i of the batch is at position p = (step * world_size + rank) * batch_size + i of the global stream, that
+    is in epoch p // n at place p % n of that epoch's permutation. So each image comes exactly once an epoch, ranks
+    never share an image within an epoch, and the stream is the same for every way of splitting a global batch. A
+    batch may span epochs, and be larger than the set.
+
+    Args:
+        n: images in the set.
+        batch_size: images per rank and step.
+        seed: 0 <= seed < 2**64; with the epoch it is the key of a Philox generator.
+        step: 0, 1, 2, ...
+        rank, world_size: this process among all, 0 <= rank < world_size.
+
+    Returns:
+        indices int64 (batch_size,) in [0, n), flips bool (batch_size,).
+    """
+    start = (step * world_size + rank) * batch_size
+    stop = start + batch_size
+    indices = np.empty(batch_size, dtype=np.int64)
+    flips = np.empty(batch_size, dtype=bool)
+    for epoch in range(start // n, (stop - 1) // n + 1):
+        order, mirrored = _epoch_order(n, seed, epoch)
+        first, last = max(start, epoch * n), min(stop, (epoch + 1) * n)
+        indices[first - start : last - start] = order[first - epoch * n : last - epoch * n]
+        flips[first - start : last - start] = mirrored[first - epoch * n : last - epoch * n]
+    return indices, flips
+
+
+class Loader:
+    """An endless iterator of (images uint8 (B, H, W, C), contiguous, labels int64 (B,) or None), both on the device.
+
+    Attributes:
+        step: the step that the next batch belongs to.
+    """
+
+    def __init__(self, next_batch: Callable[[int], Batch], start_step: int):
+        self.step = start_step
+        self._next_batch: Callable[[int], Batch] | None = next_batch
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._next_batch is None:
+            raise StopIteration
+        batch = self._next_batch(self.step)
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Let go of the pipeline or of the set on the device; the iterator ends."""
+        self._next_batch = None
+
+
+def make_loader(
+    kind: str,
+    image_set: ImageSet,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    start_step: int = 0,
+    flip: bool = True,
+) -> Loader:
+    """An endless loader over `image_set`, whose batches are those of `batch_plan`.
+
+    Args:
+        kind: "dali" (images stay in host memory; a prefetching NVIDIA DALI pipeline, its GPU operators on CUDA) or
+            "resident" (the whole set on the device, indexed there).
+        batch_size: images per rank and step; may exceed the set, which then repeats within a batch.
+        device: where the batches are to be; "cpu" or a CUDA device.
+        start_step: the first batch's step, to resume a run.
+        flip: mirror half of the images left to right, at random.
+
+    Raises:
+        UserError: an argument out of range, or NVIDIA DALI missing for kind "dali".
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("start_step", start_step, 0),
+        ("world_size", world_size, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if seed >= 2**64:
+        raise UserError(f"seed is {seed}; it must be below 2**64")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank is {rank}; it must be in 0..{world_size - 1}, for world_size {world_size}")
+    if kind not in LOADERS:
+        raise UserError(f"loader is {kind!r}; expected one of {', '.join(LOADERS)}")
+    plan = partial(
+        batch_plan, len(image_set.images), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+    )
+    next_batch = LOADERS[kind](image_set, plan, batch_size, torch.device(device), start_step, flip)
+    return Loader(next_batch, start_step)
+
+
+def _resident(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
+    """The set is copied to the device once; a step uploads 16 bytes an image (its index and flip)."""
+    try:
+        images = torch.from_numpy(image_set.images).to(device)
+    except torch.OutOfMemoryError as error:
+        size = image_set.images.nbytes / 2**30
+        raise UserError(f"{image_set.name} ({size:.1f} GiB) does not fit on {device}: use --loader dali") from error
+    labels = None if image_set.labels is None else torch.from_numpy(image_set.labels).to(device)
+
+    def next_batch(step: int) -> Batch:
+        host = torch.from_numpy(np.stack(plan(step=step)))  # int64 (2, B): one upload for both
+        if device.type == "cuda":
+            host = host.pin_memory()  # else the copy would wait for the device
+        indices, mirrored = host.to(device, non_blocking=True)
+        batch = images.index_select(0, indices)
+        if flip:
+            batch = torch.where(mirrored.bool()[:, None, None, None], batch.flip(2), batch)
+        return batch, None if labels is None else labels.index_select(0, indices)
+
+    return next_batch
+
+
+def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
+    """The host gathers a batch, DALI uploads and flips it, `PREFETCH` batches ahead."""
+    try:
+        from nvidia.dali import Pipeline, fn
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+    except ImportError as error:
+        raise UserError(
+            f"--loader dali needs NVIDIA DALI (package nvidia-dali-cuda120), which cannot be imported here ({error}): "
+            "install it, or use --loader resident, which gives the same batches"
+        ) from error
+
+    cuda = device.type == "cuda"
+    if cuda and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    images = image_set.images
+    labels = image_set.labels if image_set.labels is not None else np.zeros(len(images), dtype=np.int64)
+
+    def gather(iteration: int) -> tuple[np.ndarray, ...]:
+        indices, mirrored = plan(step=start_step + iteration)
+        batch = images[indices], labels[indices]
+        return (*batch, mirrored.astype(np.int32)) if flip else batch
+
+    # The dynamic executor never writes into a buffer that Python still holds, and can order outputs on a stream.
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=min(4, os.cpu_count() or 1),
+        device_id=device.index if cuda else None,
+        prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        layout = ["HWC", "", ""] if flip else ["HWC", ""]
+        batch, classes, *mirrored = fn.external_source(gather, num_outputs=len(layout), batch=True, layout=layout)
+        if cuda:
+            batch, classes = batch.gpu(), classes.gpu()
+        pipeline.set_outputs(fn.flip(batch, horizontal=mirrored[0]) if flip else batch, classes)
+    pipeline.build()
+
+    def to_torch(tensor_list, dtype: torch.dtype, stream) -> torch.Tensor:
+        """A copy in PyTorch's own memory: no later batch overwrites it, and any stream may use it."""
+        tensor = tensor_list.as_tensor()
+        return feed_ndarray(tensor, torch.empty(tensor.shape(), dtype=dtype, device=device), cuda_stream=stream)
+
+    def next_batch(step: int) -> Batch:  # the pipeline counts the steps itself, ahead of this one
+        stream = torch.cuda.current_stream(device) if cuda else None  # outputs and copies are ordered on it: no wait
+        batch, classes = pipeline.run(stream)
+        batch = to_torch(batch, torch.uint8, stream)
+        return batch, None if image_set.labels is None else to_torch(classes, torch.int64, stream)
+
+    return next_batch
+
+
+LOADERS = {"dali": _dali, "resident": _resident}

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: schedules, objectives and samplers, free of networks, files and devices."""

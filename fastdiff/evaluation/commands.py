@@ -1,0 +1,161 @@
+"""The commands of `python -m fastdiff`, as functions of plain arguments."""
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.data.datasets import load_dataset
+from fastdiff.errors import UserError
+from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
+from fastdiff.evaluation.features import make_extractor
+from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.evaluation.sampling import SamplerSettings, batch_count, sample_batches
+from fastdiff.hardware import resolve_bf16, resolve_device
+from fastdiff.interop import save_diffusers_pipeline
+from fastdiff.reporting import plots
+from fastdiff.reporting.progress import track
+from fastdiff.reporting.run import open_run, write_atomically
+
+GRID_LIMIT = 1024
+
+
+def sample(
+    *,
+    checkpoint: Path,
+    sampler: str,
+    steps: int,
+    eta: float,
+    seed: int,
+    batch_size: int,
+    device: str,
+    precision: str,
+    n: int,
+    out: Path,
+    save_npz: Path | None,
+) -> None:
+    """Draw n images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
+    for path in filter(None, (out, save_npz)):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
+    settings = SamplerSettings(sampler, steps, eta)
+    where = resolve_device(device)
+    trained = load_trained(checkpoint, device=where)
+    shape = _image_shape(trained)
+    batches = sample_batches(
+        trained.model, trained.objective, n, settings=settings, image_shape=shape, batch_size=batch_size, seed=seed,
+        device=where, bf16=resolve_bf16(precision, where),
+    )  # fmt: skip
+    shown: list[np.ndarray] = []
+    with _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
+        for images in track(batches, "sampling", total=batch_count(n, batch_size)):
+            array = _nhwc(images)
+            write(array)
+            if sum(map(len, shown)) < GRID_LIMIT:
+                shown.append(array)
+    plots.save_grid(np.concatenate(shown)[:GRID_LIMIT], out)
+    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {sampler}, {steps} steps, from {trained.path}")
+
+
+def measure(
+    *,
+    checkpoint: Path,
+    sampler: str,
+    steps: int,
+    eta: float,
+    seed: int,
+    batch_size: int,
+    device: str,
+    precision: str,
+    n: int,
+    features: str,
+    feature_size: int | None,
+    data: str | None,
+    data_root: str | None,
+) -> dict[str, Any]:
+    """Measure the Frechet distance of n samples, add the row to the run if `checkpoint` lies in one, and return it."""
+    if n < 2:
+        raise UserError(f"--n is {n}, but a Frechet distance needs at least 2 samples.")
+    settings = SamplerSettings(sampler, steps, eta)
+    where = resolve_device(device)
+    trained = load_trained(checkpoint, device=where)
+    config = trained.config
+    root = data_root or config.data_root
+    run_path = trained.path.parent.parent
+    # Opened first, so that a run in use is refused before the work and not after it.
+    run = open_run(run_path) if (run_path / "config.json").is_file() else None
+    try:
+        reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
+        extractor = make_extractor(features, device=where, size=feature_size)
+        distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
+        row, _ = evaluate(
+            trained.model, trained.objective, distance, n=n, settings=settings, image_shape=_image_shape(trained),
+            batch_size=batch_size, seed=seed, device=where, bf16=resolve_bf16(precision, where), keep=1,
+        )  # fmt: skip
+        images = trained.step * config.batch_size
+        row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
+        if run is not None:
+            run.log_eval(row)
+            plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+    finally:
+        if run is not None:
+            run.close()
+    return row
+
+
+def export(*, checkpoint: Path, out: Path, to: str) -> None:
+    """Write the averaged weights into the new folder `out`, which appears only when it is complete."""
+    if out.exists():
+        raise UserError(f"--out {out} exists already; name a folder that does not.")
+    trained = load_trained(checkpoint, device=torch.device("cpu"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        if to == "diffusers":
+            config = trained.config
+            save_diffusers_pipeline(trained.model, temporary, schedule=config.schedule, timesteps=config.timesteps)
+        else:
+            state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
+            save_file(state, temporary / "model.safetensors", metadata={"step": str(trained.step)})
+            write_atomically(temporary / "config.json", trained.config.to_json().encode())
+        os.chmod(temporary, 0o755)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    print(f"{out}: {to}, averaged weights of {trained.path}")
+
+
+def _image_shape(trained: Trained) -> tuple[int, int, int]:
+    net = trained.config.net
+    return net.image_channels, net.image_size, net.image_size
+
+
+def _nhwc(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextmanager
+def _npz_writer(path: Path | None, shape: tuple[int, ...]) -> Generator[Any]:
+    """A function that appends batches to `images` of an .npz, so that they are never all in memory."""
+    if path is None:
+        yield lambda batch: None
+        return
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield lambda batch: file.write(np.ascontiguousarray(batch).data)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

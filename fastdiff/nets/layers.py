@@ -1,0 +1,116 @@
+"""Layers of the U-Net. Activations are (N, C, H, W) in channels_last memory throughout."""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
+    """GroupNorm, then SiLU unless `silu` is false: (N, C, H, W) -> (N, C, H, W).
+
+    Every norm of the network comes through here, so that one line chooses its implementation. Autocast runs the norm in
+    float32; the result is cast back to the dtype of x.
+    """
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """Set weight and bias of a layer to zero, so that its residual branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the noise level, then a two-layer MLP: (N,) -> (N, 4 * channels) (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: (N,), about 0..1000, of any dtype; computed in the dtype of the weights."""
+        half = self.channels // 2
+        index = torch.arange(half, device=t.device, dtype=torch.float32)
+        # Frequencies from 1 down to 1 / 10000; the divisor half - 1 is DDPM's.
+        frequency = torch.exp(index * (-math.log(10000.0) / max(half - 1, 1)))
+        angle = t.to(torch.float32)[:, None] * frequency
+        embedding = torch.cat([angle.sin(), angle.cos()], 1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm-SiLU-Conv, + time embedding, GroupNorm-SiLU-Dropout-Conv, + shortcut (Ho et al. 2020, appendix B).
+
+    Args:
+        c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
+        c_embedding: width of the time embedding.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.embedding = nn.Linear(c_embedding, c_out)
+        self.norm_2 = nn.GroupNorm(groups, c_out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (N, c_in, H, W); embedding: (N, c_embedding), already through SiLU. Returns (N, c_out, H, W)."""
+        h = self.conv_1(group_norm_silu(x, self.norm_1))
+        h = h + self.embedding(embedding)[:, :, None, None]
+        h = self.conv_2(self.dropout(group_norm_silu(h, self.norm_2)))
+        return self.shortcut(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W); in channels_last memory the reshapes are views."""
+        n, c, height, width = x.shape
+        h = group_norm_silu(x, self.norm, silu=False).permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        h = self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + h.reshape(n, height, width, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Padded on the right and at the bottom only, as TensorFlow's SAME padding did in DDPM's code."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

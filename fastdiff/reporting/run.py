@@ -1,0 +1,317 @@
+"""The run directory: `config.json`, `metrics.jsonl` + `metrics.csv`, TensorBoard events, `checkpoints/` and `saves/`.
+
+`metrics.jsonl` is the record: one JSON object a line, told apart by `"kind"`. `metrics.csv` holds the same rows under
+one fixed header (a column that a row lacks is an empty cell) and is derived from it whenever a run is opened. A number
+that is not finite becomes `null` in the JSON, an empty cell in the CSV and `None` in the rows read back; TensorBoard
+gets the number itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import io
+import itertools
+import json
+import math
+import numbers
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
+TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+EVAL_COLUMNS = (
+    *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
+    *("features", "feature_size", "reference", "seconds", "checkpoint"),
+)
+CSV_HEADER = tuple(dict.fromkeys(("kind", *TRAIN_COLUMNS, *EVAL_COLUMNS)))  # their union, in this order
+TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second")
+
+Row = dict[str, Any]  # column -> str, int, float or None
+
+
+def create_run(root: str | os.PathLike = "working", *, config: dict) -> Run:
+    """Makes `<root>/<n>/`, with n one above the highest there (from 1), and opens it.
+
+    Two runs started at the same moment get different numbers. `config` is anything that JSON can hold.
+    Raises UserError if the directory cannot be made.
+    """
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"  # before the directory: a bad config leaves none behind
+    root = Path(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path = _make_numbered(root)
+    except OSError as error:
+        raise UserError(
+            f"{root}: cannot make a run directory here ({error.strerror}); choose a folder that you can write to"
+        ) from error
+    lock = _lock(path)
+    try:
+        write_atomically(path / "config.json", text.encode())
+        return Run(path, json.loads(text), lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def open_run(path: str | os.PathLike) -> Run:
+    """Opens a run that exists, to go on with it: takes its lock, and mends what a power cut left half written.
+
+    Raises UserError if `path` is no run directory, if another process has the run open, or if a file is damaged.
+    """
+    path = Path(path)
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{path}: no run directory (it has no config.json); give one such as working/1")
+    try:
+        config = json.loads(config_path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config_path}: cannot be read as JSON ({error}); restore it, or start a new run") from error
+    lock = _lock(path)
+    try:
+        return Run(path, config, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+class Run:
+    """A run directory held open, and locked, by this process. Made by `create_run` and `open_run`.
+
+    Attributes:
+        path: the directory.
+        config: what `config.json` holds.
+        checkpoints: `<path>/checkpoints`.
+        saves: `<path>/saves`, for sample grids, trajectories and plots.
+    """
+
+    def __init__(self, path: Path, config: dict, lock: int):
+        self.path = path
+        self.config = config
+        self.checkpoints = path / "checkpoints"
+        self.saves = path / "saves"
+        self._lock: int | None = lock
+        self._jsonl: io.FileIO | None = None
+        self._csv: io.FileIO | None = None
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self.checkpoints.mkdir(exist_ok=True)
+        self.saves.mkdir(exist_ok=True)
+        self._store(self._rows())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def log_train(self, row: Row) -> None:
+        """Appends one row of training metrics: `step` and any other of TRAIN_COLUMNS.
+
+        Values are Python or numpy numbers (no tensors: reading one would wait for the device). An unknown column
+        raises ValueError, another type TypeError.
+        """
+        self._append(_checked("train", row, TRAIN_COLUMNS))
+        for name in TENSORBOARD_SCALARS:
+            if row.get(name) is not None:
+                self._tensorboard().add_scalar(f"train/{name}", row[name], row["step"])
+
+    def log_eval(self, row: Row) -> None:
+        """Appends one row of an evaluation: `step` and any other of EVAL_COLUMNS.
+
+        `metric` names what `value` is ("fid", "fd_efficientnet_lite0"). Raises as `log_train` does.
+        """
+        self._append(_checked("eval", row, EVAL_COLUMNS))
+        if row.get("metric") is not None and row.get("value") is not None:
+            self._tensorboard().add_scalar(f"eval/{row['metric']}", row["value"], row["step"])
+            self._tensorboard().flush()
+
+    def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Shows `image`, uint8 (H, W, 3), in TensorBoard under `tag`."""
+        self._tensorboard().add_image(tag, image, step, dataformats="HWC")
+        self._tensorboard().flush()
+
+    def train_rows(self) -> list[Row]:
+        """The training rows in the order they were written, read from `metrics.jsonl`."""
+        return [row for row in self._rows() if row["kind"] == "train"]
+
+    def eval_rows(self) -> list[Row]:
+        """The evaluation rows in the order they were written, read from `metrics.jsonl`."""
+        return [row for row in self._rows() if row["kind"] == "eval"]
+
+    def truncate(self, step: int) -> None:
+        """Drops the rows of steps after `step`: a run resumed from that step's checkpoint writes them again."""
+        self._store([row for row in self._rows() if row["step"] <= step])
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._purge_step = step + 1  # the next writer tells TensorBoard to forget events from here on
+
+    def close(self) -> None:
+        """Closes the files and frees the lock. Closing twice does nothing more."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for file in (self._jsonl, self._csv):
+            if file is not None:
+                file.close()
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: a forked child may hold a copy of the descriptor
+            os.close(self._lock)
+            self._lock = None
+
+    def _rows(self) -> list[Row]:
+        return _read_rows(self.path / "metrics.jsonl")
+
+    def _store(self, rows: list[Row]) -> None:
+        """Makes both files hold exactly `rows`, and opens them for appending."""
+        for name, file, text in (
+            ("metrics.jsonl", self._jsonl, "".join(map(_json_line, rows))),
+            ("metrics.csv", self._csv, _csv_line(CSV_HEADER) + "".join(map(_csv_row, rows))),
+        ):
+            path = self.path / name
+            if file is not None:
+                file.close()
+            if not path.exists() or path.read_bytes() != text.encode():
+                write_atomically(path, text.encode())
+        self._jsonl = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self._csv = open(self.path / "metrics.csv", "ab", buffering=0)  # noqa: SIM115
+
+    def _append(self, row: Row) -> None:
+        for file, line in ((self._jsonl, _json_line(row)), (self._csv, _csv_row(row))):
+            assert file is not None
+            data = line.encode()
+            written = file.write(data)  # unbuffered: one write(2) for the whole line
+            if written != len(data):
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+
+    def _tensorboard(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
+
+            self._writer = SummaryWriter(self.path / "tensorboard", purge_step=self._purge_step, flush_secs=30)
+        return self._writer
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Writes `data` to a temporary name, syncs it to the disk and renames it, so that no reader sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _make_numbered(root: Path) -> Path:
+    latest = max((int(entry.name) for entry in root.iterdir() if entry.name.isdecimal()), default=0)
+    for number in itertools.count(latest + 1):
+        path = root / str(number)
+        try:
+            path.mkdir()  # atomic: of two processes that try one number, one gets it
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError  # itertools.count does not end
+
+
+def _lock(run: Path) -> int:
+    """Takes the lock of `run` and returns its descriptor; the kernel frees it when the process ends, kill -9 too."""
+    try:
+        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"{run / 'lock'}: cannot be opened for writing ({error.strerror}); check permissions"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "just starting or stopping"
+        os.close(descriptor)
+        raise UserError(
+            f"{run}: in use by another process ({holder}); wait for it or stop it first, or start a new run"
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"{run}: cannot be locked ({error.strerror}); put runs on a file system that supports flock"
+        ) from error
+    started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode(), 0)
+    return descriptor
+
+
+def _checked(kind: str, row: Row, columns: tuple[str, ...]) -> Row:
+    unknown = row.keys() - set(columns)
+    if unknown or "step" not in row:
+        problem = f"unknown columns {sorted(unknown)}" if unknown else "no step"
+        raise ValueError(f"{kind} row with {problem}; the columns are {', '.join(columns)}")
+    return {"kind": kind} | {name: _plain(name, value) for name, value in row.items()}
+
+
+def _plain(name: str, value: Any) -> str | int | float | None:
+    """`value` as JSON holds it: numpy scalars become Python numbers, and numbers that are not finite None."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise TypeError(f"{name}: {type(value).__name__} cannot be logged; give a str, a Python or numpy number, or None")
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _csv_row(row: Row) -> str:
+    return _csv_line([row.get(column) for column in CSV_HEADER])
+
+
+def _csv_line(cells) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)  # floats by repr, None as an empty cell
+    return text.getvalue()
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, without a last line that was cut in the middle."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            known = {"train": TRAIN_COLUMNS, "eval": EVAL_COLUMNS}[row["kind"]]
+            int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):  # what follows the last newline: nothing, or half a line
+                break
+            raise UserError(f"{path}, line {number}: not a row of metrics; mend or delete that line") from error
+        if unknown := row.keys() - {"kind", *known}:
+            raise UserError(
+                f"{path}, line {number}: unknown columns {sorted(unknown)}; "
+                "open the run with the version of fastdiff that wrote it"
+            )
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Training: the step, the optimizer, the EMA, checkpoints, and the loop that composes them."""

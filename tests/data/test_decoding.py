@@ -1,0 +1,156 @@
+"""Single images of every kind, and the parallel decoder's order, errors and progress."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.data import decoding
+from fastdiff.data.decoding import decode, decode_all, in_parallel, resize_all
+
+
+def encoded(image: Image.Image, format="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_an_image_of_the_right_size_is_untouched():
+    pixels = random_pixels(7, 7, 3)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels)), 7), pixels)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_every_format(format):
+    flat = decode(encoded(Image.new("RGB", (9, 9), (200, 100, 50)), format), 9)
+    assert np.abs(flat.astype(int) - (200, 100, 50)).max() <= 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 8), (8, 16), (17, 8), (8, 23)])
+def test_the_shorter_side_is_resized_and_the_centre_cropped(width, height):
+    """A square in the middle, of another colour than the rest, is what remains."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - 8) // 2, (height - 8) // 2
+    pixels[top : top + 8, left : left + 8] = 255
+    middle = decode(encoded(Image.fromarray(pixels)), 4)
+    assert middle.shape == (4, 4, 3)
+    assert middle[1:3, 1:3].min() > 240
+    assert middle.mean() > 220
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = decode(encoded(Image.fromarray(stripes)), 8).astype(int)
+    assert np.abs(small - 127).max() <= 12  # without a filter: all black or all white
+
+
+def test_grey_palette_cmyk_and_16_bits_become_rgb():
+    grey = random_pixels(5, 5)
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey)), 5), rgb)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey).convert("P")), 5), rgb)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey.astype(np.uint16) * 257)), 5), rgb)
+    assert decode(encoded(Image.new("CMYK", (5, 5)), "JPEG"), 5).min() > 250
+    assert decode(encoded(Image.new("1", (5, 5), 1)), 5).min() == 255
+
+
+def test_the_transparent_lies_on_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    pixels = decode(encoded(image), 4)
+    assert (pixels[:, :2] == (0, 0, 255)).all()
+    assert (pixels[:, 2:] == 255).all()
+    palette = decode(encoded(Image.new("P", (4, 4)), transparency=0), 4)
+    assert (palette == 255).all()
+
+
+def test_exif_orientation_turns_the_image_upright():
+    image = Image.fromarray(random_pixels(6, 6, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise by 90 degrees
+    turned = decode(encoded(image, exif=exif), 6)
+    np.testing.assert_array_equal(turned, np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        encoded(Image.fromarray(random_pixels(64, 64, 3)))[:4000],
+        encoded(Image.fromarray(random_pixels(64, 64, 3)), "JPEG")[:900],
+        encoded(Image.fromarray(random_pixels(64, 64, 3)), "JPEG")[:-200],
+        encoded(Image.fromarray(random_pixels(64, 64, 3)), "GIF")[:2000],
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        encoded(Image.new("F", (4, 4)), "TIFF"),
+    ],
+    ids=["empty", "text", "cut PNG", "cut JPEG", "end of JPEG", "cut GIF", "PostScript", "float"],
+)
+def test_what_is_no_sound_image_is_a_value_error(data):
+    with pytest.raises(ValueError, match=r"\w"):
+        decode(data, 8)
+
+
+def test_a_small_file_of_too_many_pixels_is_refused(monkeypatch):
+    bomb = encoded(Image.new("1", (300, 300)))
+    decode(bomb, 8)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 300 * 300 - 1)
+    with pytest.raises(ValueError, match="300 x 300"):
+        decode(bomb, 8)
+
+
+def test_decode_all_keeps_places_and_names_the_bad_one(tmp_path, user_error):
+    pixels = random_pixels(200, 5, 5, 3)
+    items = [(i, f"{i}.png", encoded(Image.fromarray(pixels[i]))) for i in range(200)]
+    (tmp_path / "0.png").write_bytes(items[0][2])
+    items[0] = (0, "0.png", tmp_path / "0.png")
+    np.testing.assert_array_equal(decode_all(reversed(items), 200, 5), pixels)
+    items[150] = (150, "bad\n.png", b"junk")
+    user_error(lambda: decode_all(items, 200, 5), r"bad\n.png", "replace or delete")
+    items[150] = (150, "gone.png", tmp_path / "gone.png")
+    user_error(lambda: decode_all(items, 200, 5), "gone.png")
+
+
+def test_resize_all_equals_decoding():
+    arrays = random_pixels(40, 9, 12, 3)
+    resized = resize_all(arrays, 6)
+    np.testing.assert_array_equal(resized[7], decode(encoded(Image.fromarray(arrays[7])), 6))
+    assert resize_all(arrays[:, :, :9], 9).flags.c_contiguous
+    grey = resize_all(arrays[..., 0], 9)
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+
+
+def test_images_beyond_the_memory_are_a_user_error(user_error):
+    user_error(lambda: resize_all(random_pixels(2, 4, 4, 3), 10**7), "GiB", "smaller image size")
+
+
+def test_in_parallel_draws_its_items_only_a_little_ahead():
+    drawn = []
+
+    def items():
+        for i in range(10_000):
+            drawn.append(i)
+            yield i
+
+    results = in_parallel(lambda i: i * i, items(), 10_000, "squaring")
+    assert [next(results) for _ in range(100)] == [i * i for i in range(100)]
+    assert len(drawn) < 5000
+    results.close()
+
+
+def test_progress_goes_to_a_terminal_s_stderr_only(monkeypatch, capsys):
+    list(in_parallel(str, range(100), 100, "working"))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    list(in_parallel(str, range(100), 100, "working"))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "working" in err
+    assert "100/100" in err

@@ -1,0 +1,198 @@
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastdiff.cli import main, run_command
+from fastdiff.config import Config, UNetConfig
+from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.evaluation.evaluate import load_trained
+from fastdiff.nets.unet import UNet
+from fastdiff.reporting.run import create_run
+from fastdiff.training import checkpoint
+
+NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints at steps 1 and 2, whose averaged weights differ from its weights."""
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    config = Config(
+        data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4
+    )
+    with create_run(tmp_path / "working", config=config.to_dict()) as made:
+        for step in (1, 2):
+            torch.manual_seed(step)
+            model, ema = UNet(NET), UNet(NET)
+            for p in (*model.parameters(), *ema.parameters()):
+                torch.nn.init.normal_(p, std=0.05)
+            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "config": config.to_dict()}
+            checkpoint.save(made.checkpoints, step, state)
+        return made.path
+
+
+def call(*arguments):
+    return run_command(lambda: main([str(a) for a in arguments]))
+
+
+def test_sample_is_deterministic_and_writes_a_grid_and_an_npz(run, tmp_path, capsys):
+    common = ("sample", "--checkpoint", run, "--n", 7, "--steps", 3, "--batch-size", 4)
+    grids, arrays = [], []
+    for i, seed in enumerate((0, 0, 1)):
+        png, npz = tmp_path / f"{i}.png", tmp_path / f"{i}.npz"
+        assert call(*common, "--seed", seed, "--out", png, "--save-npz", npz) == 0
+        grids.append(png.read_bytes())
+        with np.load(npz) as file:
+            arrays.append(file["images"])
+    assert arrays[0].shape == (7, 8, 8, 3)
+    assert arrays[0].dtype == np.uint8
+    assert (arrays[0] == arrays[1]).all()
+    assert grids[0] == grids[1] != grids[2]
+    assert (arrays[0] != arrays[2]).any()
+    assert "7 of 7 images by ddim, 3 steps" in capsys.readouterr().out
+    # The first image of the grid, enlarged by a whole factor, is the first sample.
+    grid = np.asarray(Image.open(tmp_path / "0.png").convert("RGB"))
+    assert (grid[2 : 2 + 64 : 8, 2 : 2 + 64 : 8] == arrays[0][0]).all()
+
+
+def test_a_step_can_be_named_and_a_run_means_its_newest(run):
+    device = torch.device("cpu")
+    newest, first = load_trained(run, device=device), load_trained(run / "checkpoints" / "step-1", device=device)
+    assert (newest.step, first.step) == (2, 1)
+    torch.manual_seed(2)
+    UNet(NET), UNet(NET)
+    saved = load_file(run / "checkpoints" / "step-2" / "ema.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in newest.model.state_dict().items())
+    assert not newest.model.training
+
+
+def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--steps", 2, "--sampler", "ddpm", "--feature-size", 32,
+                 "--features", "efficientnet_lite0")  # fmt: skip
+    assert call(*arguments) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["metric"] == "fd_efficientnet_lite0"
+    assert (row["samples"], row["sampler"], row["sampler_steps"], row["feature_size"]) == (6, "ddpm", 2, 32)
+    assert (row["step"], row["images"], row["checkpoint"], row["reference"]) == (2, 256, "step-2", "images-train")
+    (logged,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == {"kind": "eval", **row}
+    assert (run / "saves" / "fid.png").exists()
+
+
+def test_export_to_diffusers_loads_as_a_pipeline(run, tmp_path):
+    assert call("export", "--checkpoint", run, "--to", "diffusers", "--out", tmp_path / "out") == 0
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    ours = load_trained(run, device=torch.device("cpu")).model
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 80])
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.unet.eval()(x, t).sample, ours(x, t), rtol=1e-5, atol=1e-5)
+    assert pipeline.scheduler.config.num_train_timesteps == 100
+
+
+def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
+    assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", tmp_path / "out") == 0
+    config = Config.from_dict(json.loads((tmp_path / "out" / "config.json").read_text()))
+    model = UNet(config.net)
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+
+
+MISTAKES = [
+    (("sample", "--checkpoint", "nowhere"), "nowhere is neither a run directory nor a checkpoint"),
+    (("sample", "--checkpoint", "{run}", "--out", "missing/grid.png"), "folder .*missing does not exist"),
+    (("sample", "--checkpoint", "{run}", "--n", "0"), "must be at least 1"),
+    (("sample", "--checkpoint", "{run}", "--steps", "101"), "101 sampling steps"),
+    (("sample", "--checkpoint", "{run}", "--eta", "1.5"), "eta is 1.5"),
+    (("sample", "--checkpoint", "{run}", "--sampler", "ddpm", "--eta", "1"), "--eta belongs to ddim"),
+    (("evaluate", "--checkpoint", "{run}", "--n", "1"), "at least 2 samples"),
+    (("export", "--checkpoint", "{run}", "--out", "{run}"), "exists already"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_1_and_leaves_no_file(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert call(*(a.format(run=run) for a in arguments)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupted_sampling_leaves_no_file(run, tmp_path, monkeypatch):
+    from fastdiff.evaluation import commands
+
+    def interrupted(*arguments, **options):
+        yield torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "sample_batches", interrupted)
+    before = sorted(tmp_path.rglob("*"))
+    assert call("sample", "--checkpoint", run, "--out", tmp_path / "a.png", "--save-npz", tmp_path / "a.npz") == 130
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_exit_codes(capsys):
+    def fail(error):
+        def command():
+            raise error
+
+        return run_command(command)
+
+    assert run_command(lambda: 0) == 0
+    assert fail(UserError("no")) == fail(TrainingFailed("nan")) == 1
+    assert capsys.readouterr().err == "error: no\nerror: nan\n"
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("train_cifar.py", "--help"), 0),
+        (("train_cifar.py", "--preset", "nonsense"), 2),
+        (("train_cifar.py", "--batch-size", "many"), 2),
+        (("train_cifar.py", "--batch-size", "0"), 2),
+        (("train_cifar.py", "--resume", "nowhere"), 1),
+        (("train_cifar.py", "--data", "nowhere"), 1),
+        (("-m", "fastdiff", "--help"), 0),
+        (("-m", "fastdiff", "sample", "--help"), 0),
+        (("-m", "fastdiff", "sample"), 2),
+        (("-m", "fastdiff", "paint"), 2),
+    ],
+)
+def test_commands_as_a_user_types_them(repo, command, expected):
+    done = subprocess.run([sys.executable, *command], cwd=repo, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expected, done.stderr
+    assert "Traceback" not in done.stderr
+    if expected == 0:
+        assert "default" in done.stdout or "sample" in done.stdout
+    if expected == 1:
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_flags_override_the_preset_and_the_run(tmp_path, repo, monkeypatch):
+    monkeypatch.syspath_prepend(repo)
+    from train_cifar import parse
+
+    assert parse([]).config == Config()
+    quick = parse(["--preset", "quick", "--lr", "0.5", "--dropout=0.25"]).config
+    assert (quick.preset, quick.lr, quick.net.dropout, quick.data) == ("quick", 0.5, 0.25, "digits")
+    saved = dataclasses.replace(quick, steps=77)
+    (tmp_path / "config.json").write_text(saved.to_json())
+    for form in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
+        flags = parse([*form, "--log-every", "3"])
+        assert flags.config == dataclasses.replace(saved, log_every=3)
+        assert flags.resume == tmp_path

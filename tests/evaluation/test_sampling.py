@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.errors import UserError
+from fastdiff.evaluation.evaluate import evaluate
+from fastdiff.evaluation.sampling import SamplerSettings, sample_batches, trajectory
+
+OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
+SHAPE = (3, 4, 4)
+
+
+def model(x, t):
+    return 0.5 * x
+
+
+def draw(n, *, name="ddim", steps=5, eta=0.0, batch_size=4, seed=0, **options):
+    batches = sample_batches(
+        options.pop("model", model), OBJECTIVE, n, settings=SamplerSettings(name, steps, eta), image_shape=SHAPE,
+        batch_size=batch_size, seed=seed, device=torch.device("cpu"), bf16=False, **options,
+    )  # fmt: skip
+    return list(batches)
+
+
+@pytest.mark.parametrize(("name", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+def test_samples_depend_on_the_seed_and_not_on_how_many_are_drawn(name, eta):
+    few, many = (torch.cat(draw(n, name=name, eta=eta)) for n in (6, 11))
+    assert (few.dtype, few.shape, many.shape) == (torch.uint8, (6, *SHAPE), (11, *SHAPE))
+    assert torch.equal(few, many[:6])
+    assert not torch.equal(few, torch.cat(draw(6, name=name, eta=eta, seed=1)))
+    assert len({x.numpy().tobytes() for x in many}) == 11
+
+
+def test_every_batch_has_one_size_for_the_network():
+    sizes = set()
+
+    def spy(x, t):
+        sizes.add((x.shape, t.shape, x.is_contiguous(memory_format=torch.channels_last)))
+        return model(x, t)
+
+    assert [len(b) for b in draw(10, model=spy)] == [4, 4, 2]
+    assert sizes == {((4, *SHAPE), (4,), True)}
+    sizes.clear()
+    assert [len(b) for b in draw(3, model=spy)] == [3]
+    assert sizes == {((3, *SHAPE), (3,), True)}
+
+
+def test_the_networks_own_bf16_keeps_the_state_in_float32():
+    seen = []
+    layer = torch.nn.Conv2d(3, 3, 1)
+
+    def spy(x, t):
+        out = layer(x)
+        seen.append((x.dtype, out.dtype))
+        return out
+
+    settings = SamplerSettings("ddim", 2)
+    list(
+        sample_batches(
+            spy,
+            OBJECTIVE,
+            2,
+            settings=settings,
+            image_shape=SHAPE,
+            batch_size=2,
+            seed=0,
+            device=torch.device("cpu"),
+            bf16=True,
+        )
+    )
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+
+
+def test_the_trajectory_ends_where_sampling_ends():
+    settings = SamplerSettings("ddim", 20)
+    options = {"settings": settings, "image_shape": SHAPE, "seed": 3, "device": torch.device("cpu"), "bf16": False}
+    x_t, x0_hat, times = trajectory(model, OBJECTIVE, samples=2, columns=5, **options)
+    assert x_t.shape == x0_hat.shape == (2, 5, *SHAPE)
+    assert times == sorted(times, reverse=True)
+    assert times[0] == 100.0
+    (final,) = draw(2, steps=20, seed=3, batch_size=2)
+    assert torch.equal(x0_hat[:, -1], final)  # the last step returns its estimate of x0
+    assert trajectory(model, OBJECTIVE, samples=1, columns=9, **{**options, "settings": SamplerSettings("ddpm", 1)})[
+        2
+    ] == [100.0]
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(UserError, match="sampler 'euler' is unknown; choose one of ddpm, ddim"):
+        SamplerSettings("euler", 5)
+    with pytest.raises(UserError, match="--eta belongs to ddim"):
+        SamplerSettings("ddpm", 5, 0.5)
+    for n, batch_size in ((0, 4), (4, 0)):
+        with pytest.raises(UserError, match="must be at least 1"):
+            draw(n, batch_size=batch_size)
+    with pytest.raises(UserError, match="101 sampling steps"):
+        draw(2, steps=101)
+
+
+class CountingDistance:
+    metric, reference = "fd_count", "nothing"
+
+    class extractor:
+        name, size = "count", 4
+
+    def __init__(self):
+        self.seen = []
+
+    def reset(self):
+        self.seen.clear()
+
+    def update(self, images):
+        self.seen.append(images)
+
+    def compute(self):
+        return float(sum(map(len, self.seen)))
+
+
+@pytest.mark.parametrize(("n", "keep"), [(10, 3), (3, 10), (8, 8)])
+def test_an_evaluation_measures_n_samples_and_keeps_the_first(n, keep):
+    distance = CountingDistance()
+    options = {
+        "n": n, "settings": SamplerSettings("ddim", 5), "image_shape": SHAPE, "batch_size": 4, "seed": 0,
+        "device": torch.device("cpu"), "bf16": False, "keep": keep,
+    }  # fmt: skip
+    for _ in range(2):  # a second evaluation starts afresh
+        row, kept = evaluate(model, OBJECTIVE, distance, **options)
+        assert row["value"] == row["samples"] == n
+    expected_row = {
+        "metric": "fd_count", "sampler": "ddim", "sampler_steps": 5, "eta": 0.0, "features": "count", "feature_size": 4,
+        "reference": "nothing",
+    }  # fmt: skip
+    assert row.items() >= expected_row.items()
+    assert kept.shape == (keep, 4, 4, 3)
+    expected = torch.cat(draw(max(n, keep)))
+    assert (kept == expected[:keep].permute(0, 2, 3, 1).numpy()).all()
+    assert torch.equal(torch.cat(distance.seen), expected[:n])
+    row, kept = evaluate(model, OBJECTIVE, None, **options)
+    assert "metric" not in row
+    assert kept.shape == (keep, 4, 4, 3)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdiff.nets.layers import TimeEmbedding, group_norm_silu
+from fastdiff.nets.unet import UNet, UNetConfig
+
+SMALL = UNetConfig(
+    image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1
+)
+
+
+def test_the_default_is_the_ddpm_cifar10_network():
+    assert sum(p.numel() for p in UNet(UNetConfig()).parameters()) == 35_746_307
+
+
+def test_an_untrained_network_puts_out_zero_and_every_parameter_gets_a_gradient_once_it_is_not():
+    model = UNet(SMALL)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.0, 999.0])
+    assert torch.equal(model(x, t), torch.zeros(2, 3, 8, 8))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model(x, t).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("mult", [(1,), (1, 2, 3)])
+def test_any_shape_of_network_keeps_the_images_shape(mult, blocks):
+    config = UNetConfig(
+        image_size=12, image_channels=2, channels=4, channel_mult=mult, blocks_per_level=blocks, norm_groups=2,
+        attention_resolutions=(12,),
+    )  # fmt: skip
+    assert UNet(config)(torch.randn(3, 2, 12, 12), torch.zeros(3)).shape == (3, 2, 12, 12)
+
+
+def test_activations_and_weights_stay_channels_last():
+    model = UNet(SMALL).eval()
+    layouts = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            layouts[name] = output.is_contiguous(memory_format=torch.channels_last)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(watch(name))
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2))
+    assert layouts
+    assert all(layouts.values())
+
+
+def test_the_output_depends_on_the_time_and_only_on_its_own_image():
+    model = UNet(SMALL).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([10.0, 500.0, 990.0])
+    with torch.no_grad():
+        whole = model(x, t)
+        torch.testing.assert_close(model(x[1:2], t[1:2]), whole[1:2])
+        assert not torch.allclose(model(x, t + 100), whole)
+
+
+def test_bf16_autocast_keeps_activations_in_bf16():
+    model = UNet(SMALL).eval()
+    dtypes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o, name=name: dtypes.update({name: (i[0].dtype, o.dtype)}))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = model(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    assert out.dtype == torch.bfloat16
+    assert {o for _, o in dtypes.values()} == {torch.bfloat16}
+    assert {i for name, (i, _) in dtypes.items() if name != "conv_in"} == {torch.bfloat16}
+
+
+def test_group_norm_silu_is_the_composition():
+    norm = torch.nn.GroupNorm(4, 8, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 5, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(group_norm_silu(x, norm), F.silu(norm(x)))
+    assert torch.equal(group_norm_silu(x, norm, silu=False), norm(x))
+
+
+def test_the_time_embedding_is_ddpms():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    embedding = TimeEmbedding(32)
+    seen = []
+    embedding.linear_1.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    t = torch.tensor([0.0, 1.0, 500.0, 999.0])
+    embedding(t)
+    expected = get_timestep_embedding(t, 32, flip_sin_to_cos=False, downscale_freq_shift=1)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)  # float32 angles up to 1000

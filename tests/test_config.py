@@ -1,0 +1,93 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdiff.config import PRESETS, RESUMABLE_CHANGES, Config, UNetConfig
+from fastdiff.diffusion.objectives import OBJECTIVES, WEIGHTINGS
+from fastdiff.diffusion.samplers import SAMPLERS
+from fastdiff.diffusion.schedules import SCHEDULES
+from fastdiff.errors import UserError
+
+
+def choices(name):
+    from typing import get_args, get_type_hints
+
+    return set(get_args(get_type_hints(Config)[name]))
+
+
+def test_the_flags_choices_are_the_tables_keys():
+    assert choices("schedule") == set(SCHEDULES)
+    assert choices("objective") == set(OBJECTIVES)
+    assert choices("weighting") == set(WEIGHTINGS)
+    assert choices("eval_sampler") == set(SAMPLERS)
+    assert choices("preset") == set(PRESETS)
+
+
+def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
+    assert all(config.preset == name for name, config in PRESETS.items())
+    assert PRESETS["ddpm-cifar10"] == Config()
+    baseline = Config()
+    assert (baseline.batch_size, baseline.lr, baseline.warmup_steps) == (128, 2e-4, 5000)
+    assert (baseline.net.dropout, baseline.grad_clip, baseline.ema_decay, baseline.steps) == (0.1, 1.0, 0.9999, None)
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_a_config_survives_json(config):
+    assert Config.from_dict(json.loads(config.to_json())) == config
+
+
+def test_an_unknown_field_is_named():
+    with pytest.raises(UserError, match="does not know: colour"):
+        Config.from_dict({**Config().to_dict(), "colour": 1})
+    with pytest.raises(UserError, match=r"does not know: net\.width"):
+        Config.from_dict({**Config().to_dict(), "net": {"width": 1}})
+
+
+def test_the_changes_that_a_resumed_run_may_make_are_fields():
+    assert {f.name for f in dataclasses.fields(Config)} >= RESUMABLE_CHANGES
+
+
+BAD = [
+    ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("warmup_steps", -1),
+    ("weight_decay", -1.0), ("grad_clip", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1),
+    ("steps", 0), ("seed", -1), ("log_every", 0),
+    ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),
+    ("eval_steps", 0), ("eval_steps", 1001),
+    ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
+    ("objective", "noise"), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_refused_by_the_flags_name(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*, but must be"):
+        dataclasses.replace(Config(), **{name: value})
+
+
+BAD_NET = [
+    ("image_size", 0), ("image_size", 30), ("image_channels", 0), ("channels", 100), ("channel_mult", ()),
+    ("channel_mult", (1, 0)), ("blocks_per_level", 0), ("attention_resolutions", (5,)), ("dropout", 1.0),
+    ("dropout", -0.1), ("norm_groups", 0), ("norm_groups", 5), ("norm_eps", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_NET)
+def test_a_bad_network_is_refused(name, value):
+    with pytest.raises(UserError, match="but must be"):
+        dataclasses.replace(UNetConfig(), **{name: value})
+
+
+@given(st.sampled_from([f.name for f in dataclasses.fields(Config) if f.type is int]), st.integers(-(2**40), 2**40))
+def test_any_whole_number_is_taken_or_refused_by_name(name, value):
+    try:
+        config = dataclasses.replace(Config(), **{name: value})
+    except UserError as error:
+        refusal = str(error)
+    else:
+        assert getattr(config, name) == value
+        return
+    assert "--" in refusal
+    assert "must be" in refusal

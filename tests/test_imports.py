@@ -1,0 +1,78 @@
+"""The layers of the code: a file imports only from lower layers. Imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kernels
+
+# Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
+LAYERS = [
+    ["kernels"],
+    ["fastdiff.errors"],
+    ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting", "fastdiff.hardware"],
+    ["fastdiff.nets"],
+    ["fastdiff.interop"],
+    [f"fastdiff.training.{name}" for name in ("optim", "ema", "checkpoint", "signals")],
+    ["fastdiff.training.step", "fastdiff.evaluation"],
+    ["fastdiff.training.train"],
+    ["fastdiff.cli"],
+    ["fastdiff.__main__", "train_cifar"],
+]  # fmt: skip
+REPO = Path(__file__).resolve().parent.parent
+FILES = sorted([*REPO.glob("fastdiff/**/*.py"), *REPO.glob("kernels/**/*.py"), REPO / "train_cifar.py"])
+
+
+def module_name(path):
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(name):
+    matches = [(len(entry), i) for i, row in enumerate(LAYERS) for entry in row if f"{name}.".startswith(f"{entry}.")]
+    return max(matches)[1] if matches else None
+
+
+def package(name):
+    """The package that a module belongs to: inside it, imports are free."""
+    return name.rsplit(".", 1)[0]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                is_module = (REPO / (whole.replace(".", "/") + ".py")).exists()
+                yield whole if is_module else node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_downward(path):
+    name = module_name(path)
+    if name == "fastdiff" or (path.name == "__init__.py" and layer(name) is None):
+        return
+    assert layer(name) is not None, f"{name} has no layer: add it to LAYERS"
+    for target in imported(path):
+        if target.split(".")[0] not in ("fastdiff", "kernels", "train_cifar", "bench", "profiles", "tests"):
+            continue
+        assert layer(target) is not None, f"{name} imports {target}, which no layer has"
+        same_row = layer(target) == layer(name) and package(target) == package(name)
+        assert layer(target) < layer(name) or same_row, f"{name} imports {target}, which lies no lower"
+
+
+def test_config_needs_the_standard_library_alone():
+    import sys
+
+    roots = {target.split(".")[0] for target in imported(REPO / "fastdiff" / "config.py")}
+    assert roots <= {*sys.stdlib_module_names, "fastdiff"}
+
+
+def test_kernels_is_this_repositorys_folder():
+    """Hugging Face's package on the index has the same import name."""
+    assert Path(kernels.__file__).resolve().is_relative_to(REPO)

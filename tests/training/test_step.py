@@ -1,0 +1,170 @@
+import pytest
+import torch
+
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.nets.unet import UNet, UNetConfig
+from fastdiff.training.ema import EMA
+from fastdiff.training.optim import learning_rate, make_optimizer
+from fastdiff.training.step import TrainStep, normalize, step_seed
+
+SMALL = UNetConfig(
+    image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1
+)
+
+
+def make_step(device="cpu", *, net=SMALL, bf16=False, compile=False, grad_clip=1.0, seed=0):
+    torch.manual_seed(0)
+    model = UNet(net).to(device)
+    objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
+    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.0)
+    return TrainStep(
+        model, objective, optimizer, EMA(model, 0.99), lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
+        bf16=bf16, compile=compile,
+    )  # fmt: skip
+
+
+def batch(step, device="cpu", n=16):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (n, 8, 8, 3), dtype=torch.uint8, generator=generator).to(device)
+
+
+def curve(train_step, steps, device="cpu", start=0):
+    losses = []
+    for step in range(start, start + steps):
+        train_step(batch(step, device), step)
+        losses.append(train_step.read_metrics()["loss"])
+    return losses
+
+
+def test_normalize_spans_minus_one_to_one_in_channels_last():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3).contiguous()
+    x = normalize(images)
+    assert (x.min(), x.max(), x.dtype, x.shape) == (-1.0, 1.0, torch.float32, (2, 3, 16, 16))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_step_is_the_textbook_update():
+    train_step = make_step()
+    model, objective = train_step.model, train_step.objective
+    twin = UNet(SMALL)
+    twin.load_state_dict(model.state_dict())
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-3)
+    for step in range(3):
+        images = batch(step)
+        train_step(images, step)
+        torch.manual_seed(step_seed(0, step))
+        t = torch.randint(1, 1001, (16,))
+        eps = torch.randn(16, 8, 8, 3).permute(0, 3, 1, 2)
+        a, s = (f(t)[:, None, None, None] for f in (objective.schedule.alpha, objective.schedule.sigma))
+        loss = (twin(a * (images.permute(0, 3, 1, 2) / 127.5 - 1) + s * eps, t - 1) - eps).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        adam.param_groups[0]["lr"] = 1e-3 * (step + 1) / 5
+        adam.step()
+        metrics = train_step.read_metrics()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_randomness_depends_on_seed_step_and_rank_alone():
+    assert curve(make_step(), 3) == curve(make_step(), 3)
+    torch.manual_seed(123)
+    first = make_step()
+    torch.randn(100)
+    assert curve(first, 3) == curve(make_step(), 3)
+    assert curve(make_step(seed=1), 3) != curve(make_step(), 3)
+    seeds = {step_seed(seed, step, rank) for seed in range(20) for step in range(20) for rank in range(20)}
+    assert len(seeds) == 20**3
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_metrics_are_means_since_the_last_read_and_continue_from_a_saved_state():
+    each = curve(make_step(), 4)
+    train_step = make_step()
+    for step in range(4):
+        train_step(batch(step), step)
+        if step == 1:
+            saved = train_step.metrics_state()
+            train_step.load_metrics_state(saved)
+    assert train_step.read_metrics()["loss"] == pytest.approx(sum(each) / 4, rel=1e-6)
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    train_step = make_step()
+    for step in range(5):
+        if step == 2:
+            with torch.no_grad():
+                train_step.parameters[0].fill_(float("nan"))
+        train_step(batch(step), step)
+        assert train_step.metrics_state()["bad_step"] == (2 if step >= 2 else -1)
+
+
+def test_gradients_are_clipped():
+    free, clipped = make_step(grad_clip=1e9), make_step(grad_clip=1e-3)
+    seen = {}
+    for name, train_step in (("free", free), ("clipped", clipped)):
+        step = train_step.optimizer.step
+
+        def spy(train_step=train_step, name=name, step=step):
+            seen[name] = torch.cat([p.grad.flatten() for p in train_step.parameters]).norm().item()
+            step()
+
+        train_step.optimizer.step = spy
+        train_step(batch(0), 0)
+    assert seen["free"] > 1e-2
+    assert seen["clipped"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_weights_in_another_layout_are_refused():
+    model = UNet(SMALL).to(memory_format=torch.contiguous_format)
+    objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
+    with pytest.raises(ValueError, match="channels_last"):
+        TrainStep(
+            model, objective, make_optimizer(model, lr=1e-3, weight_decay=0.0), EMA(model, 0.9), lr=1e-3,
+            warmup_steps=0, grad_clip=1.0, seed=0, bf16=False, compile=False,
+        )  # fmt: skip
+
+
+def test_the_learning_rate_rises_and_stays():
+    rates = [learning_rate(step, peak=2.0, warmup_steps=4) for step in range(6)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert learning_rate(0, peak=2.0, warmup_steps=0) == 2.0
+
+
+def test_bf16_trains_like_float32():
+    low, full = curve(make_step(bf16=True), 10), curve(make_step(), 10)
+    assert low != full
+    assert low == pytest.approx(full, rel=0.02)
+
+
+def test_the_compiled_step_does_not_recompile():
+    """It is compiled as one graph (fullgraph=True), so a graph break would raise."""
+    torch._dynamo.reset()
+    net = UNetConfig(
+        image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
+    )
+    compiled, eager = make_step(net=net, compile=True), make_step(net=net)
+    losses = curve(compiled, 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += curve(compiled, 3, start=2)
+    assert losses == pytest.approx(curve(eager, 5), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_step_on_a_gpu_reads_nothing_on_the_host(compile):
+    train_step = make_step("cuda", bf16=True, compile=compile)
+    for step in range(3):
+        train_step(batch(step, "cuda"), step)
+    images = batch(3, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 6):
+            train_step(images, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert train_step.metrics_state()["bad_step"] == -1
