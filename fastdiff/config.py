@@ -151,6 +151,7 @@ class Config:
                     getattr(self, name),
                     f"one of {', '.join(get_args(hint))}",
                 )
+        _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
         at_least = {
             "timesteps": 1, "batch_size": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1, "eval_every": 1,
             "keep_last": 1, "eval_samples": 2, "eval_batch_size": 1, "eval_steps": 1, "grid_samples": 1, "seed": 0,

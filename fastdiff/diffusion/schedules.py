@@ -38,11 +38,14 @@ class DiscreteSchedule:
         log_alpha_bar = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
         self._tables = {betas.device: log_alpha_bar}
 
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:  # one upload for each device, so that a training step never waits for one
+            self._tables[device] = next(iter(self._tables.values())).to(device)
+        return self._tables[device]
+
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """log alpha_bar at t (any shape, values in [0, T]), always float64."""
-        table = self._tables.get(t.device)
-        if table is None:  # one upload a device, so that a training step never waits for one
-            table = self._tables[t.device] = next(iter(self._tables.values())).to(t.device)
+        table = self._table(t.device)
         if not t.is_floating_point():
             return table[t]
         below = t.floor().clamp(0, self.T - 1).long()
@@ -69,7 +72,9 @@ class DiscreteSchedule:
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """n training times, uniform over {1..T}: (n,) int64 on `device`, drawn there (no transfer, no sync)."""
-        return torch.randint(1, self.T + 1, (n,), generator=generator, device=device)
+        t = torch.randint(1, self.T + 1, (n,), generator=generator, device=device)
+        self._table(t.device)  # here, outside of what is compiled or captured
+        return t
 
     def grid(self, n: int, *, spacing: str = "trailing") -> Tensor:
         """The times of an n-step sampler: (n + 1,) float64, descending whole numbers that end in 0.

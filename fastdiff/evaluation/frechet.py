@@ -165,10 +165,9 @@ class FrechetDistance:
             return
         starts = range(0, len(image_set.images), self.batch_size)
         for start in track(starts, f"{extractor.name} features of {self.reference}"):
-            batch = torch.tensor(
-                image_set.images[start : start + self.batch_size]
-            )  # a copy: the array may be read-only
-            s.update(batch.to(self.device).permute(0, 3, 1, 2), real=True)
+            images = image_set.images[start : start + self.batch_size]
+            batch = torch.tensor(images, device=self.device)  # a copy, as the array may be read-only
+            s.update(batch.permute(0, 3, 1, 2), real=True)
         _write_sums(path, key, (s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples))
 
 

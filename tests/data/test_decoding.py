@@ -87,10 +87,10 @@ def test_exif_orientation_turns_the_image_upright():
         encoded(Image.fromarray(random_pixels(64, 64, 3)), "JPEG")[:900],
         encoded(Image.fromarray(random_pixels(64, 64, 3)), "JPEG")[:-200],
         encoded(Image.fromarray(random_pixels(64, 64, 3)), "GIF")[:2000],
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        encoded(Image.new("RGB", (4, 4)), "PCX"),
         encoded(Image.new("F", (4, 4)), "TIFF"),
     ],
-    ids=["empty", "text", "cut PNG", "cut JPEG", "end of JPEG", "cut GIF", "PostScript", "float"],
+    ids=["empty", "text", "cut PNG", "cut JPEG", "end of JPEG", "cut GIF", "not of FORMATS", "float"],
 )
 def test_what_is_no_sound_image_is_a_value_error(data):
     with pytest.raises(ValueError, match=r"\w"):

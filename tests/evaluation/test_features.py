@@ -102,7 +102,7 @@ def checkpoints(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(BODY).hexdigest())
     monkeypatch.setattr(features, "INCEPTION_URL", f"http://127.0.0.1:9/{NAME}")  # no one listens there
     monkeypatch.setattr(features, "STALL_SECONDS", 0.5)
-    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path / "hub" / "checkpoints"
 
 
