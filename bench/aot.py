@@ -80,7 +80,7 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
     """Forward and backward of group_norm_silu at one shape."""
     options = VARIANTS[variant]
     for backward in (False, True):
-        tiles = norm_tiles(channels, side * side, groups, backward=backward)
+        tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward, dropout="seed" in options)
         kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
         types = {name: f"*{dtype}" for name in WIDE}
         types |= {f"{name}_ptr": f"*{dtype}" for name in ("shift", "scale", "offset", "dshift", "dscale", "doffset") if name.removeprefix("d") in options}

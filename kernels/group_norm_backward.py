@@ -52,7 +52,8 @@ def backward_tile(
     BLOCK_HW: tl.constexpr,
 ):
     """Small images: x and dy stay in registers, 6 bytes an element in bf16."""
-    n, first = tl.program_id(0), tl.program_id(1) * OWN
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
@@ -114,7 +115,8 @@ def backward_loop(
     BLOCK_HW: tl.constexpr,
 ):
     """Large images in two sweeps over chunks of pixels: first A and B, then dx, re-reading x and dy from L2."""
-    n, first = tl.program_id(0), tl.program_id(1) * OWN
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
@@ -124,7 +126,8 @@ def backward_loop(
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
     rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
-    shift = per_image(shift_ptr, n, channel, ok, C)
+    # A thread holds 8 channels of every per-channel number here, so the fewer the better: xhat = x * rstd + centre.
+    centre = (per_image(shift_ptr, n, channel, ok, C) - mean) * rstd
 
     # Sums stay one per (row, channel) until the end of the sweep: no exchange between threads inside the loop.
     sum_a = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
@@ -136,7 +139,7 @@ def backward_loop(
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
-        xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
+        xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
         sum_a += gz * xhat
         sum_b += gz
@@ -155,7 +158,7 @@ def backward_loop(
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
-        xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
+        xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
         dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)

@@ -31,7 +31,8 @@ def forward_tile(
     BLOCK_HW: tl.constexpr,
 ):
     """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16)."""
-    n, first = tl.program_id(0), tl.program_id(1) * OWN
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
@@ -51,9 +52,8 @@ def forward_tile(
     variance = group_sum(tl.sum(centred * centred, 0), local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-    xhat = centred * to_channels(rstd, local, PER_GROUP, BLOCK_G)[None, :]
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
-    y = activate(xhat, gamma, beta, SILU)
+    y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
     y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 
@@ -89,7 +89,8 @@ def forward_loop(
     BLOCK_HW: tl.constexpr,
 ):
     """For images too large for registers: three sweeps (mean, variance, result); the second and third read x from L2."""
-    n, first = tl.program_id(0), tl.program_id(1) * OWN
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
@@ -106,7 +107,6 @@ def forward_loop(
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         total += tl.where(ok2, x + shift[None, :], 0.0)
     mean = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
-    # u - mean = x - centre, but subtract in two steps: x + shift first, as the reference does
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
 
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
@@ -119,16 +119,15 @@ def forward_loop(
         total += centred * centred
     variance = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
-    rstd_c = to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]
 
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    gamma *= to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]: y needs gamma * rstd only
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        xhat = ((x + shift[None, :]) - mean_c[None, :]) * rstd_c[None, :]
-        y = activate(xhat, gamma, beta, SILU)
+        y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 

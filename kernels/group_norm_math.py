@@ -18,7 +18,8 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
 
 Memory: an image is the row-major matrix [HW, C], so a tile of whole rows of BLOCK_C neighbouring channels is read in
 16-byte pieces. One program owns one image and one block of whole groups, hence nothing is exchanged between programs
-and every sum has a fixed order: the results are the same bits on every run. All arithmetic is float32.
+and every sum has a fixed order: the results are the same bits on every run. The blocks of one image are neighbours in the
+grid, so that rows narrower than a 128-byte cache line are fetched once. All arithmetic is float32.
 
 Shapes in the comments: BHW = BLOCK_HW pixels, BC = BLOCK_C channels, BG = BLOCK_G groups; the first OWN of the BC channels
 belong to the program, the rest pad to a power of two. Plain floats (eps) are constexpr: compiled code and eager
@@ -66,9 +67,9 @@ def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C: tl.co
 
 
 @triton.jit
-def activate(xhat, gamma, beta, SILU: tl.constexpr):
-    """xhat [BHW, BC] -> y before dropout."""
-    z = xhat * gamma[None, :] + beta[None, :]
+def activate(centred, slope, beta, SILU: tl.constexpr):
+    """centred = u - mean [BHW, BC], slope = gamma * rstd [BC] -> y before dropout."""
+    z = centred * slope[None, :] + beta[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
     return z

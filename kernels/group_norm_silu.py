@@ -109,13 +109,13 @@ def _statistics(x: Tensor, num_groups: int) -> Tensor:
     return torch.empty(x.shape[0], num_groups, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _meta(x: Tensor, num_groups: int, backward: bool):
-    """Tiles, grid and the constants that both kernels of a pass take."""
+def _meta(x: Tensor, num_groups: int, *, backward: bool, dropout: bool):
+    """Whether the image is looped over, the grid, and the constants that both kernels of a pass take."""
     n, c, pixels = x.shape[0], int(x.shape[1]), int(x.shape[2]) * int(x.shape[3])
-    tiles = norm_tiles(c, pixels, num_groups, backward=backward)
+    tiles = norm_tiles(c, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout)
     constants = dict(C=c, HW=pixels, PER_GROUP=c // num_groups, OWN=tiles.channels, BLOCK_C=tiles.block_c,
                      BLOCK_G=tiles.block_g, BLOCK_HW=tiles.block_hw, num_warps=tiles.num_warps)  # fmt: skip
-    return tiles.looped, (n, -(-c // tiles.channels)), constants
+    return tiles.looped, (n * -(-c // tiles.channels),), constants
 
 
 @triton_op("fastdiff_kernels::group_norm_silu", mutates_args={})
@@ -128,7 +128,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scal
     y, mean, rstd = torch.empty_like(x), _statistics(x, num_groups), _statistics(x, num_groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    looped, grid, constants = _meta(x, num_groups, backward=False)
+    looped, grid, constants = _meta(x, num_groups, backward=False, dropout=seed is not None)
     args = (x, weight, bias, shift, scale, offset, seed, y, mean, rstd, stream, threshold_of(dropout_p))
     if looped:
         wrap_triton(forward_loop)[grid](*args, EPS=eps, SILU=silu, **constants)
@@ -149,7 +149,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     dx, dweight, dbias, dshift, dscale, doffset = grads
     if x.numel() == 0:
         return tuple(x.new_empty(0) if g is None else g.zero_() for g in grads)  # ty: ignore[invalid-return-type]
-    looped, grid, constants = _meta(x, num_groups, backward=True)
+    looped, grid, constants = _meta(x, num_groups, backward=True, dropout=seed is not None)
     n, c = x.shape[0], int(x.shape[1])
     part_weight, part_bias = torch.empty(2, n, c, device=x.device, dtype=torch.float32).unbind()
     args = (dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, dx, part_weight, part_bias, dshift, dscale,

@@ -45,22 +45,25 @@ class NormTiles:
     num_warps: int
 
 
-# Float32 elements that one thread of a one-tile kernel holds. Forward: 64 compile to at most 128 registers without a
-# spill on sm_80, sm_90 and sm_100, 128 spill. Backward holds x and dy, hence half. (Counted by bench/aot.py.)
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 64, 32
-LOOP_ELEMENTS = 16  # one chunk's elements a thread: two accumulators and two inputs of 16 stay under 128 registers
+# Elements that one thread of a one-tile kernel holds, as float32. Counted by bench/aot.py: 64 of bf16 x compile to at most
+# 128 registers without a spill on sm_80, sm_90 and sm_100 and 128 spill; 32 where x and dy are held, where x is fp32, and
+# for 8x8 and smaller, where 80 registers in place of 128 let more programs share a multiprocessor.
+TALL_ELEMENTS, ELEMENTS = 64, 32
+# Elements of a chunk a thread in the looped kernels: two accumulators and two inputs of 16 stay under 128 registers, so
+# that two programs of 8 warps share a multiprocessor; Philox needs registers too (171 with 16, 106 with 8).
+LOOP_ELEMENTS, LOOP_ELEMENTS_DROPOUT = 16, 8
 MAX_WARPS = 16
 ONE_HOT = 4096  # entries of the [groups, channels] membership matrix, a few a thread
 
 
-def norm_tiles(channels: int, pixels: int, groups: int, *, backward: bool) -> NormTiles:
+def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backward: bool, dropout: bool) -> NormTiles:
     """Choose the tiles for x of shape (N, channels, H, W) with pixels = H * W; N only sets the number of programs."""
     per_group = channels // groups
     rows = power_of_2(pixels)
     unit = min(channels, lcm(per_group, 8))
     # Width falls with height (32 channels at 32x32, 64 at 16x16, 128 at 8x8): tiles of 8 to 32 k elements, whose rows
     # still fill whole 32-byte sectors; and 2 programs an SM keep x + dy of 32x32x32 tiles (34 MB on H100) within L2.
-    width = max(16, 1024 // isqrt(rows))
+    width = max(16, 2048 // itemsize // isqrt(rows))
 
     def fits(k: int) -> bool:
         block = power_of_2(k * unit)
@@ -70,12 +73,12 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, backward: bool) -> No
     own = min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
     block_c, block_g = max(8, power_of_2(own)), power_of_2(own // per_group)
 
-    per_thread = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
+    per_thread = TALL_ELEMENTS if rows > 64 and itemsize == 2 and not backward else ELEMENTS
     # In the backward only 8x8 and smaller fit: at 16x16 the tile would need 64 elements of both x and dy a thread.
-    largest = 8192 if backward else MAX_WARPS * 32 * FORWARD_ELEMENTS
+    largest = 8192 if backward else MAX_WARPS * 32 * per_thread
     if rows * block_c <= largest:
         num_warps = min(MAX_WARPS, max(4, rows * block_c // (32 * per_thread)))
         return NormTiles(own, block_c, block_g, rows, False, num_warps)
     num_warps = 8 if rows <= 1024 else MAX_WARPS  # above 32x32 one program an SM, to stay within L2
-    block_hw = min(rows, max(1, num_warps * 32 * LOOP_ELEMENTS // block_c))
-    return NormTiles(own, block_c, block_g, block_hw, True, num_warps)
+    chunk = num_warps * 32 * (LOOP_ELEMENTS_DROPOUT if dropout or itemsize > 2 else LOOP_ELEMENTS)
+    return NormTiles(own, block_c, block_g, min(rows, max(1, chunk // block_c)), True, num_warps)
