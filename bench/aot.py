@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `kernels` must be this repository's
@@ -32,7 +33,19 @@ from kernels.launch import norm_tiles, power_of_2
 
 ARCHITECTURES = (80, 90, 100)
 # GroupNorm's (C, H = W) in the DDPM CIFAR-10 U-Net, 32 groups.
-UNET_SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512, 16), (256, 8), (512, 8), (256, 4), (512, 4))
+UNET_SHAPES = (
+    (128, 32),
+    (256, 32),
+    (384, 32),
+    (128, 16),
+    (256, 16),
+    (384, 16),
+    (512, 16),
+    (256, 8),
+    (512, 8),
+    (256, 4),
+    (512, 4),
+)
 # What a call site switches on: plain; the block's first norm with the time embedding; second with dropout; AdaGN with all.
 VARIANTS = {
     "plain": (),
@@ -40,6 +53,7 @@ VARIANTS = {
     "shift": ("shift",),
     "dropout": ("seed",),
     "shift+dropout": ("shift", "seed"),
+    "adagn": ("scale", "offset"),
     "all": ("shift", "scale", "offset", "seed"),
 }
 WIDE = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # pointers whose every access must be 16 bytes
@@ -72,7 +86,15 @@ class Row:
 
 KERNELS = {
     fn.__name__: fn
-    for fn in (forward_tile, forward_loop, backward_tile, backward_loop, column_sums, ema.ema_kernel, adam_ema.adam_ema_kernel)
+    for fn in (
+        forward_tile,
+        forward_loop,
+        backward_tile,
+        backward_loop,
+        column_sums,
+        ema.ema_kernel,
+        adam_ema.adam_ema_kernel,
+    )
 }
 
 
@@ -80,35 +102,61 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
     """Forward and backward of group_norm_silu at one shape."""
     options = VARIANTS[variant]
     for backward in (False, True):
-        tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward, dropout="seed" in options)
+        tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
+                           dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
         kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
-        types = {name: f"*{dtype}" for name in WIDE}
-        types |= {f"{name}_ptr": f"*{dtype}" for name in ("shift", "scale", "offset", "dshift", "dscale", "doffset") if name.removeprefix("d") in options}
+        types = dict.fromkeys(WIDE, f"*{dtype}")
+        types |= {
+            f"{name}_ptr": f"*{dtype}"
+            for name in ("shift", "scale", "offset", "dshift", "dscale", "doffset")
+            if name.removeprefix("d") in options
+        }
         types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
         types |= {"stream": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
-        constants = dict(EPS=1e-6, SILU="none" not in options, C=channels, HW=side * side, PER_GROUP=channels // groups,
-                         OWN=tiles.channels, BLOCK_C=tiles.block_c, BLOCK_G=tiles.block_g, BLOCK_HW=tiles.block_hw)  # fmt: skip
-        yield Job(f"C={channels} {side}x{side} {variant}" + ("" if dtype == "bf16" else f" {dtype}"), kernel, types, constants, tiles.num_warps)
+        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side, "PER_GROUP": channels // groups,
+                         "OWN": tiles.channels, "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
+        yield Job(
+            f"C={channels} {side}x{side} {variant}" + ("" if dtype == "bf16" else f" {dtype}"),
+            kernel,
+            types,
+            constants,
+            tiles.num_warps,
+        )
 
 
 def flat_jobs() -> Iterator[Job]:
     """The kernels over flat buffers, and the column sums of the norm's backward."""
-    buffers = {f"{name}_ptr": "*fp32" for name in ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "lr", "decay", "clip", "step")}
+    buffers = {
+        f"{name}_ptr": "*fp32"
+        for name in ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "lr", "decay", "clip", "step")
+    }
     buffers |= {"half_ptr": "*bf16", "n": "i32"}
     constants = adam_ema.constants(0.9, 0.999, 1e-8, 0.0)
     yield Job("35.7 M parameters", "adam_ema_kernel", buffers, constants, adam_ema.WARPS)
-    yield Job("bf16 gradient, weight decay", "adam_ema_kernel", buffers | {"grad_ptr": "*bf16"}, constants | {"WEIGHT_DECAY": 0.01}, adam_ema.WARPS)
+    yield Job(
+        "bf16 gradient, weight decay",
+        "adam_ema_kernel",
+        buffers | {"grad_ptr": "*bf16"},
+        constants | {"WEIGHT_DECAY": 0.01},
+        adam_ema.WARPS,
+    )
     yield Job("35.7 M parameters", "ema_kernel", buffers, {"BLOCK": ema.BLOCK}, ema.WARPS)
     sums = {f"{name}_ptr": "*fp32" for name in ("part_weight", "part_bias", "dweight", "dbias")} | {"N": "i32"}
     for channels in sorted({c for c, _ in UNET_SHAPES}):
-        yield Job(f"C={channels}", "column_sums", sums, dict(C=channels, BLOCK_N=32, BLOCK_C=min(32, power_of_2(channels))), 4)
+        yield Job(
+            f"C={channels}",
+            "column_sums",
+            sums,
+            {"C": channels, "BLOCK_N": 32, "BLOCK_C": min(32, power_of_2(channels))},
+            4,
+        )
 
 
 def all_jobs() -> list[Job]:
     """Every kernel at every shape of the U-Net, with every combination of options that a call site uses."""
     jobs = [job for channels, side in UNET_SHAPES for variant in VARIANTS for job in norm_jobs(channels, side, variant)]
     jobs += [job for shape in ((384, 32), (128, 16)) for job in norm_jobs(*shape, "all", dtype="fp32")]
-    jobs += [job for job in norm_jobs(128, 64, "shift+dropout")]
+    jobs += list(norm_jobs(128, 64, "shift+dropout"))
     return jobs + list(flat_jobs())
 
 
@@ -118,7 +166,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+)", out)
     if match is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {out!r}")
@@ -170,11 +220,18 @@ def build(job: Job, sm: int) -> Row:
     """Compile one kernel for one architecture."""
     fn = KERNELS[job.kernel]
     types = {name: job.types.get(name, "constexpr") for name in fn.arg_names}
-    if any(name.isupper() and len(name) > 1 and types[name] == "constexpr" and name not in job.constants for name in fn.arg_names):
+    if any(
+        name.isupper() and len(name) > 1 and types[name] == "constexpr" and name not in job.constants
+        for name in fn.arg_names
+    ):
         raise ValueError(f"{job.kernel} needs constants {[n for n in fn.arg_names if n.isupper()]}")
     constants = {name: job.constants.get(name) for name, kind in types.items() if kind == "constexpr"}
     # What the launcher tells the compiler of allocations and of n = 35,746,304 padded to a multiple of 16.
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if types[name].startswith("*") or name == "n"}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(fn.arg_names)
+        if types[name].startswith("*") or name == "n"
+    }
     source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=divisible)
     options = {"num_warps": job.num_warps, "enable_fp_fusion": True}  # a launch's default in Triton 3.9
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
@@ -186,8 +243,21 @@ def build(job: Job, sm: int) -> Row:
     passed = [name for name in fn.arg_names if types[name] != "constexpr"]
     scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr"}
     main = WIDE if WIDE & set(passed) else {name for name in passed if name.endswith("_ptr")} - scalars
-    widths = _accesses(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main}) if job.kernel != "column_sums" else []
-    return Row(job, sm, registers, stack, shared, programs, sum(w == 16 for w in widths), tuple(f"{w} B" for w in widths if w != 16))
+    widths = (
+        _accesses(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main})
+        if job.kernel != "column_sums"
+        else []
+    )
+    return Row(
+        job,
+        sm,
+        registers,
+        stack,
+        shared,
+        programs,
+        sum(w == 16 for w in widths),
+        tuple(f"{w} B" for w in widths if w != 16),
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -210,10 +280,26 @@ def table(rows: list[Row]) -> str:
     ]
     for r in rows:
         c = r.job.constants
-        tile = f"{c['BLOCK_HW']} x {c['OWN']}" if "OWN" in c else str(c.get("BLOCK", f"{c.get('BLOCK_N')} x {c.get('BLOCK_C')}"))
+        tile = (
+            f"{c['BLOCK_HW']} x {c['OWN']}"
+            if "OWN" in c
+            else str(c.get("BLOCK", f"{c.get('BLOCK_N')} x {c.get('BLOCK_C')}"))
+        )
         occupancy = f"{r.programs * r.job.num_warps * 32 / 2048:.0%}"
         width = f"{r.wide} / {r.wide + len(r.narrow)}" if r.wide + len(r.narrow) else "-"
-        cells = (r.job.kernel, r.job.label, r.sm, tile, r.job.num_warps, r.registers, r.stack, r.shared, r.programs, occupancy, width)
+        cells = (
+            r.job.kernel,
+            r.job.label,
+            r.sm,
+            tile,
+            r.job.num_warps,
+            r.registers,
+            r.stack,
+            r.shared,
+            r.programs,
+            occupancy,
+            width,
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -222,15 +308,23 @@ def _build(work: tuple[Job, int]) -> Row:
     return build(*work)
 
 
+def build_all(work: list[tuple[Job, int]]) -> list[Row]:
+    """Compile in as many processes as there are cores; about half a second a binary."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_build, work))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and tabulate registers, spills and access widths.")
-    parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities (default: 80 90 100)")
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel ahead of time and tabulate registers, spills and access widths."
+    )
+    parser.add_argument(
+        "--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities (default: 80 90 100)"
+    )
     parser.add_argument("--only", default="", help="only kernels or cases whose name contains this text")
     parser.add_argument("--print", action="store_true", help="print the table instead of writing bench/results/aot.md")
     args = parser.parse_args()
-    work = [(job, sm) for job in all_jobs() for sm in args.sm if args.only in f"{job.kernel} {job.label}"]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(_build, work))
+    rows = build_all([(job, sm) for job in all_jobs() for sm in args.sm if args.only in f"{job.kernel} {job.label}"])
     text = table(rows)
     if args.print:
         print(text)
@@ -241,7 +335,10 @@ def main() -> int:
         print(f"wrote {path.name}: {len(rows)} binaries")
     broken = [r for r in rows if r.stack or r.narrow]
     for r in broken:
-        print(f"sm_{r.sm} {r.job.kernel} {r.job.label}: stack {r.stack}, narrow accesses {sorted(set(r.narrow))}", file=sys.stderr)
+        print(
+            f"sm_{r.sm} {r.job.kernel} {r.job.label}: stack {r.stack}, narrow accesses {sorted(set(r.narrow))}",
+            file=sys.stderr,
+        )
     return 1 if broken else 0
 
 

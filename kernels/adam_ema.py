@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from kernels.ema import blend
 from kernels.launch import runs_triton
 from kernels.spec import Case, Inputs, KernelSpec
 
@@ -77,7 +78,6 @@ def adam_ema_kernel(
     t = tl.load(step_ptr).to(tl.float32)
     lr = tl.load(lr_ptr).to(tl.float32)
     clip = tl.load(clip_ptr).to(tl.float32)
-    rate = (1.0 - tl.load(decay_ptr)).to(tl.float32)  # in the tensor's own precision: see kernels/ema.py
     correction1 = one_minus_exp(t * RATE1)  # 1 - beta1^t
     correction2 = tl.sqrt_rn(one_minus_exp(t * RATE2))
 
@@ -92,7 +92,7 @@ def adam_ema_kernel(
     if WEIGHT_DECAY != 0.0:
         p = p - lr * WEIGHT_DECAY * p
     p = p - (lr / correction1) * m / (tl.sqrt_rn(v) / correction2 + EPS)
-    ema = ema + rate * (p - ema)
+    ema = blend(ema, p, tl.load(decay_ptr))
 
     tl.store(exp_avg_ptr + i, m, mask=ok)
     tl.store(exp_avg_sq_ptr + i, v, mask=ok)
@@ -104,8 +104,8 @@ def adam_ema_kernel(
 
 def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float | int]:
     """The kernel's compile-time constants; they are fixed for a training run."""
-    return dict(BETA1=beta1, BETA2=beta2, RATE1=-math.log(beta1), RATE2=-math.log(beta2), EPS=eps,
-                WEIGHT_DECAY=weight_decay, BLOCK=BLOCK, num_warps=WARPS)  # fmt: skip
+    return {"BETA1": beta1, "BETA2": beta2, "RATE1": -math.log(beta1), "RATE2": -math.log(beta2), "EPS": eps,
+                "WEIGHT_DECAY": weight_decay, "BLOCK": BLOCK, "num_warps": WARPS}  # fmt: skip
 
 
 @triton_op("fastdiff_kernels::adam_ema_", mutates_args={"param", "exp_avg", "exp_avg_sq", "ema", "half"})
@@ -150,15 +150,17 @@ def adam_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
 
     Raises ValueError for shapes, strides, devices or betas, TypeError for dtypes.
     """
-    state = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema)
+    state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     for name, v in {**state, "grad": grad, **({} if half is None else {"half": half})}.items():
         if v.shape != param.shape or v.device != param.device or not v.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, {tuple(param.shape)} on {param.device} as param, got {tuple(v.shape)} on {v.device}")
+            raise ValueError(
+                f"{name} must be contiguous, {tuple(param.shape)} on {param.device} as param, got {tuple(v.shape)} on {v.device}"
+            )
         if name in state and v.dtype != torch.float32 and (v.dtype != torch.float64 or runs_triton(v)):
             raise TypeError(f"{name} must be float32, got {v.dtype}")
         if not v.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {v.dtype}")
-    for name, v in dict(step=step, lr=lr, decay=decay, clip=clip).items():
+    for name, v in {"step": step, "lr": lr, "decay": decay, "clip": clip}.items():
         if v.numel() != 1 or v.device != param.device:
             raise ValueError(f"{name} must be one element on {param.device}, got {v.numel()} on {v.device}")
         if name != "step" and v.dtype not in (torch.float32, torch.float64):
@@ -172,9 +174,18 @@ def _case(n: int, step: int, *, half: bool = True, **plain: float) -> Case:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         param, grad, exp_avg, exp_avg_sq, ema = torch.randn(5, n, generator=generator).unbind()
         first = 0.0 if step == 1 else 0.1  # the moments are zero before the first step
-        inputs: Inputs = dict(param=param.clone(), grad=grad.to(dtype), exp_avg=exp_avg * first, exp_avg_sq=(exp_avg_sq * first).square())
-        inputs |= dict(ema=ema.clone(), half=torch.zeros(n, dtype=torch.bfloat16) if half else None, step=torch.tensor(step))
-        scalars = dict(lr=2e-4, decay=0.9999, clip=0.7)
+        inputs: Inputs = {
+            "param": param.clone(),
+            "grad": grad.to(dtype),
+            "exp_avg": exp_avg * first,
+            "exp_avg_sq": (exp_avg_sq * first).square(),
+        }
+        inputs |= {
+            "ema": ema.clone(),
+            "half": torch.zeros(n, dtype=torch.bfloat16) if half else None,
+            "step": torch.tensor(step),
+        }
+        scalars = {"lr": 2e-4, "decay": 0.9999, "clip": 0.7}
         return inputs | {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()} | plain
 
     return Case(f"n={n}, step={step}" + "".join(f", {k}={v}" for k, v in plain.items()), make)

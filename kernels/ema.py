@@ -28,6 +28,17 @@ def reference(ema: Tensor, params: Tensor, decay: Tensor) -> None:
 
 
 @triton.jit
+def blend(ema, param, decay):
+    """decay * ema + (1 - decay) * param in float32; decay a scalar in fp32 or fp64.
+
+    1 - decay in the scalar's own precision: exact in fp32 for decay >= 1/2, and fp64 also keeps 0.9999 itself exact. Of two
+    forms the one with the smaller correction is taken, as torch.lerp does, so that decay 0 copies exactly.
+    """
+    step = param - ema
+    return tl.where(decay > 0.5, ema + (1.0 - decay).to(tl.float32) * step, param - decay.to(tl.float32) * step)
+
+
+@triton.jit
 def ema_kernel(
     ema_ptr,  # (n,) fp32, read and written
     param_ptr,  # (n,) fp32, bf16 or fp16
@@ -37,11 +48,9 @@ def ema_kernel(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]; 64 bits: n may exceed 2^31
     ok = i < n  # the last block is ragged
-    # 1 - decay in the tensor's own precision: exact in fp32 for decay >= 1/2, and fp64 also keeps decay itself exact
-    rate = (1.0 - tl.load(decay_ptr)).to(tl.float32)
     ema = tl.load(ema_ptr + i, mask=ok)
     param = tl.load(param_ptr + i, mask=ok).to(tl.float32)
-    tl.store(ema_ptr + i, ema + rate * (param - ema), mask=ok)
+    tl.store(ema_ptr + i, blend(ema, param, tl.load(decay_ptr)), mask=ok)
 
 
 @triton_op("fastdiff_kernels::ema_update_", mutates_args={"ema"})
@@ -70,13 +79,19 @@ def ema_update_(ema: Tensor, params: Tensor, decay: Tensor) -> None:
     Raises ValueError for shapes, strides or devices, TypeError for dtypes. Source of the use: Ho et al., 2020, appendix B (decay 0.9999).
     """
     if ema.shape != params.shape or not (ema.is_contiguous() and params.is_contiguous()):
-        raise ValueError(f"ema and params must be contiguous and of one shape, got {tuple(ema.shape)}, {tuple(params.shape)}")
+        raise ValueError(
+            f"ema and params must be contiguous and of one shape, got {tuple(ema.shape)}, {tuple(params.shape)}"
+        )
     if decay.numel() != 1 or not ema.device == params.device == decay.device:
-        raise ValueError(f"decay must be one element on {ema.device}, as ema and params, got {decay.numel()} on {decay.device}")
+        raise ValueError(
+            f"decay must be one element on {ema.device}, as ema and params, got {decay.numel()} on {decay.device}"
+        )
     if ema.dtype != torch.float32 and (ema.dtype != torch.float64 or runs_triton(ema)):
         raise TypeError(f"ema must be float32, got {ema.dtype}: a narrower average does not move")
     if not params.is_floating_point() or decay.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"params must be floating point and decay float32 or float64, got {params.dtype}, {decay.dtype}")
+        raise TypeError(
+            f"params must be floating point and decay float32 or float64, got {params.dtype}, {decay.dtype}"
+        )
     _update(ema, params, decay)
 
 
@@ -84,7 +99,7 @@ def _case(n: int, decay: float, *, wide: bool = False) -> Case:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         ema, params = torch.randn(2, n, generator=generator).unbind()
         factor = torch.tensor(decay, dtype=torch.float64 if wide else torch.float32)
-        return dict(ema=ema.clone(), params=params.to(dtype), decay=factor)
+        return {"ema": ema.clone(), "params": params.to(dtype), "decay": factor}
 
     return Case(f"n={n}, decay={decay}" + (" in float64" if wide else ""), make)
 

@@ -91,5 +91,3 @@ def dropped(v, seed_ptr, n, pixel, first, stream, threshold, C: tl.constexpr, BL
     if seed_ptr is not None:
         v = v * dropout_factor(seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
     return v
-
-

@@ -109,12 +109,13 @@ def _statistics(x: Tensor, num_groups: int) -> Tensor:
     return torch.empty(x.shape[0], num_groups, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _meta(x: Tensor, num_groups: int, *, backward: bool, dropout: bool):
+def _meta(x: Tensor, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool):
     """Whether the image is looped over, the grid, and the constants that both kernels of a pass take."""
     n, c, pixels = x.shape[0], int(x.shape[1]), int(x.shape[2]) * int(x.shape[3])
-    tiles = norm_tiles(c, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout)
-    constants = dict(C=c, HW=pixels, PER_GROUP=c // num_groups, OWN=tiles.channels, BLOCK_C=tiles.block_c,
-                     BLOCK_G=tiles.block_g, BLOCK_HW=tiles.block_hw, num_warps=tiles.num_warps)  # fmt: skip
+    tiles = norm_tiles(c, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout,
+                       adaptive=adaptive)  # fmt: skip
+    constants = {"C": c, "HW": pixels, "PER_GROUP": c // num_groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
+                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw, "num_warps": tiles.num_warps}  # fmt: skip
     return tiles.looped, (n * -(-c // tiles.channels),), constants
 
 
@@ -128,7 +129,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scal
     y, mean, rstd = torch.empty_like(x), _statistics(x, num_groups), _statistics(x, num_groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    looped, grid, constants = _meta(x, num_groups, backward=False, dropout=seed is not None)
+    switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
+    looped, grid, constants = _meta(x, num_groups, backward=False, **switches)
     args = (x, weight, bias, shift, scale, offset, seed, y, mean, rstd, stream, threshold_of(dropout_p))
     if looped:
         wrap_triton(forward_loop)[grid](*args, EPS=eps, SILU=silu, **constants)
@@ -149,7 +151,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     dx, dweight, dbias, dshift, dscale, doffset = grads
     if x.numel() == 0:
         return tuple(x.new_empty(0) if g is None else g.zero_() for g in grads)  # ty: ignore[invalid-return-type]
-    looped, grid, constants = _meta(x, num_groups, backward=True, dropout=seed is not None)
+    switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
+    looped, grid, constants = _meta(x, num_groups, backward=True, **switches)
     n, c = x.shape[0], int(x.shape[1])
     part_weight, part_bias = torch.empty(2, n, c, device=x.device, dtype=torch.float32).unbind()
     args = (dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, dx, part_weight, part_bias, dshift, dscale,
@@ -159,7 +162,9 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     else:
         wrap_triton(backward_tile)[grid](*args, SILU=silu, **constants)
     block_c = min(32, power_of_2(c))
-    wrap_triton(column_sums)[(-(-c // block_c),)](part_weight, part_bias, dweight, dbias, n, C=c, BLOCK_N=32, BLOCK_C=block_c)
+    wrap_triton(column_sums)[(-(-c // block_c),)](
+        part_weight, part_bias, dweight, dbias, n, C=c, BLOCK_N=32, BLOCK_C=block_c
+    )
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-return-type]
 
 
@@ -262,8 +267,8 @@ def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, extras: tup
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).bfloat16().float()
 
-        inputs: Inputs = dict(x=(draw(n, c, h, w) + 1).to(dtype).to(memory_format=torch.channels_last))
-        inputs |= dict(weight=1 + draw(c) / 4, bias=draw(c) / 4, num_groups=groups)
+        inputs: Inputs = {"x": (draw(n, c, h, w) + 1).to(dtype).to(memory_format=torch.channels_last)}
+        inputs |= {"weight": 1 + draw(c) / 4, "bias": draw(c) / 4, "num_groups": groups}
         inputs |= {key: (draw(n, c) / 2).to(dtype) for key in extras if key != "seed"}
         if "seed" in extras:
             inputs["seed"] = torch.tensor([0x1234_5678_9ABC + n], dtype=torch.int64)
@@ -286,7 +291,9 @@ SPEC = KernelSpec(
     cases=(
         _case("4 channels a group", 2, 128, 8, 8, 32),
         _case("12 channels a group, shift", 2, 96, 16, 16, 8, extras=("shift",)),
-        _case("everything at once", 2, 64, 8, 8, 8, extras=("shift", "scale", "offset", "seed"), dropout_p=0.25, stream=3),
+        _case(
+            "everything at once", 2, 64, 8, 8, 8, extras=("shift", "scale", "offset", "seed"), dropout_p=0.25, stream=3
+        ),
         _case("attention's norm", 1, 64, 16, 16, 32, activation="none", eps=1e-6),
         _case("7x5 pixels, odd channels", 3, 33, 7, 5, 11, extras=("scale", "seed"), dropout_p=0.5),
         _case("one pixel, one image", 1, 96, 1, 1, 2, extras=("shift", "offset")),

@@ -46,8 +46,9 @@ class NormTiles:
 
 
 # Elements that one thread of a one-tile kernel holds, as float32. Counted by bench/aot.py: 64 of bf16 x compile to at most
-# 128 registers without a spill on sm_80, sm_90 and sm_100 and 128 spill; 32 where x and dy are held, where x is fp32, and
-# for 8x8 and smaller, where 80 registers in place of 128 let more programs share a multiprocessor.
+# 128 registers without a spill on sm_80, sm_90 and sm_100 and 128 spill; 32 where x and dy are held, where x is fp32,
+# where dropout and AdaGN come together (64 spill 8 to 24 bytes on sm_100), and for 8x8 and smaller, where 80 registers in
+# place of 128 let more programs share a multiprocessor.
 TALL_ELEMENTS, ELEMENTS = 64, 32
 # Elements of a chunk a thread in the looped kernels: two accumulators and two inputs of 16 stay under 128 registers, so
 # that two programs of 8 warps share a multiprocessor; Philox needs registers too (171 with 16, 106 with 8).
@@ -56,8 +57,12 @@ MAX_WARPS = 16
 ONE_HOT = 4096  # entries of the [groups, channels] membership matrix, a few a thread
 
 
-def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backward: bool, dropout: bool) -> NormTiles:
-    """Choose the tiles for x of shape (N, channels, H, W) with pixels = H * W; N only sets the number of programs."""
+def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backward: bool, dropout: bool = False,
+               adaptive: bool = False) -> NormTiles:  # fmt: skip
+    """Choose the tiles for x of shape (N, channels, H, W), pixels = H * W, itemsize bytes an element of x.
+
+    N only sets the number of programs; dropout and adaptive (scale or offset given) cost registers.
+    """
     per_group = channels // groups
     rows = power_of_2(pixels)
     unit = min(channels, lcm(per_group, 8))
@@ -73,7 +78,8 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
     own = min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
     block_c, block_g = max(8, power_of_2(own)), power_of_2(own // per_group)
 
-    per_thread = TALL_ELEMENTS if rows > 64 and itemsize == 2 and not backward else ELEMENTS
+    tall = rows > 64 and itemsize == 2 and not backward and not (dropout and adaptive)
+    per_thread = TALL_ELEMENTS if tall else ELEMENTS
     # In the backward only 8x8 and smaller fit: at 16x16 the tile would need 64 elements of both x and dy a thread.
     largest = 8192 if backward else MAX_WARPS * 32 * per_thread
     if rows * block_c <= largest:

@@ -45,7 +45,7 @@ def dropout_factor_torch(seed: torch.Tensor, shape: torch.Size, stream: int, p: 
     n, c, h, w = shape
     low = 0xFFFFFFFF
     eights = -(-c // 8)
-    where = dict(device=seed.device, dtype=torch.int64)
+    where = {"device": seed.device, "dtype": torch.int64}
     words = [
         torch.arange(h * w * eights, **where).expand(n, -1),
         torch.arange(n, **where)[:, None].expand(-1, h * w * eights),

@@ -27,7 +27,9 @@ def assert_as_accurate(fused: Tensor, eager: Tensor, exact: Tensor, what: str = 
         return
     f, e = fused.detach().double(), eager.detach().double()
     finite = e.isfinite()
-    assert torch.equal(f.nan_to_num(0, 1, -1)[~finite], e.nan_to_num(0, 1, -1)[~finite]), f"{what}: other non-finite values"
+    assert torch.equal(f.nan_to_num(0, 1, -1)[~finite], e.nan_to_num(0, 1, -1)[~finite]), (
+        f"{what}: other non-finite values"
+    )
     assert torch.equal(f.isnan(), e.isnan()), f"{what}: other NaNs"
     assert torch.equal(f.isfinite(), finite), f"{what}: other infinities"
     f, e, x = f[finite], e[finite], exact.detach()[finite]

@@ -21,7 +21,9 @@ def copy(inputs: Inputs, device: torch.device, wide: bool = False) -> Inputs:
     return {name: one(v) for name, v in inputs.items()}
 
 
-def outcome(spec: KernelSpec, fn: Callable[..., Any], inputs: Inputs, weight: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def outcome(
+    spec: KernelSpec, fn: Callable[..., Any], inputs: Inputs, weight: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Call `fn`, and backward from the sum of its result times `weight` -> what it returned, wrote, and every gradient."""
     names = [name for name in spec.differentiable if inputs.get(name) is not None]
     for name in names:

@@ -57,7 +57,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastdiff_kernels":
-            self.calls.append((func, torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, args)))
+            self.calls.append(
+                (func, torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, args))
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -31,12 +31,32 @@ def test_all_kernels_in_the_interpreter(repo):
 # name -> file, the right text, the wrong one, the tests that must notice
 BUGS = {
     "wrong eps": ("group_norm_forward.py", "variance + EPS", "variance + 2 * EPS", "group_norm_silu and float32"),
-    "missing group": ("group_norm_math.py", "== group[:, None]  # [BG, BC] one-hot", "== group[:, None] + 1  # [BG, BC] one-hot", "group_norm_silu and 12"),
-    "stale dropout mask": ("group_norm_backward.py", "first, stream, threshold", "first, stream + 1, threshold", "group_norm_silu and everything"),
+    "missing group": (
+        "group_norm_math.py",
+        "== group[:, None]  # [BG, BC] one-hot",
+        "== group[:, None] + 1  # [BG, BC] one-hot",
+        "group_norm_silu and 12",
+    ),
+    "stale dropout mask": (
+        "group_norm_backward.py",
+        "first, stream, threshold",
+        "first, stream + 1, threshold",
+        "group_norm_silu and everything",
+    ),
     "stale padding mask": ("group_norm_forward.py", "if BLOCK_HW != HW:", "if False:", "group_norm_silu and 7x5"),
-    "forgotten images": ("group_norm_backward.py", "range(0, N, BLOCK_N)", "range(BLOCK_N, N, BLOCK_N)", "group_norm_silu"),
+    "forgotten images": (
+        "group_norm_backward.py",
+        "range(0, N, BLOCK_N)",
+        "range(BLOCK_N, N, BLOCK_N)",
+        "group_norm_silu",
+    ),
     "no bias correction": ("adam_ema.py", "(lr / correction1)", "lr", "adam_ema"),
-    "1 - beta2 in float32": ("adam_ema.py", "(1.0 - BETA2) * (g * g)", "(1.0 - tl.full([1], BETA2, tl.float32)) * (g * g)", "adam_ema"),
+    "1 - beta2 in float32": (
+        "adam_ema.py",
+        "(1.0 - BETA2) * (g * g)",
+        "(1.0 - tl.full([1], BETA2, tl.float32)) * (g * g)",
+        "adam_ema",
+    ),
     "ragged end": ("ema.py", "ok = i < n ", "ok = i < n - 1 ", "ema_update"),
 }
 
@@ -45,7 +65,9 @@ BUGS = {
 def test_a_planted_bug_fails_the_contract(name, repo, tmp_path):
     file, right, wrong, selection = BUGS[name]
     shutil.copytree(repo / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(repo / "tests" / "kernels", tmp_path / "tests" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        repo / "tests" / "kernels", tmp_path / "tests" / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for path in ("tests/conftest.py", "tests/numerics.py", "pyproject.toml"):
         shutil.copy(repo / path, tmp_path / path)
     text = (tmp_path / "kernels" / file).read_text()
