@@ -3,8 +3,8 @@
     python bench/aot.py                     writes bench/results/aot.md
     python bench/aot.py --sm 90 --print     to the terminal, one architecture
 
-Two promises are checked: no kernel spills (stack 0), and every access of x, y, dx, dy (for the flat kernels: of every buffer)
-moves 16 bytes a thread. Exits 1 if one is broken.
+Two promises are checked: no kernel spills (stack 0), and every access of x, y, dx, dy (for the flat kernels: of
+every buffer) moves 16 bytes a thread. Exits 1 if one is broken.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,7 +46,7 @@ UNET_SHAPES = (
     (256, 4),
     (512, 4),
 )
-# What a call site switches on: plain; the block's first norm with the time embedding; second with dropout; AdaGN with all.
+# What a call site switches on: SiLU alone, nothing (attention's norm), the time embedding, dropout, AdaGN, everything.
 VARIANTS = {
     "plain": (),
     "none": ("none",),
@@ -66,7 +66,7 @@ class Job:
     label: str
     kernel: str
     types: dict[str, str]  # argument -> "*bf16", "i32", ...; absent ones are constants
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     num_warps: int
 
 
@@ -113,8 +113,9 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         }
         types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
         types |= {"stream": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
-        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side, "PER_GROUP": channels // groups,
-                         "OWN": tiles.channels, "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
+        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side,
+                     "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
+                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
         yield Job(
             f"C={channels} {side}x{side} {variant}" + ("" if dtype == "bf16" else f" {dtype}"),
             kernel,
@@ -186,7 +187,8 @@ def _width(instruction: str) -> int:
 def _accesses(ptx: str, wanted: set[int]) -> list[int]:
     """Widths of the global loads and stores whose address derives from one of the kernel's pointer parameters `wanted`.
 
-    PTX is in static single assignment but for loop-carried registers, so following definitions backwards finds the parameters.
+    PTX is in static single assignment but for loop-carried registers, so following definitions backwards
+    finds the parameters.
     """
     parents: dict[str, set[str]] = {}
     origin: dict[str, int] = {}
@@ -237,7 +239,7 @@ def build(job: Job, sm: int) -> Row:
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    # Registers are given out in units of 8 a thread; a multiprocessor has 65,536, 2048 threads (and sm_80 164 KiB shared).
+    # Registers come in units of 8 a thread; a multiprocessor has 65,536, and 2048 threads, and (sm_80) 160 KiB shared.
     threads = 32 * job.num_warps
     programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 163_840 // max(shared, 1), 32)
     passed = [name for name in fn.arg_names if types[name] != "constexpr"]
@@ -262,18 +264,21 @@ def build(job: Job, sm: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown document."""
-    spills, narrow = [r for r in rows if r.stack], [r for r in rows if r.narrow]
+    spills = sum(r.stack > 0 for r in rows)
     wide = sum(r.wide for r in rows)
+    accesses = wide + sum(len(r.narrow) for r in rows)
     lines = [
         "# Kernels compiled ahead of time",
         "",
-        f"Written by `python bench/aot.py` with triton {triton.__version__}; {len(rows)} binaries. Without a GPU these are counts, not times.",
+        f"Written by `python bench/aot.py` with triton {triton.__version__}: {len(rows)} binaries.",
+        "Compiled without a GPU: counts, not times.",
         "",
-        f"- kernels with a stack frame (spills): {len(spills)} of {len(rows)}",
-        f"- 16-byte accesses of x, y, dx, dy and of the flat buffers: {wide} of {wide + sum(len(r.narrow) for r in rows)}",
+        f"- kernels with a stack frame (spills): {spills} of {len(rows)}",
+        f"- 16-byte accesses of x, y, dx, dy and of the flat buffers: {wide} of {accesses}",
         "",
-        "Tile is pixels x channels a program holds or sweeps in chunks; programs is how many a multiprocessor holds at once (registers, threads and",
-        "shared memory), occupancy the share of its 2048 threads; width counts 16-byte accesses in the code over all of the main tensors.",
+        "Tile: pixels x channels that a program holds, or sweeps in chunks. Programs: how many a multiprocessor holds",
+        "at once, by registers, threads and shared memory. Occupancy: their share of its 2048 threads. Width: 16-byte",
+        "accesses of the main tensors in the code, of all.",
         "",
         "| kernel | case | sm | tile | warps | registers | stack | shared, B | programs | occupancy | width |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -1,3 +1,4 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """Gradient clipping, AdamW, EMA and the bf16 weights for the next forward in one pass: 38 bytes a parameter.
 
     g <- clip * grad
@@ -6,9 +7,10 @@
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     ema <- ema + (1 - decay) (p - ema)           half <- bf16(p)
 
-Kingma and Ba, 2015 (Adam); Loshchilov and Hutter, 2019 (AdamW: decoupled decay; 0 makes it Adam). Read p, grad, m, v, ema
-and write p, m, v, ema in float32 (36 bytes) and half (2): done one after the other these steps move 58. Weights, moments and average stay
-in float32; each element is computed by one thread in a fixed order, so two runs agree bit for bit.
+Kingma and Ba, 2015 (Adam); Loshchilov and Hutter, 2019 (AdamW: decoupled decay; 0 makes it Adam). The pass reads p,
+grad, m, v, ema and writes p, m, v, ema in float32 (36 bytes) and half in bf16 (2); one after the other, clip (12),
+Adam (28), average (12) and cast (6) move 58. Weights, moments and average stay in float32, as bf16 would swallow small
+steps. One thread computes an element, in a fixed order: two runs agree bit for bit.
 """
 
 import math
@@ -47,7 +49,7 @@ def reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
 
 @triton.jit
 def one_minus_exp(u):
-    """1 - exp(-u) for u >= 0 in float32 to 1e-6 relative; the plain difference loses 4 digits at u = 1e-3 (Adam's step 1)."""
+    """1 - exp(-u) for u >= 0 in float32, to 1e-6 relative: the plain difference loses 4 digits at u = 1e-3 (step 1)."""
     series = u * (1 - u / 2 * (1 - u / 3 * (1 - u / 4 * (1 - u / 5 * (1 - u / 6)))))  # error below u^6 / 5040
     return tl.where(u < 0.25, series, 1 - tl.exp(-u))
 
@@ -135,7 +137,8 @@ def adam_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
               eps: float = 1e-8, weight_decay: float = 0.0) -> None:  # fmt: skip
     """One optimizer step over flat buffers, in place.
 
-    param, exp_avg, exp_avg_sq, ema   (n,) fp32, contiguous, not overlapping; the moments start as zeros, ema as a copy of param
+    param, exp_avg, exp_avg_sq, ema   (n,) fp32, contiguous, not overlapping; the moments start as zeros, ema
+                  as a copy of param
     grad          (n,) fp32, bf16 or fp16, contiguous; read only
     half          (n,) bf16 or fp16 copy of the new param, written; or None
     step          t = 1 at the first update (any integer or floating dtype), raised by the caller; exact up to 2^24
@@ -145,8 +148,8 @@ def adam_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     beta1, beta2  in (0, 1)
     weight_decay  decoupled, as torch.optim.AdamW's
 
-    step, lr, decay and clip are tensors of one element on the same device (floating ones fp32 or fp64), so that a captured CUDA graph reads
-    what the trainer writes there.
+    step, lr, decay and clip are tensors of one element on the same device (floating ones fp32 or fp64), so that a
+    captured CUDA graph reads what the trainer writes there.
 
     Raises ValueError for shapes, strides, devices or betas, TypeError for dtypes.
     """
@@ -154,7 +157,8 @@ def adam_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     for name, v in {**state, "grad": grad, **({} if half is None else {"half": half})}.items():
         if v.shape != param.shape or v.device != param.device or not v.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous, {tuple(param.shape)} on {param.device} as param, got {tuple(v.shape)} on {v.device}"
+                f"{name} must be contiguous and {tuple(param.shape)} on {param.device}, as param; "
+                f"got {tuple(v.shape)} on {v.device}"
             )
         if name in state and v.dtype != torch.float32 and (v.dtype != torch.float64 or runs_triton(v)):
             raise TypeError(f"{name} must be float32, got {v.dtype}")

@@ -1,10 +1,11 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """The exponential moving average of the weights, one launch for the whole model.
 
     ema <- ema + (1 - decay) * (param - ema)
 
 An elementwise kernel does 3 flops for 12 bytes (read ema and param, write ema), so memory sets its time; a loop over a
-model's few hundred parameters would spend more time on launches. Hence the flat buffers: all parameters of a model are views into one
-1-D tensor, and so are their averages.
+model's few hundred parameters would spend more time on launches. Hence the flat buffers: all parameters of a model are
+views into one 1-D tensor, and so are their averages.
 
 The update is in float32: in bf16 (8 bits) an average at decay 0.9999 would never move.
 """
@@ -31,8 +32,8 @@ def reference(ema: Tensor, params: Tensor, decay: Tensor) -> None:
 def blend(ema, param, decay):
     """decay * ema + (1 - decay) * param in float32; decay a scalar in fp32 or fp64.
 
-    1 - decay in the scalar's own precision: exact in fp32 for decay >= 1/2, and fp64 also keeps 0.9999 itself exact. Of two
-    forms the one with the smaller correction is taken, as torch.lerp does, so that decay 0 copies exactly.
+    1 - decay in the scalar's own precision: exact in fp32 for decay >= 1/2, and fp64 keeps 0.9999 itself exact too. Of
+    two forms the one with the smaller correction is taken, as torch.lerp does, so that decay 0 copies exactly.
     """
     step = param - ema
     return tl.where(decay > 0.5, ema + (1.0 - decay).to(tl.float32) * step, param - decay.to(tl.float32) * step)
@@ -74,9 +75,10 @@ def ema_update_(ema: Tensor, params: Tensor, decay: Tensor) -> None:
 
     ema     (n,) fp32, contiguous
     params  (n,) fp32, bf16 or fp16, contiguous, not overlapping ema
-    decay   one element on the same device, fp32 or fp64, in [0, 1]; a tensor, so that a captured CUDA graph can warm it up
+    decay   one element on the same device, fp32 or fp64, in [0, 1]; a tensor, so that a captured graph can warm it up
 
-    Raises ValueError for shapes, strides or devices, TypeError for dtypes. Source of the use: Ho et al., 2020, appendix B (decay 0.9999).
+    Raises ValueError for shapes, strides or devices, TypeError for dtypes. Source: Ho et al., 2020, appendix B, which
+    takes decay 0.9999.
     """
     if ema.shape != params.shape or not (ema.is_contiguous() and params.is_contiguous()):
         raise ValueError(

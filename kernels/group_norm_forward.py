@@ -1,3 +1,4 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """group_norm_silu, forward: the formulas and names are those of kernels/group_norm_math.py."""
 
 import triton
@@ -91,7 +92,7 @@ def forward_loop(
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
 ):
-    """For images too large for registers: three sweeps (mean, variance, result); the second and third read x from L2."""
+    """Images too large for registers: three sweeps (mean, variance, result), of which two read x from L2."""
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]

@@ -1,3 +1,4 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """The mathematics that group_norm_silu's forward and backward kernels share, one tile at a time.
 
 For image n, channel c of group g, pixel p (HW of them), with m = HW * channels per group:
@@ -18,12 +19,12 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
 
 Memory: an image is the row-major matrix [HW, C], so a tile of whole rows of BLOCK_C neighbouring channels is read in
 16-byte pieces. One program owns one image and one block of whole groups, hence nothing is exchanged between programs
-and every sum has a fixed order: the results are the same bits on every run. The blocks of one image are neighbours in the
-grid, so that rows narrower than a 128-byte cache line are fetched once. All arithmetic is float32.
+and every sum has a fixed order: the results are the same bits on every run. The blocks of one image are neighbours in
+the grid, so that a 128-byte cache line shared by two blocks is fetched once. All arithmetic is float32.
 
-Shapes in the comments: BHW = BLOCK_HW pixels, BC = BLOCK_C channels, BG = BLOCK_G groups; the first OWN of the BC channels
-belong to the program, the rest pad to a power of two. Plain floats (eps) are constexpr: compiled code and eager
-code would otherwise pass them in different precisions (float64 and float32).
+Shapes in the comments: BHW = BLOCK_HW pixels, BC = BLOCK_C channels, BG = BLOCK_G groups; the first OWN of the BC
+channels belong to the program, the rest pad to a power of two. Plain floats (eps) are constexpr: compiled code and
+eager code would otherwise pass them in different precisions (float64 and float32).
 """
 
 import triton

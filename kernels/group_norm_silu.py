@@ -1,11 +1,12 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """GroupNorm, SiLU and what stands around them in a U-Net, as one operator: read x once, write y once.
 
     y = dropout(silu(group_norm(x + shift) * (1 + scale) + offset))
 
-`shift` (N, C) is the time embedding of a DDPM block (and a convolution's bias), `scale` and `offset` (N, C) are adaptive
-group norm (Dhariwal and Nichol, 2021). Stock PyTorch under torch.compile moves about 32 bytes an element in the
-backward of a channels_last GroupNorm; this operator needs 6, and 4 in the forward (bf16). The kernels and their formulas are in
-group_norm_math.py, group_norm_forward.py and group_norm_backward.py.
+`shift` (N, C) is the time embedding of a DDPM block (and a convolution's bias), `scale` and `offset` (N, C) are
+adaptive group norm (Dhariwal and Nichol, 2021). Stock PyTorch under torch.compile moves about 32 bytes an element in
+the backward of a channels_last GroupNorm; this operator needs 6, and 4 in the forward (bf16). The formulas are in
+group_norm_math.py, the kernels in group_norm_forward.py and group_norm_backward.py.
 """
 
 from typing import Literal
@@ -24,9 +25,10 @@ Activation = Literal["silu", "none"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *, shift: Tensor | None = None,
-              scale: Tensor | None = None, offset: Tensor | None = None, activation: Activation = "silu",
-              dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0) -> Tensor:  # fmt: skip
+def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
+              shift: Tensor | None = None, scale: Tensor | None = None, offset: Tensor | None = None,
+              activation: Activation = "silu", dropout_p: float = 0.0, seed: Tensor | None = None,
+              stream: int = 0) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, step by step in x's dtype; differentiable, any device, any strides."""
 
     def per_image(v: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     grads = [torch.empty_like(v) if v is not None else None for v in (x, weight, bias, shift, scale, offset)]
     dx, dweight, dbias, dshift, dscale, doffset = grads
     if x.numel() == 0:
-        return tuple(x.new_empty(0) if g is None else g.zero_() for g in grads)  # ty: ignore[invalid-return-type]
+        return tuple(x.new_empty(0) if g is None else g.zero_() for g in grads)  # ty: ignore[invalid-explicit-return]
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
     looped, grid, constants = _meta(x, num_groups, backward=True, **switches)
     n, c = x.shape[0], int(x.shape[1])
@@ -165,7 +167,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     wrap_triton(column_sums)[(-(-c // block_c),)](
         part_weight, part_bias, dweight, dbias, n, C=c, BLOCK_N=32, BLOCK_C=block_c
     )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-return-type]
+    return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]
 
 
 @_forward.register_fake
@@ -210,18 +212,18 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     eps         added to the variance
     shift, scale, offset   (N, C), any floating dtype, each optional
     activation  "silu" or "none"
-    dropout_p   in [0, 1); needs `seed`, an int64 tensor of one element on x's device, so that a captured CUDA graph can
-                draw a new mask by writing to it. The mask is a pure function of (seed, stream, position), drawn again in the
-                backward and never stored; the CPU path draws the same one
+    dropout_p   in [0, 1); needs `seed`, an int64 tensor of one element on x's device, so that a captured graph can
+                draw a new mask by writing to it. The mask is a pure function of (seed, stream, position), drawn again
+                in the backward and never stored; the CPU path draws the same one
     stream      0 <= stream < 2^31: layers that share one seed take different streams
 
-    Returns y with x's shape, strides and dtype. Statistics and sums are float32 and have a fixed order: two runs agree bit for bit.
-    Under autocast nothing is cast: y has x's dtype (torch.nn.functional.group_norm would return float32 on CUDA).
+    Returns y with x's shape, strides and dtype. Statistics and sums are float32 in a fixed order: two runs agree bit
+    for bit. Under autocast nothing is cast: y has x's dtype (torch.nn.functional.group_norm would return float32 on CUDA).
 
-    On CUDA it runs Triton and raises if that fails; on a CPU it runs PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
+    On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
 
-    Raises ValueError for shapes, strides or values outside the above (a contiguous NCHW x is refused: converting it would hide a
-    copy in every call), TypeError for dtypes.
+    Raises ValueError for shapes, strides or values outside the above (a contiguous NCHW x is refused: converting it
+    would hide a copy in every call), TypeError for dtypes.
     """
     _check(x, weight, bias, num_groups, shift, scale, offset, activation, dropout_p, seed, stream)
     rows = [v if v is None else v.contiguous() for v in (shift, scale, offset)]  # halves of a chunk() are strided
@@ -239,8 +241,8 @@ def _check(x, weight, bias, num_groups, shift, scale, offset, activation, dropou
         raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype} on {x.device}")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"x of shape {tuple(x.shape)} must be channels_last, got strides {x.stride()}; convert the model and its input "
-            "once with .to(memory_format=torch.channels_last)"
+            f"x of shape {tuple(x.shape)} must be channels_last, got strides {x.stride()}; convert the model and "
+            "its input once with .to(memory_format=torch.channels_last)"
         )
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"num_groups must divide the {c} channels of x, got {num_groups}")

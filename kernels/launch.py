@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import isqrt, lcm
 
 import torch
-import triton
+from triton import knobs
 
 # With TRITON_INTERPRET=1 in the environment before the first import of triton, `triton.jit` builds interpreted kernels.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 
 def runs_triton(x: torch.Tensor) -> bool:
@@ -45,10 +45,10 @@ class NormTiles:
     num_warps: int
 
 
-# Elements that one thread of a one-tile kernel holds, as float32. Counted by bench/aot.py: 64 of bf16 x compile to at most
-# 128 registers without a spill on sm_80, sm_90 and sm_100 and 128 spill; 32 where x and dy are held, where x is fp32,
-# where dropout and AdaGN come together (64 spill 8 to 24 bytes on sm_100), and for 8x8 and smaller, where 80 registers in
-# place of 128 let more programs share a multiprocessor.
+# Elements that one thread of a one-tile kernel holds, as float32. Counted by bench/aot.py: 64 of bf16 x compile to at
+# most 128 registers without a spill on sm_80, sm_90 and sm_100, and 128 spill; 32 where x and dy are held, where x is
+# fp32, where dropout and AdaGN come together (64 spill 8 to 24 bytes on sm_100), and for 8x8 and smaller, where 80
+# registers in place of 128 let more programs share a multiprocessor.
 TALL_ELEMENTS, ELEMENTS = 64, 32
 # Elements of a chunk a thread in the looped kernels: two accumulators and two inputs of 16 stay under 128 registers, so
 # that two programs of 8 warps share a multiprocessor; Philox needs registers too (171 with 16, 106 with 8).

@@ -1,8 +1,9 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """Dropout's random bits: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
 A counter-based generator is a pure function (key, counter) -> 128 bits, so the backward pass draws the forward's mask
-again instead of loading it. One call serves 8 neighbouring channels of a pixel with 16 bits each: a call an element would
-cost more time than the memory traffic of the norm. 7 rounds are the fewest that pass BigCrush.
+again instead of loading it. One call serves 8 neighbouring channels of a pixel with 16 bits each: a call an element
+would cost more time than the memory traffic of the norm. 7 rounds are the fewest that pass BigCrush.
 
     key     = seed (64 bits)
     counter = (pixel * ceil(C / 8) + channel // 8, image, stream, 0)
@@ -27,7 +28,7 @@ def threshold_of(p: float) -> int:
 def dropout_factor(seed_ptr, image, pixel, first_channel, stream, threshold, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """0 where an element is dropped and 1 / (1 - p) where it is kept, for one tile.
 
-    seed_ptr int64 [1]; image and first_channel (a multiple of 8) scalars; pixel int32 [BHW]; returns float32 [BHW, BLOCK_C].
+    seed_ptr int64 [1]; image and first_channel (a multiple of 8) scalars; pixel int32 [BHW]; -> float32 [BHW, BLOCK_C].
     """
     rows: tl.constexpr = pixel.shape[0]
     eights: tl.constexpr = (C + 7) // 8
@@ -45,12 +46,11 @@ def dropout_factor_torch(seed: torch.Tensor, shape: torch.Size, stream: int, p: 
     n, c, h, w = shape
     low = 0xFFFFFFFF
     eights = -(-c // 8)
-    where = {"device": seed.device, "dtype": torch.int64}
     words = [
-        torch.arange(h * w * eights, **where).expand(n, -1),
-        torch.arange(n, **where)[:, None].expand(-1, h * w * eights),
-        torch.full((n, h * w * eights), stream, **where),
-        torch.zeros((n, h * w * eights), **where),
+        torch.arange(h * w * eights, device=seed.device).expand(n, -1),
+        torch.arange(n, device=seed.device)[:, None].expand(-1, h * w * eights),
+        seed.new_full((n, h * w * eights), stream),
+        seed.new_zeros((n, h * w * eights)),
     ]
     key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
     for _ in range(ROUNDS.value):

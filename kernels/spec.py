@@ -28,7 +28,7 @@ class KernelSpec:
     dtypes          dtypes of the main input
     differentiable  argument names whose gradients are compared (those that a case leaves as None are skipped)
     mutates         argument names that the op writes in place, in the order in which they are compared
-    min_bytes       inputs -> (forward, backward) bytes that any implementation must move; backward 0 where there is none
+    min_bytes       inputs -> (forward, backward) bytes that any implementation must move; backward 0 if there is none
     """
 
     name: str

@@ -24,7 +24,7 @@ def copy(inputs: Inputs, device: torch.device, wide: bool = False) -> Inputs:
 def outcome(
     spec: KernelSpec, fn: Callable[..., Any], inputs: Inputs, weight: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Call `fn`, and backward from the sum of its result times `weight` -> what it returned, wrote, and every gradient."""
+    """Call `fn`, and backward from the sum of its result times `weight` -> results, what it wrote, every gradient."""
     names = [name for name in spec.differentiable if inputs.get(name) is not None]
     for name in names:
         inputs[name].requires_grad_()
@@ -50,5 +50,6 @@ def check(spec: KernelSpec, inputs: Inputs, device: torch.device, *, fn: Callabl
     exact = outcome(spec, spec.reference, copy(inputs, device, wide=True), weight)
     assert fused.keys() == exact.keys()
     for name, value in fused.items():
-        assert value.dtype == eager[name].dtype and value.device.type == device.type
+        assert value.dtype == eager[name].dtype
+        assert value.device.type == device.type
         assert_as_accurate(value, eager[name], exact[name].double(), f"{spec.name}: {name}")

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU: no spills, and 16 bytes an access. `python bench/aot.py` covers every shape."""
+"""What the compiler makes of the kernels, without a GPU: no spills, 16-byte accesses (all shapes: bench/aot.py)."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_no_spills_and_wide_accesses(compiled):
 
 
 def test_a_spill_and_a_narrow_access_are_noticed(compiled):
-    """The counters count: a tile that is too large for its warps spills, and 3 channels a row cannot be read 16 bytes at a time."""
+    """The counters count: a tile too large for its warps spills; rows of 99 channels are not 16-byte aligned."""
     forward, _ = aot.norm_jobs(128, 32, "plain")
     crowded = aot.Job(forward.label, forward.kernel, forward.types, forward.constants, num_warps=4)
     assert aot.build(crowded, 90).stack > 0

@@ -8,7 +8,7 @@ from tests.numerics import assert_as_accurate
 
 
 def test_a_thousand_slow_steps_converge_as_the_formula_says(device):
-    """At decay 0.9999 each step moves the average by 1e-4 of the distance, below bf16's resolution of the value itself."""
+    """At decay 0.9999 a step moves the average by 1e-4 of the distance, below bf16's resolution of the value."""
     ema, params = torch.ones(100, device=device), torch.full((100,), 2.0, device=device)
     decay = torch.tensor(0.9999, dtype=torch.float64, device=device)
     eager = ema.clone()

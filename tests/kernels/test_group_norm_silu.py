@@ -60,7 +60,7 @@ def test_edges_of_the_shapes(n, c, h, w, groups, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("c, side", [(128, 32), (256, 32), (384, 32), (512, 16), (256, 8), (512, 4)])
+@pytest.mark.parametrize(("c", "side"), [(128, 32), (256, 32), (384, 32), (512, 16), (256, 8), (512, 4)])
 def test_unet_shapes_at_batch_128(c, side):
     case = _case("unet", 128, c, side, side, 32, extras=("shift", "seed"), dropout_p=0.1)
     check(SPEC, case.make(torch.bfloat16, torch.Generator().manual_seed(0)), torch.device("cuda"))
@@ -68,7 +68,7 @@ def test_unet_shapes_at_batch_128(c, side):
 
 @pytest.mark.gpu
 def test_compiled_weight_gradient_with_4_channels_a_group(compiled):
-    """PyTorch issue 140913: stock group_norm under compile gave a silently wrong weight gradient for exactly this case."""
+    """PyTorch issue 140913: stock group_norm under compile gave a silently wrong weight gradient in this case."""
     case = _case("issue 140913", 128, 128, 32, 32, 32)
     fn = torch.compile(lambda **inputs: group_norm_silu(**inputs), fullgraph=True)
     check(SPEC, case.make(torch.bfloat16, torch.Generator().manual_seed(0)), torch.device("cuda"), fn=fn)

@@ -1,4 +1,4 @@
-"""The tests of this folder once more with the Triton kernels in the interpreter; and kernels with planted bugs must fail them."""
+"""The tests of this folder once more with the Triton kernels in the interpreter; planted bugs must fail them."""
 
 import os
 import re
