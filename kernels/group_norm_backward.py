@@ -60,16 +60,15 @@ def backward_tile(
     ok = (local < OWN) & (channel < C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
     ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
-    base = n.to(tl.int64) * (HW * C) + first  # a 64-bit scalar (N * HW * C may exceed 2^31) plus 32-bit offsets
-    at = pixel[:, None] * C + local[None, :]  # [BHW, BC]
+    at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
     at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
     rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     shift = per_image(shift_ptr, n, channel, ok, C)
 
-    x = tl.load(x_ptr + base + at, mask=ok2, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + base + at, mask=ok2, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=ok2, other=0.0).to(tl.float32)
     dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
     xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
     gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
@@ -81,7 +80,7 @@ def backward_tile(
     mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
     mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
     dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
-    tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
     if dshift_ptr is not None:
         dshift = tl.sum(tl.where(ok2, dx, 0.0), 0)
         tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)
@@ -123,7 +122,7 @@ def backward_loop(
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
     row = tl.arange(0, BLOCK_HW)  # [BHW]
-    base = n.to(tl.int64) * (HW * C) + first
+    base = n.to(tl.int64) * (HW * C)
     at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
     rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
@@ -137,9 +136,9 @@ def backward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = pixel[:, None] * C + local[None, :]
-        x = tl.load(x_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dy = tl.load(dy_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
@@ -156,14 +155,14 @@ def backward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = pixel[:, None] * C + local[None, :]
-        x = tl.load(x_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dy = tl.load(dy_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
         dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
-        tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
         if dshift_ptr is not None:
             sum_dx += tl.where(ok2, dx, 0.0)
     if dshift_ptr is not None:

@@ -39,9 +39,8 @@ def forward_tile(
     ok = (local < OWN) & (channel < C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
     ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
-    base = n.to(tl.int64) * (HW * C) + first  # a 64-bit scalar (N * HW * C may exceed 2^31) plus 32-bit offsets
-    at = pixel[:, None] * C + local[None, :]  # [BHW, BC]
-    u = tl.load(x_ptr + base + at, mask=ok2, other=0.0).to(tl.float32)
+    at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
+    u = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
     if shift_ptr is not None:
         u += per_image(shift_ptr, n, channel, ok, C)[None, :]  # 0 in padding channels
         if BLOCK_HW != HW:
@@ -59,7 +58,7 @@ def forward_tile(
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
     y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
-    tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
@@ -99,7 +98,7 @@ def forward_loop(
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
     row = tl.arange(0, BLOCK_HW)  # [BHW]
-    base = n.to(tl.int64) * (HW * C) + first
+    base = n.to(tl.int64) * (HW * C)
     shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
     m: tl.constexpr = HW * PER_GROUP
 
@@ -107,8 +106,8 @@ def forward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = pixel[:, None] * C + local[None, :]
-        x = tl.load(x_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         total += tl.where(ok2, x + shift[None, :], 0.0)
     mean = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
@@ -117,8 +116,8 @@ def forward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = pixel[:, None] * C + local[None, :]
-        x = tl.load(x_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         centred = tl.where(ok2, (x + shift[None, :]) - mean_c[None, :], 0.0)
         total += centred * centred
     variance = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m
@@ -129,11 +128,11 @@ def forward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = pixel[:, None] * C + local[None, :]
-        x = tl.load(x_ptr + base + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
-        tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)

@@ -218,7 +218,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     stream      0 <= stream < 2^31: layers that share one seed take different streams
 
     Returns y with x's shape, strides and dtype. Statistics and sums are float32 in a fixed order: two runs agree bit
-    for bit. Under autocast nothing is cast: y has x's dtype (torch.nn.functional.group_norm would return float32 on CUDA).
+    for bit. Under autocast nothing is cast: y has x's dtype (PyTorch's own group_norm returns float32 on CUDA).
 
     On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
 
