@@ -156,7 +156,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
     looped, grid, constants = _meta(x, num_groups, backward=True, **switches)
     n, c = x.shape[0], int(x.shape[1])
-    part_weight, part_bias = torch.empty(2, n, c, device=x.device, dtype=torch.float32).unbind()
+    # Two allocations, not two views of one: Inductor would copy each view back into its base after the kernel.
+    part_weight, part_bias = (torch.empty(n, c, device=x.device, dtype=torch.float32) for _ in range(2))
     args = (dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, dx, part_weight, part_bias, dshift, dscale,
             doffset, stream, threshold_of(dropout_p))  # fmt: skip
     if looped:
