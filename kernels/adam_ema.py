@@ -25,8 +25,8 @@ from kernels.ema import blend
 from kernels.launch import runs_triton
 from kernels.spec import Case, Inputs, KernelSpec
 
-# 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes), under 64 registers, so that
-# 8 programs an SM keep enough loads in flight.
+# 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes); 70 registers, so that 7
+# programs an SM keep enough loads in flight.
 BLOCK, WARPS = 1024, 4
 
 

@@ -67,7 +67,8 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
     rows = power_of_2(pixels)
     unit = min(channels, lcm(per_group, 8))
     # Width falls with height (32 channels at 32x32, 64 at 16x16, 128 at 8x8): tiles of 8 to 32 k elements, whose rows
-    # still fill whole 32-byte sectors; and 2 programs an SM keep x + dy of 32x32x32 tiles (34 MB on H100) within L2.
+    # still fill whole 32-byte sectors. x + dy of a 32x32x32 tile are 128 KiB: 2 programs an SM (34 MB on H100) are well
+    # within L2, the 3 that 80 registers allow (51 MB) just about: measure on a GPU.
     width = max(16, 2048 // itemsize // isqrt(rows))
 
     def fits(k: int) -> bool:
