@@ -1,0 +1,351 @@
+"""Compile every kernel ahead of time for sm_80, sm_90 and sm_100 (no GPU needed) and tabulate what ptxas made of it.
+
+    python bench/aot.py                     writes bench/results/aot.md
+    python bench/aot.py --sm 90 --print     to the terminal, one architecture
+
+Two promises are checked: no kernel spills (stack 0), and every access of x, y, dx, dy (for the flat kernels: of
+every buffer) moves 16 bytes a thread. Exits 1 if one is broken.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `kernels` must be this repository's
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import adam_ema, ema
+from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
+from kernels.group_norm_forward import forward_loop, forward_tile
+from kernels.launch import norm_tiles, power_of_2
+
+ARCHITECTURES = (80, 90, 100)
+# GroupNorm's (C, H = W) in the DDPM CIFAR-10 U-Net, 32 groups.
+UNET_SHAPES = (
+    (128, 32),
+    (256, 32),
+    (384, 32),
+    (128, 16),
+    (256, 16),
+    (384, 16),
+    (512, 16),
+    (256, 8),
+    (512, 8),
+    (256, 4),
+    (512, 4),
+)
+# What a call site switches on: SiLU alone, nothing (attention's norm), the time embedding, dropout, AdaGN, everything.
+VARIANTS = {
+    "plain": (),
+    "none": ("none",),
+    "shift": ("shift",),
+    "dropout": ("seed",),
+    "shift+dropout": ("shift", "seed"),
+    "adagn": ("scale", "offset"),
+    "all": ("shift", "scale", "offset", "seed"),
+}
+WIDE = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # pointers whose every access must be 16 bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel, its argument types and constants, as Triton's ahead-of-time compiler wants them."""
+
+    label: str
+    kernel: str
+    types: dict[str, str]  # argument -> "*bf16", "i32", ...; absent ones are constants
+    constants: Mapping[str, object]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out. `narrow` lists the accesses of the main tensors that are not 16 bytes wide."""
+
+    job: Job
+    sm: int
+    registers: int
+    stack: int
+    shared: int
+    programs: int  # resident on one multiprocessor
+    wide: int
+    narrow: tuple[str, ...]
+
+
+KERNELS = {
+    fn.__name__: fn
+    for fn in (
+        forward_tile,
+        forward_loop,
+        backward_tile,
+        backward_loop,
+        column_sums,
+        ema.ema_kernel,
+        adam_ema.adam_ema_kernel,
+    )
+}
+
+
+def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", groups: int = 32) -> Iterator[Job]:
+    """Forward and backward of group_norm_silu at one shape."""
+    options = VARIANTS[variant]
+    for backward in (False, True):
+        tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
+                           dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
+        kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
+        types = dict.fromkeys(WIDE, f"*{dtype}")
+        types |= {
+            f"{name}_ptr": f"*{dtype}"
+            for name in ("shift", "scale", "offset", "dshift", "dscale", "doffset")
+            if name.removeprefix("d") in options
+        }
+        types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
+        types |= {"stream": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
+        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side,
+                     "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
+                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
+        yield Job(
+            f"C={channels} {side}x{side} {variant}" + ("" if dtype == "bf16" else f" {dtype}"),
+            kernel,
+            types,
+            constants,
+            tiles.num_warps,
+        )
+
+
+def flat_jobs() -> Iterator[Job]:
+    """The kernels over flat buffers, and the column sums of the norm's backward."""
+    buffers = {
+        f"{name}_ptr": "*fp32"
+        for name in ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "lr", "decay", "clip", "step")
+    }
+    buffers |= {"half_ptr": "*bf16", "n": "i32"}
+    constants = adam_ema.constants(0.9, 0.999, 1e-8, 0.0)
+    yield Job("35.7 M parameters", "adam_ema_kernel", buffers, constants, adam_ema.WARPS)
+    yield Job(
+        "bf16 gradient, weight decay",
+        "adam_ema_kernel",
+        buffers | {"grad_ptr": "*bf16"},
+        constants | {"WEIGHT_DECAY": 0.01},
+        adam_ema.WARPS,
+    )
+    yield Job("35.7 M parameters", "ema_kernel", buffers, {"BLOCK": ema.BLOCK}, ema.WARPS)
+    sums = {f"{name}_ptr": "*fp32" for name in ("part_weight", "part_bias", "dweight", "dbias")} | {"N": "i32"}
+    for channels in sorted({c for c, _ in UNET_SHAPES}):
+        yield Job(
+            f"C={channels}",
+            "column_sums",
+            sums,
+            {"C": channels, "BLOCK_N": 32, "BLOCK_C": min(32, power_of_2(channels))},
+            4,
+        )
+
+
+def all_jobs() -> list[Job]:
+    """Every kernel at every shape of the U-Net, with every combination of options that a call site uses."""
+    jobs = [job for channels, side in UNET_SHAPES for variant in VARIANTS for job in norm_jobs(channels, side, variant)]
+    jobs += [job for shape in ((384, 32), (128, 16)) for job in norm_jobs(*shape, "all", dtype="fp32")]
+    jobs += list(norm_jobs(128, 64, "shift+dropout"))
+    return jobs + list(flat_jobs())
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and stack bytes, as cuobjdump reads them from the binary."""
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {out!r}")
+    return int(match[1]), int(match[2])
+
+
+def _width(instruction: str) -> int:
+    """Bytes that one thread moves by a PTX access such as ld.global.v4.b32."""
+    vector = re.search(r"\.v(\d)", instruction)
+    bits = re.search(r"\.[bufs](\d+)$", instruction)
+    assert bits is not None, instruction
+    return (int(vector[1]) if vector else 1) * int(bits[1]) // 8
+
+
+def _accesses(ptx: str, wanted: set[int]) -> list[int]:
+    """Widths of the global loads and stores whose address derives from one of the kernel's pointer parameters `wanted`.
+
+    PTX is in static single assignment but for loop-carried registers, so following definitions backwards
+    finds the parameters.
+    """
+    parents: dict[str, set[str]] = {}
+    origin: dict[str, int] = {}
+    uses: list[tuple[str, int]] = []
+    for line in ptx.splitlines():
+        code = line.split("//")[0].strip().removesuffix(";")
+        code = re.sub(r"^@!?%p\d+\s+", "", code)
+        access = re.match(r"((?:ld|st)\.global[.\w:]*)\s", code)
+        if access:
+            address = re.search(r"\[\s*(%\w+)", code)
+            assert address is not None, code
+            uses.append((address[1], _width(re.sub(r"\.L\d::\w+", "", access[1]))))
+        if parameter := re.match(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]", code):
+            origin[parameter[1]] = int(parameter[2])
+        elif not access and (registers := re.findall(r"%rd\d+", code)):
+            parents.setdefault(registers[0], set()).update(registers[1:])
+    widths = []
+    for register, width in uses:
+        seen, stack = set(), [register]
+        while stack:
+            r = stack.pop()
+            if r not in seen:
+                seen.add(r)
+                stack.extend(parents.get(r, ()))
+        if wanted & {origin[r] for r in seen if r in origin}:
+            widths.append(width)
+    return widths
+
+
+def build(job: Job, sm: int) -> Row:
+    """Compile one kernel for one architecture."""
+    fn = KERNELS[job.kernel]
+    types = {name: job.types.get(name, "constexpr") for name in fn.arg_names}
+    if any(
+        name.isupper() and len(name) > 1 and types[name] == "constexpr" and name not in job.constants
+        for name in fn.arg_names
+    ):
+        raise ValueError(f"{job.kernel} needs constants {[n for n in fn.arg_names if n.isupper()]}")
+    constants = {name: job.constants.get(name) for name, kind in types.items() if kind == "constexpr"}
+    # What the launcher tells the compiler of allocations and of n = 35,746,304 padded to a multiple of 16.
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(fn.arg_names)
+        if types[name].startswith("*") or name == "n"
+    }
+    source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=divisible)
+    options = {"num_warps": job.num_warps, "enable_fp_fusion": True}  # a launch's default in Triton 3.9
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    # Registers come in units of 8 a thread; a multiprocessor has 65,536, and 2048 threads, and (sm_80) 160 KiB shared.
+    threads = 32 * job.num_warps
+    programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 163_840 // max(shared, 1), 32)
+    passed = [name for name in fn.arg_names if types[name] != "constexpr"]
+    scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr"}
+    main = WIDE if WIDE & set(passed) else {name for name in passed if name.endswith("_ptr")} - scalars
+    widths = (
+        _accesses(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main})
+        if job.kernel != "column_sums"
+        else []
+    )
+    return Row(
+        job,
+        sm,
+        registers,
+        stack,
+        shared,
+        programs,
+        sum(w == 16 for w in widths),
+        tuple(f"{w} B" for w in widths if w != 16),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown document."""
+    spills = sum(r.stack > 0 for r in rows)
+    wide = sum(r.wide for r in rows)
+    accesses = wide + sum(len(r.narrow) for r in rows)
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        f"Written by `python bench/aot.py` with triton {triton.__version__}: {len(rows)} binaries.",
+        "Compiled without a GPU: counts, not times.",
+        "",
+        f"- kernels with a stack frame (spills): {spills} of {len(rows)}",
+        f"- 16-byte accesses of x, y, dx, dy and of the flat buffers: {wide} of {accesses}",
+        "",
+        "Tile: pixels x channels that a program holds, or sweeps in chunks. Programs: how many a multiprocessor holds",
+        "at once, by registers, threads and shared memory. Occupancy: their share of its 2048 threads. Width: 16-byte",
+        "accesses of the main tensors in the code, of all.",
+        "",
+        "| kernel | case | sm | tile | warps | registers | stack | shared, B | programs | occupancy | width |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        c = r.job.constants
+        tile = (
+            f"{c['BLOCK_HW']} x {c['OWN']}"
+            if "OWN" in c
+            else str(c.get("BLOCK", f"{c.get('BLOCK_N')} x {c.get('BLOCK_C')}"))
+        )
+        occupancy = f"{r.programs * r.job.num_warps * 32 / 2048:.0%}"
+        width = f"{r.wide} / {r.wide + len(r.narrow)}" if r.wide + len(r.narrow) else "-"
+        cells = (
+            r.job.kernel,
+            r.job.label,
+            r.sm,
+            tile,
+            r.job.num_warps,
+            r.registers,
+            r.stack,
+            r.shared,
+            r.programs,
+            occupancy,
+            width,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _build(work: tuple[Job, int]) -> Row:
+    return build(*work)
+
+
+def build_all(work: list[tuple[Job, int]]) -> list[Row]:
+    """Compile in as many processes as there are cores; about half a second a binary."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_build, work))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel ahead of time and tabulate registers, spills and access widths."
+    )
+    parser.add_argument(
+        "--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities (default: 80 90 100)"
+    )
+    parser.add_argument("--only", default="", help="only kernels or cases whose name contains this text")
+    parser.add_argument("--print", action="store_true", help="print the table instead of writing bench/results/aot.md")
+    args = parser.parse_args()
+    rows = build_all([(job, sm) for job in all_jobs() for sm in args.sm if args.only in f"{job.kernel} {job.label}"])
+    text = table(rows)
+    if args.print:
+        print(text)
+    else:
+        path = Path(__file__).parent / "results" / "aot.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path.name}: {len(rows)} binaries")
+    broken = [r for r in rows if r.stack or r.narrow]
+    for r in broken:
+        print(
+            f"sm_{r.sm} {r.job.kernel} {r.job.label}: stack {r.stack}, narrow accesses {sorted(set(r.narrow))}",
+            file=sys.stderr,
+        )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
+"""group_norm_silu, backward: the formulas and names are those of kernels/group_norm_math.py."""
+
+import triton
+import triton.language as tl
+
+from kernels.group_norm_math import affine, dropped, grad_z, group_sum, per_image, to_channels
+
+
+@triton.jit
+def _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
+                n, channel, ok, C: tl.constexpr):  # fmt: skip
+    """Write what follows from A and B [BC]: the images' shares of dweight and dbias, and dscale and doffset."""
+    at = n.to(tl.int64) * C + channel
+    one_plus = 1.0 + per_image(scale_ptr, n, channel, ok, C)
+    tl.store(part_weight_ptr + at, a * one_plus, mask=ok)
+    tl.store(part_bias_ptr + at, b * one_plus, mask=ok)
+    if dscale_ptr is not None:
+        weight = tl.load(weight_ptr + channel, mask=ok, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, mask=ok, other=0.0).to(tl.float32)
+        tl.store(dscale_ptr + at, (weight * a + bias * b).to(dscale_ptr.dtype.element_ty), mask=ok)
+    if doffset_ptr is not None:
+        tl.store(doffset_ptr + at, b.to(doffset_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def backward_tile(
+    dy_ptr,  # (N, HW, C) like x
+    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    shift_ptr,  # (N, C) or None
+    scale_ptr,  # (N, C) or None
+    offset_ptr,  # (N, C) or None
+    seed_ptr,  # (1,) int64 or None
+    mean_ptr,  # (N, C / PER_GROUP) fp32
+    rstd_ptr,  # (N, C / PER_GROUP) fp32
+    dx_ptr,  # (N, HW, C) like x
+    part_weight_ptr,  # (N, C) fp32: summed over N by column_sums
+    part_bias_ptr,  # (N, C) fp32
+    dshift_ptr,  # (N, C) like shift, or None
+    dscale_ptr,  # (N, C) like scale, or None
+    doffset_ptr,  # (N, C) like offset, or None
+    stream,
+    threshold,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+):
+    """Small images: x and dy stay in registers, 6 bytes an element in bf16."""
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
+    local = tl.arange(0, BLOCK_C)  # [BC]
+    channel = first + local  # [BC]
+    ok = (local < OWN) & (channel < C)  # [BC]
+    pixel = tl.arange(0, BLOCK_HW)  # [BHW]
+    ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
+    at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
+    at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
+    mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
+    rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    shift = per_image(shift_ptr, n, channel, ok, C)
+
+    x = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=ok2, other=0.0).to(tl.float32)
+    dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+    xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
+    gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
+    a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
+    _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
+                n, channel, ok, C)  # fmt: skip
+
+    m: tl.constexpr = HW * PER_GROUP
+    mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
+    mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
+    dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+    if dshift_ptr is not None:
+        dshift = tl.sum(tl.where(ok2, dx, 0.0), 0)
+        tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def backward_loop(
+    dy_ptr,  # (N, HW, C) like x
+    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    shift_ptr,  # (N, C) or None
+    scale_ptr,  # (N, C) or None
+    offset_ptr,  # (N, C) or None
+    seed_ptr,  # (1,) int64 or None
+    mean_ptr,  # (N, C / PER_GROUP) fp32
+    rstd_ptr,  # (N, C / PER_GROUP) fp32
+    dx_ptr,  # (N, HW, C) like x
+    part_weight_ptr,  # (N, C) fp32: summed over N by column_sums
+    part_bias_ptr,  # (N, C) fp32
+    dshift_ptr,  # (N, C) like shift, or None
+    dscale_ptr,  # (N, C) like scale, or None
+    doffset_ptr,  # (N, C) like offset, or None
+    stream,
+    threshold,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+):
+    """Large images in two sweeps over chunks of pixels: first A and B, then dx, re-reading x and dy from L2."""
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
+    local = tl.arange(0, BLOCK_C)  # [BC]
+    channel = first + local  # [BC]
+    ok = (local < OWN) & (channel < C)  # [BC]
+    row = tl.arange(0, BLOCK_HW)  # [BHW]
+    base = n.to(tl.int64) * (HW * C)
+    at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
+    mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
+    rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    # A thread holds 8 channels of every per-channel number here, so the fewer the better: xhat = x * rstd + centre.
+    centre = (per_image(shift_ptr, n, channel, ok, C) - mean) * rstd
+
+    # Sums stay one per (row, channel) until the end of the sweep: no exchange between threads inside the loop.
+    sum_a = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    sum_b = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    for i in range(0, HW, BLOCK_HW):
+        pixel = i + row
+        ok2 = (pixel < HW)[:, None] & ok[None, :]
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        xhat = x * rstd[None, :] + centre[None, :]
+        gz = grad_z(xhat, dy, gamma, beta, SILU)
+        sum_a += gz * xhat
+        sum_b += gz
+    a, b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)  # [BC]
+    _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
+                n, channel, ok, C)  # fmt: skip
+
+    m: tl.constexpr = HW * PER_GROUP
+    mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
+    mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
+    sum_dx = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    for i in range(0, HW, BLOCK_HW):
+        pixel = i + row
+        ok2 = (pixel < HW)[:, None] & ok[None, :]
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        xhat = x * rstd[None, :] + centre[None, :]
+        gz = grad_z(xhat, dy, gamma, beta, SILU)
+        dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+        if dshift_ptr is not None:
+            sum_dx += tl.where(ok2, dx, 0.0)
+    if dshift_ptr is not None:
+        dshift = tl.sum(sum_dx, 0)
+        tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def column_sums(
+    part_weight_ptr,  # (N, C) fp32
+    part_bias_ptr,  # (N, C) fp32
+    dweight_ptr,  # (C,) like weight
+    dbias_ptr,  # (C,) like bias
+    N,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dweight and dbias from the images' shares: a second small kernel in place of atomics, so the order is fixed."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
+    row = tl.arange(0, BLOCK_N)  # [BN]
+    weight = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    bias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for i in range(0, N, BLOCK_N):
+        ok = (i + row < N)[:, None] & (channel < C)[None, :]
+        at = (i + row).to(tl.int64)[:, None] * C + channel[None, :]
+        weight += tl.load(part_weight_ptr + at, mask=ok, other=0.0)
+        bias += tl.load(part_bias_ptr + at, mask=ok, other=0.0)
+    tl.store(dweight_ptr + channel, tl.sum(weight, 0).to(dweight_ptr.dtype.element_ty), mask=channel < C)
+    tl.store(dbias_ptr + channel, tl.sum(bias, 0).to(dbias_ptr.dtype.element_ty), mask=channel < C)

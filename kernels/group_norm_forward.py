@@ -1,0 +1,141 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
+"""group_norm_silu, forward: the formulas and names are those of kernels/group_norm_math.py."""
+
+import triton
+import triton.language as tl
+
+from kernels.group_norm_math import activate, affine, dropped, group_sum, per_image, to_channels
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def forward_tile(
+    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    shift_ptr,  # (N, C) or None
+    scale_ptr,  # (N, C) or None
+    offset_ptr,  # (N, C) or None
+    seed_ptr,  # (1,) int64 or None: no dropout
+    y_ptr,  # (N, HW, C) like x
+    mean_ptr,  # (N, C / PER_GROUP) fp32
+    rstd_ptr,  # (N, C / PER_GROUP) fp32
+    stream,
+    threshold,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+):
+    """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16)."""
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
+    local = tl.arange(0, BLOCK_C)  # [BC]
+    channel = first + local  # [BC]
+    ok = (local < OWN) & (channel < C)  # [BC]
+    pixel = tl.arange(0, BLOCK_HW)  # [BHW]
+    ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
+    at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
+    u = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        u += per_image(shift_ptr, n, channel, ok, C)[None, :]  # 0 in padding channels
+        if BLOCK_HW != HW:
+            u = tl.where((pixel < HW)[:, None], u, 0.0)
+
+    # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
+    m: tl.constexpr = HW * PER_GROUP
+    mean = group_sum(tl.sum(u, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
+    centred = u - to_channels(mean, local, PER_GROUP, BLOCK_G)[None, :]
+    if BLOCK_HW != HW:
+        centred = tl.where((pixel < HW)[:, None], centred, 0.0)
+    variance = group_sum(tl.sum(centred * centred, 0), local, PER_GROUP, BLOCK_G) / m
+    rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
+
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
+    y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+
+    group = tl.arange(0, BLOCK_G)
+    in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
+    at_group = n * (C // PER_GROUP) + first // PER_GROUP + group
+    tl.store(mean_ptr + at_group, mean, mask=in_block)
+    tl.store(rstd_ptr + at_group, rstd, mask=in_block)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def forward_loop(
+    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    shift_ptr,  # (N, C) or None
+    scale_ptr,  # (N, C) or None
+    offset_ptr,  # (N, C) or None
+    seed_ptr,  # (1,) int64 or None: no dropout
+    y_ptr,  # (N, HW, C) like x
+    mean_ptr,  # (N, C / PER_GROUP) fp32
+    rstd_ptr,  # (N, C / PER_GROUP) fp32
+    stream,
+    threshold,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+):
+    """Images too large for registers: three sweeps (mean, variance, result), of which two read x from L2."""
+    blocks: tl.constexpr = (C + OWN - 1) // OWN
+    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
+    local = tl.arange(0, BLOCK_C)  # [BC]
+    channel = first + local  # [BC]
+    ok = (local < OWN) & (channel < C)  # [BC]
+    row = tl.arange(0, BLOCK_HW)  # [BHW]
+    base = n.to(tl.int64) * (HW * C)
+    shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
+    m: tl.constexpr = HW * PER_GROUP
+
+    total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    for i in range(0, HW, BLOCK_HW):
+        pixel = i + row
+        ok2 = (pixel < HW)[:, None] & ok[None, :]
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        total += tl.where(ok2, x + shift[None, :], 0.0)
+    mean = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
+    mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
+
+    total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    for i in range(0, HW, BLOCK_HW):
+        pixel = i + row
+        ok2 = (pixel < HW)[:, None] & ok[None, :]
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        centred = tl.where(ok2, (x + shift[None, :]) - mean_c[None, :], 0.0)
+        total += centred * centred
+    variance = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m
+    rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
+
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    gamma *= to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]: y needs gamma * rstd only
+    for i in range(0, HW, BLOCK_HW):
+        pixel = i + row
+        ok2 = (pixel < HW)[:, None] & ok[None, :]
+        at = base + (pixel[:, None] * C + channel[None, :])
+        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
+        y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+
+    group = tl.arange(0, BLOCK_G)
+    in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
+    at_group = n * (C // PER_GROUP) + first // PER_GROUP + group
+    tl.store(mean_ptr + at_group, mean, mask=in_block)
+    tl.store(rstd_ptr + at_group, rstd, mask=in_block)

@@ -1,0 +1,58 @@
+"""What the compiler makes of the kernels, without a GPU: no spills, 16-byte accesses (all shapes: bench/aot.py)."""
+
+import pytest
+
+from bench import aot
+
+# Both extremes of height and of channels a group, the 12-channel groups; with nothing and with everything switched on.
+SHAPES = ((128, 32), (384, 32), (512, 16), (512, 8), (512, 4))
+
+
+def test_no_spills_and_wide_accesses(compiled):
+    jobs = [job for shape in SHAPES for variant in ("plain", "all") for job in aot.norm_jobs(*shape, variant)]
+    jobs += [job for shape in ((128, 32), (256, 16)) for job in aot.norm_jobs(*shape, "shift+dropout")]
+    jobs += [job for job in aot.flat_jobs() if job.kernel != "column_sums" or job.label == "C=384"]
+    work = [(job, 90) for job in jobs]
+    work += [(job, sm) for job in jobs if job.label in ("C=128 32x32 all", "C=384 32x32 plain") for sm in (80, 100)]
+    rows = aot.build_all(work)
+    assert {(r.job.label, r.sm, r.stack) for r in rows if r.stack} == set()
+    assert {(r.job.label, r.sm, r.narrow) for r in rows if r.narrow} == set()
+    assert all(r.wide >= 2 for r in rows if r.job.kernel != "column_sums")
+    # two programs of 8 warps share a multiprocessor's 65,536 registers
+    assert all(r.registers <= 128 for r in rows if r.job.kernel == "backward_loop"), "the backward halves its occupancy"
+
+
+def test_a_spill_and_a_narrow_access_are_noticed(compiled):
+    """The counters count: a tile too large for its warps spills; rows of 99 channels are not 16-byte aligned."""
+    forward, _ = aot.norm_jobs(128, 32, "plain")
+    crowded = aot.Job(forward.label, forward.kernel, forward.types, forward.constants, num_warps=4)
+    assert aot.build(crowded, 90).stack > 0
+    odd = aot.Job(
+        "odd", forward.kernel, forward.types, forward.constants | {"C": 99, "PER_GROUP": 3, "OWN": 24, "BLOCK_G": 8}, 16
+    )
+    assert aot.build(odd, 90).narrow
+
+
+def test_the_committed_table_is_clean(repo):
+    text = (repo / "bench" / "results" / "aot.md").read_text()
+    assert "kernels with a stack frame (spills): 0 of" in text
+    wide, total = text.split("flat buffers: ")[1].split("\n")[0].split(" of ")
+    assert wide == total
+
+
+def test_every_unet_shape_is_in_the_table(repo):
+    text = (repo / "bench" / "results" / "aot.md").read_text()
+    for channels, side in aot.UNET_SHAPES:
+        for sm in aot.ARCHITECTURES:
+            for variant in aot.VARIANTS:
+                rows = [
+                    line for line in text.splitlines() if f"| C={channels} {side}x{side} {variant} | {sm} |" in line
+                ]
+                assert len(rows) == 2, (channels, side, sm, variant)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "width"), [("ld.global.v4.b32", 16), ("st.global.b16", 2), ("ld.global.L1::evict_last.v4.b32", 16)]
+)
+def test_width_of_an_access(instruction, width):
+    assert aot._width(instruction.replace(".L1::evict_last", "")) == width

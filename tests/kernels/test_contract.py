@@ -1,0 +1,93 @@
+"""What every kernel with a SPEC must do."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import REGISTRY
+from tests.kernels.contract import check, copy, outcome
+
+CASES = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{str(dtype).removeprefix('torch.')}")
+    for spec in REGISTRY.values()
+    for case in spec.cases
+    for dtype in spec.dtypes
+]
+SPECS = [pytest.param(spec, id=name) for name, spec in REGISTRY.items()]
+
+
+def drawn(case, dtype):
+    return case.make(dtype, torch.Generator().manual_seed(0))
+
+
+def test_every_kernel_is_registered(repo):
+    assert sorted(REGISTRY) == ["adam_ema", "ema_update", "group_norm_silu"]
+    assert kernels.__file__ == str(repo / "kernels" / "__init__.py")
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
+def test_values_and_gradients(spec, case, dtype, device):
+    check(spec, drawn(case, dtype), device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_two_runs_agree_bit_for_bit(spec, device):
+    inputs = drawn(spec.cases[1], spec.dtypes[0])
+    weight = None if spec.mutates else torch.ones_like(next(iter(inputs.values())))
+    first, second = (outcome(spec, spec.op, copy(inputs, device), weight) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bytes_are_counted(spec):
+    forward, backward = spec.min_bytes(drawn(spec.cases[0], spec.dtypes[0]))
+    assert forward > 0
+    assert (backward > forward) == bool(spec.differentiable)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of this package's custom ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastdiff_kernels":
+            self.calls.append(
+                (func, torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, args))
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_opcheck(spec, device):
+    """Schema, fake rule, autograd registration and AOT dispatch of the op and, if it has one, of its backward."""
+    case = next((c for c in spec.cases if c.name == "everything at once"), spec.cases[1])
+    inputs = drawn(case, torch.float32)
+    weight = None if spec.mutates else torch.ones_like(next(iter(inputs.values())))
+    with Recorder() as recorder:
+        outcome(spec, spec.op, copy(inputs, device), weight)
+    assert len(recorder.calls) == (2 if spec.differentiable else 1)
+    for i, (op, args) in enumerate(recorder.calls):
+        if i == 0 and spec.differentiable:
+            args = [v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in args]
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if not kernels.launch.INTERPRETED:  # tracing cannot look into an interpreted kernel
+            tests.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(op, tuple(args), test_utils=tests)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_without_a_graph_break_or_recompile(spec, device, compiled):
+    """fullgraph raises at a break; the second run, with other values, must reuse the first one's code."""
+    case = next((c for c in spec.cases if c.name == "everything at once"), spec.cases[1])
+    fn = torch.compile(lambda **inputs: spec.op(**inputs), fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(spec, case.make(torch.float32, torch.Generator().manual_seed(0)), device, fn=fn)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            check(spec, case.make(torch.float32, torch.Generator().manual_seed(1)), device, fn=fn)
