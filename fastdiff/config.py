@@ -114,6 +114,9 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
 
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """GroupNorm+SiLU, Adam and EMA by our fused Triton kernels or by PyTorch; `auto`: triton on CUDA, torch on CPU."""
+
     log_every: int = 100
     """Steps between metric rows; the only moments in which the host reads a value of the device."""
     save_every: int = 10_000
@@ -232,6 +235,6 @@ RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
-        "loader", "device", "compile", "run_root",
+        "loader", "device", "compile", "kernels", "run_root",
     }
 )  # fmt: skip

@@ -7,15 +7,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
-    """GroupNorm, then SiLU unless `silu` is false: (N, C, H, W) -> (N, C, H, W).
+class GroupNorm(nn.GroupNorm):
+    """Parameters of a norm that `group_norm_silu` applies; `fused` chooses the Triton kernel."""
 
-    Every norm of the network comes through here, so that one line chooses its implementation. Autocast runs the norm in
-    float32; the result is cast back to the dtype of x.
+    fused = False
+
+
+def group_norm_silu(x: Tensor, norm: GroupNorm, *, silu: bool = True, shift: Tensor | None = None) -> Tensor:
+    """GroupNorm of x + shift, then SiLU unless `silu` is false: (N, C, H, W) -> (N, C, H, W), in the dtype of x.
+
+    Every norm of the network comes through here, so that one line chooses its implementation. Statistics are float32
+    under autocast too.
+
+    Args:
+        x: (N, C, H, W), in channels_last memory.
+        norm: weight, bias, groups and eps.
+        shift: (N, C), added to every pixel first.
     """
+    if norm.fused:
+        activation = "silu" if silu else "none"
+        return kernels.group_norm_silu(
+            x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, activation=activation
+        )
+    if shift is not None:
+        x = x + shift[:, :, None, None]
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -58,19 +78,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(groups, c_in, eps)
+        self.norm_1 = GroupNorm(groups, c_in, eps)
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.embedding = nn.Linear(c_embedding, c_out)
-        self.norm_2 = nn.GroupNorm(groups, c_out, eps)
+        self.norm_2 = GroupNorm(groups, c_out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (N, c_in, H, W); embedding: (N, c_embedding), already through SiLU. Returns (N, c_out, H, W)."""
-        h = self.conv_1(group_norm_silu(x, self.norm_1))
-        h = h + self.embedding(embedding)[:, :, None, None]
-        h = self.conv_2(self.dropout(group_norm_silu(h, self.norm_2)))
+        h, shift = group_norm_silu(x, self.norm_1), self.embedding(embedding)
+        if self.norm_2.fused:  # its kernel adds the convolution's bias too, which is then not a pass of its own
+            h, shift = F.conv2d(h, self.conv_1.weight, padding=1), shift + self.conv_1.bias
+        else:
+            h = self.conv_1(h)
+        h = self.conv_2(self.dropout(group_norm_silu(h, self.norm_2, shift=shift)))
         return self.shortcut(x) + h
 
 
@@ -79,7 +102,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm = GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastdiff.config import UNetConfig
 from fastdiff.nets.layers import (
     Downsample,
+    GroupNorm,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
@@ -106,9 +107,19 @@ class UNet(nn.Module):
             self.up.append(UpStage(blocks, [attention(width, level) for _ in ins], upsample))
             c = width
 
-        self.norm_out = nn.GroupNorm(groups, c, eps)
+        self.norm_out = GroupNorm(groups, c, eps)
         self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
+
+    def use_kernels(self, kind: str) -> "UNet":
+        """Run the norms by the fused Triton kernel (`triton`; on a CPU its PyTorch reference) or by PyTorch (`torch`).
+
+        Weights, their names and the result up to rounding stay the same. Returns the network itself.
+        """
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.fused = {"triton": True, "torch": False}[kind]
+        return self
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict from noised images.

@@ -32,13 +32,21 @@ class EMA:
         self._weights: list[Tensor] = list(model.parameters())
         self._buffers, self._source_buffers = list(self.model.buffers()), list(model.buffers())
 
+    def next_decay(self) -> float:
+        """Count one more update, and return its decay."""
+        self.updates += 1
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self) -> None:
         """Take the model's current weights into the average; a few launches, whatever the number of parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = self.next_decay()
         weights = [w.to(a.dtype) for w, a in zip(self._weights, self._averages, strict=True)]
         torch._foreach_lerp_(self._averages, weights, weight=1.0 - decay)
+        self.copy_buffers()
+
+    def copy_buffers(self) -> None:
+        """Take over the model's buffers as they are."""
         for mine, theirs in zip(self._buffers, self._source_buffers, strict=True):
             mine.copy_(theirs)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastdiff.diffusion.objectives import Objective
-from fastdiff.training.ema import EMA
-from fastdiff.training.optim import learning_rate
+from fastdiff.training.optim import Update, learning_rate
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -39,8 +39,7 @@ class TrainStep:
     Args:
         model: the network, its weights float32 in channels_last memory.
         objective: gives the loss.
-        optimizer: updates the model's parameters.
-        ema: follows the model.
+        update: clips, updates the weights and their average.
         lr, warmup_steps: the learning rate's peak and linear rise.
         grad_clip: largest global gradient norm.
         seed, rank: with the step's number, all that its randomness depends on.
@@ -52,8 +51,7 @@ class TrainStep:
         self,
         model: nn.Module,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA,
+        update: Update,
         *,
         lr: float,
         warmup_steps: int,
@@ -63,7 +61,7 @@ class TrainStep:
         bf16: bool,
         compile: bool,
     ) -> None:
-        self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
+        self.model, self.objective, self.update = model, objective, update
         self.lr, self.warmup_steps, self.grad_clip = lr, warmup_steps, grad_clip
         self.seed, self.rank, self.bf16 = seed, rank, bf16
         self.parameters = list(model.parameters())
@@ -83,7 +81,10 @@ class TrainStep:
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         x0 = normalize(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.objective.loss(self.model, x0, t, eps).mean()
+            return self.objective.loss(self._network, x0, t, eps).mean()
+
+    def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
+        return functional_call(self.model, self.update.weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int) -> None:
         """Take one step.
@@ -98,13 +99,9 @@ class TrainStep:
         eps = torch.randn(n, height, width, channels, device=self.device).permute(0, 3, 1, 2)
 
         loss = self.loss(images, t, eps)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        gradients = torch.autograd.grad(loss, list(self.update.weights.values()))
+        lr = learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps)
+        grad_norm = self.update(gradients, lr=lr, grad_clip=self.grad_clip)
         self._record(loss.detach(), grad_norm, step)
 
     def _record(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:

@@ -28,7 +28,7 @@ from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import learning_rate, make_optimizer
+from fastdiff.training.optim import learning_rate, make_update
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.step import TrainStep, step_seed
 
@@ -66,18 +66,19 @@ class Trainer:
         self.flip = config.flip == "on" or (config.flip == "auto" and config.data != "digits")
 
         torch.manual_seed(config.seed)
-        self.model = UNet(config.net).to(device)
+        self.kernels = config.kernels if config.kernels != "auto" else ("triton" if cuda else "torch")
+        self.model = UNet(config.net).to(device).use_kernels(self.kernels)
         self.objective: Objective = make_objective(
             config.objective, schedule=config.schedule, timesteps=config.timesteps, weighting=config.weighting
         )
-        self.optimizer = make_optimizer(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.ema = EMA(self.model, config.ema_decay)
+        self.update = make_update(self.kernels, self.model, self.ema, weight_decay=config.weight_decay, bf16=self.bf16)
         self.step, self.seconds, self.last_log = 0, 0.0, (0, 0.0)
         self.loss_history: list[tuple[int, float]] = []
         self.fid_history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.train_step = TrainStep(
-            self.model, self.objective, self.optimizer, self.ema, lr=config.lr, warmup_steps=config.warmup_steps,
+            self.model, self.objective, self.update, lr=config.lr, warmup_steps=config.warmup_steps,
             grad_clip=config.grad_clip, seed=config.seed, bf16=self.bf16, compile=compiled,
         )  # fmt: skip
         if resumed is not None:
@@ -90,7 +91,7 @@ class Trainer:
         state = saved.state
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"], updates=saved.step)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state["optimizer"])
         self.train_step.load_metrics_state(state["metrics"])
         self.step, self.seconds, self.last_log = saved.step, state["seconds"], tuple(state["last_log"])
         self.loss_history, self.fid_history, self.best = state["loss_history"], state["fid_history"], state["best"]
@@ -107,7 +108,7 @@ class Trainer:
             "device": f"{self.device.type} ({hardware}), {torch.get_num_threads()} threads, torch {torch.__version__}",
             "precision": "bf16 autocast, float32 weights" if self.bf16 else "float32",
             "compile": "torch.compile" if compiled else "off",
-            "kernels": "torch (GroupNorm+SiLU, fused Adam, foreach EMA)",
+            "kernels": f"{self.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
             "loader": f"{self.loader_kind}, flip {'on' if self.flip else 'off'}",
             "data": f"{self.image_set.name}: {len(self.image_set.images):,} images of {size}x{size}",
             "network": f"U-Net, {parameters:,} parameters",
@@ -212,7 +213,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.update.state_dict(),
             "metrics": self.train_step.metrics_state(),
             "seconds": self.seconds,
             "last_log": self.last_log,

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff.nets.layers import TimeEmbedding, group_norm_silu
+from fastdiff.nets.layers import GroupNorm, TimeEmbedding, group_norm_silu
 from fastdiff.nets.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
@@ -78,7 +78,7 @@ def test_bf16_autocast_keeps_activations_in_bf16():
 
 
 def test_group_norm_silu_is_the_composition():
-    norm = torch.nn.GroupNorm(4, 8, eps=1e-3)
+    norm = GroupNorm(4, 8, eps=1e-3)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 8, 5, 3).to(memory_format=torch.channels_last)

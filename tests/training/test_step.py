@@ -1,10 +1,13 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import learning_rate, make_optimizer
+from fastdiff.training.optim import learning_rate, make_update
 from fastdiff.training.step import TrainStep, normalize, step_seed
 
 SMALL = UNetConfig(
@@ -12,13 +15,14 @@ SMALL = UNetConfig(
 )
 
 
-def make_step(device="cpu", *, net=SMALL, bf16=False, compile=False, grad_clip=1.0, seed=0):
+def make_step(device="cpu", *, net=SMALL, kernels="torch", bf16=False, compile=False, grad_clip=1.0, seed=0):
     torch.manual_seed(0)
     model = UNet(net).to(device)
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
-    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.0)
+    model.use_kernels(kernels)
+    update = make_update(kernels, model, EMA(model, 0.99), weight_decay=0.0, bf16=bf16)
     return TrainStep(
-        model, objective, optimizer, EMA(model, 0.99), lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
+        model, objective, update, lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
         bf16=bf16, compile=compile,
     )  # fmt: skip
 
@@ -106,13 +110,13 @@ def test_gradients_are_clipped():
     free, clipped = make_step(grad_clip=1e9), make_step(grad_clip=1e-3)
     seen = {}
     for name, train_step in (("free", free), ("clipped", clipped)):
-        step = train_step.optimizer.step
+        step = train_step.update.adam.step
 
         def spy(train_step=train_step, name=name, step=step):
             seen[name] = torch.cat([p.grad.flatten() for p in train_step.parameters]).norm().item()
             step()
 
-        train_step.optimizer.step = spy
+        train_step.update.adam.step = spy
         train_step(batch(0), 0)
     assert seen["free"] > 1e-2
     assert seen["clipped"] == pytest.approx(1e-3, rel=1e-3)
@@ -123,7 +127,7 @@ def test_weights_in_another_layout_are_refused():
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     with pytest.raises(ValueError, match="channels_last"):
         TrainStep(
-            model, objective, make_optimizer(model, lr=1e-3, weight_decay=0.0), EMA(model, 0.9), lr=1e-3,
+            model, objective, make_update("torch", model, EMA(model, 0.9), weight_decay=0.0, bf16=False), lr=1e-3,
             warmup_steps=0, grad_clip=1.0, seed=0, bf16=False, compile=False,
         )  # fmt: skip
 
@@ -153,10 +157,72 @@ def test_the_compiled_step_does_not_recompile():
     assert losses == pytest.approx(curve(eager, 5), rel=1e-4)
 
 
+PLAIN = dataclasses.replace(SMALL, dropout=0.0)
+
+
+def test_the_fused_step_follows_the_plain_one():
+    """The same mathematics in another order: losses agree, and so do the weights after 20 steps of Adam."""
+    plain, fused = make_step(net=PLAIN), make_step(net=PLAIN, kernels="triton")
+    assert curve(fused, 20) == pytest.approx(curve(plain, 20), rel=2e-4)
+    difference = sum((a - b).square().sum() for a, b in zip(plain.parameters, fused.parameters, strict=True)).sqrt()
+    moved = sum(
+        (a - b).square().sum() for a, b in zip(plain.parameters, make_step(net=PLAIN).parameters, strict=True)
+    ).sqrt()
+    assert difference < 0.02 * moved
+    for name, value in plain.update.ema.state_dict().items():
+        torch.testing.assert_close(fused.update.ema.state_dict()[name], value, rtol=0.05, atol=2e-3)
+
+
+def test_the_fused_step_computes_with_bf16_copies_of_its_masters():
+    plain, fused = make_step(net=PLAIN, bf16=True), make_step(net=PLAIN, bf16=True, kernels="triton")
+    assert curve(fused, 10) == pytest.approx(curve(plain, 10), rel=0.02)
+    masters = dict(fused.model.named_parameters())
+    assert fused.update.weights.keys() == masters.keys()
+    for name, weight in fused.update.weights.items():
+        assert masters[name].dtype == torch.float32
+        assert weight.stride() == masters[name].stride()
+        if "norm" in name:
+            assert weight is masters[name]
+        else:
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, masters[name].bfloat16())
+        assert weight.storage_offset() % 64 == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [("torch", "triton"), ("triton", "torch"), ("triton", "triton")])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_either_update_goes_on_from_the_others_state(before, after, bf16):
+    first = make_step(net=PLAIN, kernels=before, bf16=bf16)
+    curve(first, 4)
+    saved = copy.deepcopy((first.model.state_dict(), first.update.ema.state_dict(), first.update.state_dict()))
+    assert saved[0].keys() == UNet(PLAIN).state_dict().keys() == saved[1].keys()
+    assert all(value.dtype == torch.float32 for part in saved[:2] for value in part.values())
+    expected = curve(first, 6, start=4)
+    second = make_step(net=PLAIN, kernels=after, bf16=bf16)
+    second.model.load_state_dict(saved[0])
+    second.update.ema.load_state_dict(saved[1], updates=4)
+    second.update.load_state_dict(saved[2])
+    got = curve(second, 6, start=4)
+    assert got == (expected if before == after else pytest.approx(expected, rel=0.02 if bf16 else 2e-4))
+
+
+def test_the_whole_fused_network_compiles_as_one_graph_forward_and_backward():
+    torch._dynamo.reset()
+    net = UNetConfig(
+        image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(8,), norm_groups=4
+    )
+    compiled, eager = make_step(net=net, compile=True, kernels="triton"), make_step(net=net, kernels="triton")
+    losses = curve(compiled, 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += curve(compiled, 2, start=2)
+    assert losses == pytest.approx(curve(eager, 4), rel=1e-4)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_step_on_a_gpu_reads_nothing_on_the_host(compile):
-    train_step = make_step("cuda", bf16=True, compile=compile)
+def test_a_step_on_a_gpu_reads_nothing_on_the_host(compile, kernels):
+    train_step = make_step("cuda", bf16=True, compile=compile, kernels=kernels)
     for step in range(3):
         train_step(batch(step, "cuda"), step)
     images = batch(3, "cuda")
