@@ -39,7 +39,7 @@ class _FromCheckpoint:
     eta: float = 0.0
     """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
     seed: int = 0
-    """The same seed, batch size and machine give the same images."""
+    """The same seed, n, batch size and machine give the same images."""
     batch_size: int = 256
     """Images drawn at a time; bounds the memory."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -57,6 +57,9 @@ class UNetConfig:
             _require(
                 resolution in resolutions, "attention_resolutions", self.attention_resolutions, f"among {resolutions}"
             )
+        _require(
+            self.channels % 2 == 0, "channels", self.channels, "even (the time embedding has sine and cosine halves)"
+        )
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         _require(self.norm_eps > 0.0, "norm_eps", self.norm_eps, "above 0")
 
@@ -161,6 +164,7 @@ class Config:
         }  # fmt: skip
         for name, least in at_least.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         for name in ("steps", "feature_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")

@@ -44,7 +44,10 @@ def sample(
     save_npz: Path | None,
 ) -> None:
     """Draw n images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
+    _check_seed(seed)
     for path in filter(None, (out, save_npz)):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it.")
         if not path.absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
     settings = SamplerSettings(sampler, steps, eta)
@@ -83,6 +86,7 @@ def measure(
     data_root: str | None,
 ) -> dict[str, Any]:
     """Measure the Frechet distance of n samples, add the row to the run if `checkpoint` lies in one, and return it."""
+    _check_seed(seed)
     if n < 2:
         raise UserError(f"--n is {n}, but a Frechet distance needs at least 2 samples.")
     settings = SamplerSettings(sampler, steps, eta)
@@ -90,7 +94,7 @@ def measure(
     trained = load_trained(checkpoint, device=where)
     config = trained.config
     root = data_root or config.data_root
-    run_path = trained.path.parent.parent
+    run_path = trained.path.resolve().parent.parent
     # Opened first, so that a run in use is refused before the work and not after it.
     run = open_run(run_path) if (run_path / "config.json").is_file() else None
     try:
@@ -133,6 +137,11 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     print(f"{out}: {to}, averaged weights of {trained.path}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
 
 
 def _image_shape(trained: Trained) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Evaluation of a network: samples, and their Frechet distance to a reference set."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     if found is None:
         raise UserError(f"{path} has no checkpoint yet.")
     for skipped, reason in found.skipped:
-        print(f"skipped {skipped}: {reason}")
+        print(f"skipped {skipped}: {reason}", file=sys.stderr)
     config = Config.from_dict(found.state["config"])
     model = UNet(config.net)
     model.load_state_dict(found.state["ema"])

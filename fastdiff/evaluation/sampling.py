@@ -61,7 +61,7 @@ def sample_batches(
     bf16: bool,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Draw n images, a batch at a time; the same for the same seed, batch size and machine.
+    """Draw n images, a batch at a time; the same for the same seed, n, batch size and machine.
 
     Every batch is of the same size and the last is cut, so that a compiled network sees one shape. The network runs in
     bfloat16 if asked; the state of the sampler is float32. Estimates of x0 are clamped to [-1, 1].

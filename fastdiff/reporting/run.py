@@ -18,6 +18,7 @@ import math
 import numbers
 import os
 import socket
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +149,12 @@ class Run:
         """The evaluation rows in the order they were written, read from `metrics.jsonl`."""
         return [row for row in self._rows() if row["kind"] == "eval"]
 
-    def truncate(self, step: int) -> None:
-        """Drops the rows of steps after `step`: a run resumed from that step's checkpoint writes them again."""
-        self._store([row for row in self._rows() if row["step"] <= step])
+    def truncate(self, step: int, *, drop: Callable[[Row], bool] = lambda row: False) -> None:
+        """Drops the rows of steps after `step`: a run resumed from that step's checkpoint writes them again.
+
+        `drop` says of a row of `step` itself or before whether it goes too.
+        """
+        self._store([row for row in self._rows() if row["step"] <= step and not drop(row)])
         if self._writer is not None:
             self._writer.close()
             self._writer = None

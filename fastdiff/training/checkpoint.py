@@ -29,6 +29,7 @@ from fastdiff.errors import UserError
 FORMAT = 1
 _TENSOR_PARTS = ("model", "ema")
 _TEMPORARY = ".saving-"
+_REPLACED = ".replaced"
 _KEYS = ("format", "step", "files", "state", "sha256")
 
 
@@ -86,9 +87,10 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
             _sync(temporary / name)
         _sync(temporary)
         os.chmod(temporary, 0o755)
-        if target.exists():  # the same step once more: move the old one aside, so that one of the two is always whole
-            aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
-            target.rename(aside / target.name)
+        if target.exists():  # the same step once more: under its second name the old one stays findable
+            aside = directory / f"step-{step}{_REPLACED}"
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
             temporary.rename(target)
             shutil.rmtree(aside)
         else:
@@ -129,18 +131,33 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
 
 
 def list_checkpoints(directory: Path | str) -> list[Path]:
-    """The checkpoint folders in `directory`, oldest first, unverified."""
+    """The checkpoint folders in `directory`, oldest first, unverified.
+
+    A crash between the two renames of a replacement leaves the old checkpoint under its second name; it gets its own
+    back.
+    """
+    for aside in Path(directory).glob(f"step-*{_REPLACED}"):
+        target = aside.with_name(aside.name.removesuffix(_REPLACED))
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
     found = [
         (int(m[1]), path) for path in Path(directory).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))
     ]
     return [path for _, path in sorted(found)]
 
 
-def prune(directory: Path | str, *, keep_last: int, keep_steps: set[int]) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`, and what crashed saves left."""
-    for path in list_checkpoints(directory)[:-keep_last]:
-        if int(path.name.removeprefix("step-")) not in keep_steps:
-            shutil.rmtree(path)
+def prune(directory: Path | str, step: int, *, keep_last: int, keep_steps: set[int]) -> None:
+    """Delete what is not wanted after a save of `step`, and what crashed saves left.
+
+    Of the checkpoints up to `step`, the newest `keep_last` and those of `keep_steps` stay; later ones, which a resumed
+    run passed over as damaged or has left behind, go.
+    """
+    steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(directory)]
+    wanted = {*[s for s in steps if s <= step][-keep_last:], *keep_steps}
+    for unwanted in set(steps) - wanted:
+        shutil.rmtree(Path(directory) / f"step-{unwanted}")
     for path in Path(directory).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path)
 

@@ -39,7 +39,8 @@ class TorchUpdate:
     def __call__(self, gradients: Sequence[Tensor], *, lr: float, grad_clip: float) -> Tensor:
         """Take one step; returns the global gradient norm before clipping, 0-dim."""
         for p, gradient in zip(self.parameters, gradients, strict=True):
-            p.grad = gradient
+            # Fused Adam walks both by memory order, so the gradient must be laid out as the weight is.
+            p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
         norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip, foreach=True)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()

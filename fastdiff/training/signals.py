@@ -27,9 +27,13 @@ class StopRequest:
             signal.signal(s, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # os.write, as a handler may interrupt a print.
         if self.signal is not None:
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h\n")  # the live line hid the cursor
             os._exit(128 + number)
         self.signal = signal.Signals(number)
+        os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""

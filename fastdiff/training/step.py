@@ -93,6 +93,8 @@ class TrainStep:
             images: uint8 (N, H, W, C) on the model's device, contiguous.
             step: the number of updates made before this one.
         """
+        if not images.is_contiguous():
+            raise ValueError("images must be contiguous (N, H, W, C), which normalisation makes channels_last")
         torch.manual_seed(step_seed(self.seed, step, self.rank))
         n, height, width, channels = images.shape
         t = self.objective.sample_t(n, device=self.device)
@@ -125,7 +127,9 @@ class TrainStep:
         self.metrics.bad_step.fill_(state["bad_step"])
         self.metrics.count = int(state["count"])
 
-    def read_metrics(self) -> dict[str, float]:
-        """Mean `loss` and `grad_norm` of the steps since the last read, at least one. Waits for the device."""
-        state, self.metrics = self.metrics_state(), self._zero_metrics()
+    def read_metrics(self, *, reset: bool = True) -> dict[str, float]:
+        """Mean `loss` and `grad_norm` of the steps since the last reset, at least one. Waits for the device."""
+        state = self.metrics_state()
+        if reset:
+            self.metrics = self._zero_metrics()
         return {name: state[name] / state["count"] for name in ("loss", "grad_norm")}

@@ -4,8 +4,9 @@ data -> step(objective, model) -> optimizer + EMA -> checkpoint, metrics, evalua
 """
 
 import platform
+import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Trainer:
         self.loss_history: list[tuple[int, float]] = []
         self.fid_history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.evaluated: int | None = None  # the last step that was evaluated
         self.train_step = TrainStep(
             self.model, self.objective, self.update, lr=config.lr, warmup_steps=config.warmup_steps,
             grad_clip=config.grad_clip, seed=config.seed, bf16=self.bf16, compile=compiled,
@@ -95,7 +97,20 @@ class Trainer:
         self.train_step.load_metrics_state(state["metrics"])
         self.step, self.seconds, self.last_log = saved.step, state["seconds"], tuple(state["last_log"])
         self.loss_history, self.fid_history, self.best = state["loss_history"], state["fid_history"], state["best"]
-        self.run.truncate(saved.step)
+        self.evaluated = state["evaluated"]
+        if state["data_sha256"] != self.image_set.sha256:
+            raise UserError(
+                f"--data {self.config.data} holds other images than the run was trained on ({self.image_set.name}); "
+                "restore them, or start a new run."
+            )
+
+        def unfinished(row: dict[str, Any]) -> bool:
+            """Rows of the checkpoint's own step that it does not count: a last partial mean, a later evaluation."""
+            if row["kind"] == "train":
+                return row["step"] == saved.step and saved.step % self.config.log_every != 0
+            return row["step"] == saved.step and self.evaluated != saved.step
+
+        self.run.truncate(saved.step, drop=unfinished)
 
     def _describe(self, compiled: bool) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -128,10 +143,13 @@ class Trainer:
         config = self.config
         if self.step == 0:
             self._draw_forward_noising()
-            if config.eval_at_start:
-                self.evaluate()
+        due = config.eval_at_start if self.step == 0 else self._evaluates()
+        if due and self.evaluated != self.step:  # at the start, or where the last run was stopped before it
+            self.evaluate()
+            if self.step:
+                self.save()
         if config.steps is not None and self.step >= config.steps:
-            self.progress.print(f"nothing to do: step {self.step:,} of --steps {config.steps:,} is reached")
+            self.progress.print(f"step {self.step:,} of --steps {config.steps:,} is reached")
             return
         loader = make_loader(
             self.loader_kind, self.image_set, batch_size=config.batch_size, seed=config.seed, device=self.device,
@@ -144,29 +162,32 @@ class Trainer:
                 self.train_step(images, self.step)
                 self.step += 1
                 if self._is_boundary():
-                    self._at_boundary(time.perf_counter() - clock)
+                    self._at_boundary(clock)
                     clock = time.perf_counter()
 
     def _is_boundary(self) -> bool:
         config, step = self.config, self.step
-        due = any(step % every == 0 for every in (config.log_every, config.save_every, config.eval_every))
-        return due or step == config.steps or self.stop.signal is not None
+        due = any(step % every == 0 for every in (config.log_every, config.save_every))
+        return due or self._evaluates() or self.stop.signal is not None
 
-    def _at_boundary(self, seconds: float) -> None:
-        """Log, save and evaluate as is due. `seconds` went into the steps since the last boundary."""
+    def _evaluates(self) -> bool:
+        return self.step % self.config.eval_every == 0 or self.step == self.config.steps
+
+    def _at_boundary(self, clock: float) -> None:
+        """Log, save and evaluate as is due; `clock` is when the steps since the last boundary began."""
         config, step = self.config, self.step
-        self._check_finite()  # waits for the device, so that the clock below has seen all its work
-        self.seconds += seconds
-        if step % config.log_every == 0:
+        stopping = self.stop.signal is not None  # read once: a signal that comes later is seen at the next step
+        self._check_finite()  # waits for the device, so that the clock sees all its work
+        self.seconds += time.perf_counter() - clock
+        if step % config.log_every == 0 or step == config.steps:
             self._log()
-        evaluates = step % config.eval_every == 0 or step == config.steps
-        if evaluates or step % config.save_every == 0 or self.stop.signal is not None:
+        if self._evaluates() or step % config.save_every == 0 or stopping:
             self.save()  # before an evaluation, so that a crash in it costs nothing
-        if evaluates:
-            self.stop.check()
+        if stopping:
+            raise Stopped
+        if self._evaluates():
             self.evaluate()
             self.save()  # with the new distance
-        self.stop.check()
 
     def _check_finite(self) -> None:
         bad_step = self.train_step.metrics_state()["bad_step"]
@@ -179,19 +200,22 @@ class Trainer:
             )
 
     def _log(self) -> None:
+        """Write a row; one of fewer steps at the end of a run is not counted, so that a longer run goes on as if."""
         config, step = self.config, self.step
         last_step, last_seconds = self.last_log
-        self.last_log = (step, self.seconds)
+        whole = step % config.log_every == 0
         row = {
             "step": step,
             "images": self.images,
-            **self.train_step.read_metrics(),
+            **self.train_step.read_metrics(reset=whole),
             "lr": learning_rate(step - 1, peak=config.lr, warmup_steps=config.warmup_steps),
             "images_per_second": (step - last_step) * config.batch_size / (self.seconds - last_seconds),
             "seconds": self.seconds,
         }
         self.run.log_train(row)
-        self.loss_history.append((step, row["loss"]))
+        if whole:
+            self.last_log = (step, self.seconds)
+            self.loss_history.append((step, row["loss"]))
         to_eval = config.eval_every - step % config.eval_every
         if config.steps is not None:
             to_eval = min(to_eval, config.steps - step)
@@ -220,11 +244,13 @@ class Trainer:
             "loss_history": self.loss_history,
             "fid_history": self.fid_history,
             "best": self.best,
+            "evaluated": self.evaluated,
+            "data_sha256": self.image_set.sha256,
             "config": self.config.to_dict(),
         }
         checkpoint.save(self.run.checkpoints, self.step, state)
         keep = {self.best["step"]} if self.best else set()
-        checkpoint.prune(self.run.checkpoints, keep_last=self.config.keep_last, keep_steps=keep)
+        checkpoint.prune(self.run.checkpoints, self.step, keep_last=self.config.keep_last, keep_steps=keep)
         self.plot()
 
     def plot(self) -> None:
@@ -252,15 +278,18 @@ class Trainer:
         self.run.log_image("samples", plots.image_grid(grid), self.step)
         x_t, x0_hat, times = trajectory(self.ema.model, self.objective, **common)
         plots.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, self.run.saves / f"trajectory-{self.step:08d}.png")
+        self.evaluated = self.step
         if self.distance is None:
             return
         row |= {"step": self.step, "images": self.images, "checkpoint": f"step-{self.step}" if self.step else None}
         self.run.log_eval(row)
         self.fid_history.append(row)
-        if self.step and (
-            self.best is None or self.best["metric"] != row["metric"] or row["value"] < self.best["value"]
-        ):
-            self.best = {key: row[key] for key in ("step", "metric", "value")}
+        how = {key: row[key] for key in ("metric", "samples", "sampler", "sampler_steps", "feature_size", "reference")}
+        best = (
+            self.best if self.best is not None and self.best.items() >= how.items() else None
+        )  # others do not compare
+        if self.step and (best is None or row["value"] < best["value"]):
+            self.best = {"step": self.step, "value": row["value"], **how}
         self.progress.print(
             f"step {self.step:,}: {row['metric']} {row['value']:.3f} "
             f"({row['samples']:,} samples, {row['sampler']} {row['sampler_steps']} steps, {row['seconds']:.0f} s)"
@@ -296,32 +325,27 @@ def train(config: Config, *, resume: Path | None = None) -> int:
         TrainingFailed: the loss or a gradient was not finite.
     """
     device = resolve_device(config.device)
-    if resume is not None:
-        _find_checkpoint(config, resume)  # before the data is read, so that a bad flag is answered at once
-    image_set = load_dataset(config.data, root=config.data_root, split=config.split, image_size=config.net.image_size)
-    distance = None
-    if config.features != "none":
-        extractor = make_extractor(config.features, device=device, size=config.feature_size)
-        distance = FrechetDistance(extractor, image_set, cache_dir=Path(config.data_root) / ".cache", device=device)
-    with (
-        StopRequest() as stop,
-        create_run(config.run_root, config=config.to_dict()) if resume is None else open_run(resume) as run,
-        TrainingProgress(config.steps) as progress,
-    ):
+    with ExitStack() as stack:
         saved = None
         if resume is not None:
+            run = stack.enter_context(open_run(resume))
             saved = _find_checkpoint(config, resume)
-            write_atomically(run.path / "config.json", config.to_json().encode())
-        trainer = Trainer(
-            config,
-            device=device,
-            image_set=image_set,
-            distance=distance,
-            run=run,
-            progress=progress,
-            stop=stop,
-            resumed=saved,
+        image_set = load_dataset(
+            config.data, root=config.data_root, split=config.split, image_size=config.net.image_size
         )
+        distance = None
+        if config.features != "none":
+            extractor = make_extractor(config.features, device=device, size=config.feature_size)
+            distance = FrechetDistance(extractor, image_set, cache_dir=Path(config.data_root) / ".cache", device=device)
+        if resume is None:  # only now, so that bad input leaves no run directory
+            run = stack.enter_context(create_run(config.run_root, config=config.to_dict()))
+        stop = stack.enter_context(StopRequest())
+        progress = stack.enter_context(TrainingProgress(config.steps))
+        trainer = Trainer(
+            config, device=device, image_set=image_set, distance=distance, run=run, progress=progress, stop=stop,
+            resumed=saved,
+        )  # fmt: skip
+        write_atomically(run.path / "config.json", config.to_json().encode())
         try:
             trainer.loop()
         except Stopped:
@@ -341,7 +365,7 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
     if saved is None:
         raise UserError(f"--resume {resume} has no checkpoint to continue from; start a new run.")
     for path, reason in saved.skipped:
-        print(f"skipped {path}: {reason}")
+        print(f"skipped {path}: {reason}", file=sys.stderr)
     before, now = (_flat(c) for c in (Config.from_dict(saved.state["config"]).to_dict(), config.to_dict()))
     changed = [name for name in now if now[name] != before[name] and name not in RESUMABLE_CHANGES]
     if changed:

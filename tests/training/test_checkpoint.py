@@ -118,5 +118,15 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5):
         checkpoint.save(tmp_path, step, state())
     (tmp_path / ".saving-left-behind").mkdir()
-    checkpoint.prune(tmp_path, keep_last=2, keep_steps={1})
+    checkpoint.prune(tmp_path, 5, keep_last=2, keep_steps={1})
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-4", "step-5"]
+    checkpoint.save(tmp_path, 3, state())
+    checkpoint.prune(tmp_path, 3, keep_last=1, keep_steps=set())
+    assert os.listdir(tmp_path) == ["step-3"]
+
+
+def test_a_crash_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+    checkpoint.save(tmp_path, 1, state(0))
+    (tmp_path / "step-1").rename(tmp_path / "step-1.replaced")
+    assert checkpoint.load_latest(tmp_path).step == 1
+    assert os.listdir(tmp_path) == ["step-1"]

@@ -19,7 +19,9 @@ from fastdiff.training.ema import EMA
 from fastdiff.training.optim import make_update
 from fastdiff.training.step import TrainStep
 
-net = UNetConfig(image_size=4, channels=16, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4)
+net = UNetConfig(
+    image_size=4, channels=16, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
+)
 curves = {}
 for kind in ("torch", "triton"):
     torch.manual_seed(0)

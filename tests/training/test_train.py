@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,33 @@ def test_a_signal_during_an_evaluation_breaks_it_off(tiny_config, tmp_path, monk
     run = tmp_path / "working" / "1"
     assert checkpoint.load_latest(run / "checkpoints").step == 10
     assert not list((run / "saves").glob("samples-*"))
+    monkeypatch.setattr(train_module, "evaluate", real)
+    assert train(tiny_config(eval_every=10), resume=run) == 0
+    assert sorted(p.name for p in (run / "saves").glob("samples-*")) == [
+        f"samples-000000{step}.png" for step in (10, 20, 30)
+    ]
+
+
+def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny_config, tmp_path):
+    train(tiny_config(steps=20))
+    run = tmp_path / "working" / "1"
+    (run / "checkpoints" / "step-20" / "model.safetensors").write_bytes(b"damaged")
+    train(tiny_config(steps=15, keep_last=1), resume=run)
+    assert checkpoint.load_latest(run / "checkpoints").step == 15
+
+
+def test_resuming_on_other_images_is_refused(tiny_config, tmp_path):
+    train(tiny_config(steps=10))
+    np.savez(tmp_path / "images.npz", images=np.zeros((50, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match="holds other images"):
+        train(tiny_config(), resume=tmp_path / "working" / "1")
+
+
+def test_the_last_steps_of_a_run_are_logged_too(tiny_config, tmp_path):
+    train(tiny_config(steps=4))
+    run = tmp_path / "working" / "1"
+    assert [row["step"] for row in rows_of(run)] == [4]
+    assert (run / "saves" / "loss.png").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny_config, tmp_path, monkeypatch):
@@ -197,7 +225,7 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
     run = tmp_path / "working" / "1"
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == ["step-10", "step-25", "step-30"]
     state = checkpoint.load_latest(run / "checkpoints").state
-    assert state["best"] == {"step": 10, "metric": "fd_fake", "value": 1.0}
+    assert (state["best"]["step"], state["best"]["metric"], state["best"]["value"]) == (10, "fd_fake", 1.0)
     assert [row["value"] for row in state["fid_history"]] == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
     assert (run / "saves" / "fid.png").exists()
 
