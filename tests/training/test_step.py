@@ -157,6 +157,21 @@ def test_the_compiled_step_does_not_recompile():
     assert losses == pytest.approx(curve(eager, 5), rel=1e-4)
 
 
+def test_gradients_in_another_layout_than_the_weights_give_the_same_update():
+    """autograd.grad promises no strides, and fused Adam reads memory in order."""
+    updates = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        train_step = make_step()
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            gradients = [torch.randn(p.shape, generator=generator) for p in train_step.parameters]
+            gradients = [g.contiguous(memory_format=memory_format) if g.ndim == 4 else g for g in gradients]
+            train_step.update(gradients, lr=1e-2, grad_clip=1.0)
+        updates.append(train_step.parameters)
+    for one, other in zip(*updates, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 PLAIN = dataclasses.replace(SMALL, dropout=0.0)
 
 
