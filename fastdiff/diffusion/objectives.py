@@ -1,22 +1,29 @@
-"""Objectives: what the network predicts, and how its error is weighted.
+"""Objectives: what the network predicts.
 
 A network is called as `model(x_in, c_noise, **cond)` and knows nothing of this file. An objective turns its output
-into a loss for training and into an estimate of x0 for sampling; samplers see that estimate alone.
+into a loss for training and into an estimate of x0 for sampling; samplers see that estimate alone. How the errors are
+weighted is in `weightings`.
+
+Write p for the network's output. Every kind here is affine in it at given x_t, x0_hat = a(t) x_t + c(t) p, so that
+||x0 - x0_hat||^2 = c^2 ||target - p||^2.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.schedules import SCHEDULES, DiscreteSchedule
+from fastdiff.diffusion.base_schedule import Schedule, result_dtype
+from fastdiff.diffusion.schedules import make_schedule
+from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 
 Model = Callable[..., Tensor]
 
-# log-SNR (N,) -> weight (N,) of the objective's own squared error.
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": torch.ones_like}
+LARGEST_LOG_SNR = 60.0  # of weights: e^60 is finite in float32, and no schedule's network is asked beyond 30
 
 
 def per_image(scale: Tensor, x: Tensor) -> Tensor:
@@ -25,27 +32,56 @@ def per_image(scale: Tensor, x: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """Base of all objectives; a kind supplies `target` and `to_x0`.
+    """Base of all objectives; a kind supplies `target`, `to_x0` and `log_gain`, and may change `precondition`.
 
     Args:
-        schedule: the noise schedule, which also draws the training times.
+        schedule: the noise schedule.
         weighting: a name in WEIGHTINGS.
+        time_sampling: a name in TIME_SAMPLINGS, or `auto`: the schedule's own.
+        min_snr_gamma: the largest weight of `min-snr`.
+        sigma_data: standard deviation of the data, for the objective `edm` and the weighting `edm`.
 
     Raises:
-        UserError: an unknown weighting.
+        UserError: an unknown weighting or time sampling, or a schedule that this kind or the time sampling cannot have.
     """
 
-    def __init__(self, schedule: DiscreteSchedule, weighting: str = "uniform") -> None:
+    needs_signal = False  # whether x0 cannot be told where alpha = 0
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        weighting: str = "uniform",
+        *,
+        time_sampling: str = "auto",
+        min_snr_gamma: float = 5.0,
+        sigma_data: float = 0.5,
+    ) -> None:
         if weighting not in WEIGHTINGS:
             raise UserError(f"weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}.")
-        self.schedule = schedule
-        self.weight = WEIGHTINGS[weighting]
+        if self.needs_signal and schedule.alpha(torch.tensor(schedule.t_max)) == 0:
+            raise UserError(
+                f"objective {self.name} is not defined where alpha = 0, as at the noisiest time of schedule "
+                f"{schedule.name} here; choose objective x0, v, flow or edm, or a schedule that keeps some signal."
+            )
+        schedule.sample_t(1, sampling=time_sampling, generator=torch.Generator())  # a bad choice is refused here
+        self.schedule, self.time_sampling = schedule, time_sampling
+        self.sigma_data, self.min_snr_gamma = sigma_data, min_snr_gamma
+        self.log_weight = WEIGHTINGS[weighting]
+
+    @property
+    def name(self) -> str:
+        """Its key in OBJECTIVES."""
+        return next(name for name, kind in OBJECTIVES.items() if kind is type(self))
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """n training times (n,) on `device`, by the schedule's own distribution."""
-        return self.schedule.sample_t(n, generator=generator, device=device)
+        """n training times (n,) on `device`; see `Schedule.sample_t`."""
+        return self.schedule.sample_t(n, sampling=self.time_sampling, generator=generator, device=device)
+
+    def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""
+        return per_image(self.schedule.c_in(t), x_t) * x_t, self.schedule.c_noise(t)
 
     @abstractmethod
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -55,15 +91,28 @@ class Objective(ABC):
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0 that a network output implies, (N, C, H, W)."""
 
+    @abstractmethod
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """log c^2 at a log-SNR: error of x0_hat over error of the prediction, both squared; of the shape of log_snr."""
+
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps: (N, C, H, W) for t (N,) (Ho et al. 2020, eq. 4)."""
-        return per_image(self.schedule.alpha(t), x0) * x0 + per_image(self.schedule.sigma(t), x0) * eps
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight (N,) of the prediction's squared error at times t: w(log-SNR) c^2; 1 for `uniform`."""
+        if self.log_weight is None:
+            return torch.ones_like(t, dtype=result_dtype(t))
+        log_snr = self.schedule.log_snr(t).clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+        log_w = self.log_weight(log_snr, gamma=self.min_snr_gamma, sigma_data=self.sigma_data)
+        return (log_w + self.log_gain(log_snr)).exp()
 
     def loss(self, model: Model, x0: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
         """Weighted squared error of each image, averaged over its elements.
 
         Args:
-            model: `model(x_t, t, **cond)`.
+            model: `model(x_in, c_noise, **cond)`.
             x0: (N, C, H, W) in [-1, 1].
             t: (N,) times from `sample_t`.
             eps: (N, C, H, W) standard normal.
@@ -71,9 +120,10 @@ class Objective(ABC):
         Returns:
             (N,), in float32 also under autocast (float64 for float64 x0).
         """
-        prediction = model(self.add_noise(x0, t, eps), self.schedule.c_noise(t), **cond)
+        x_in, c_noise = self.precondition(self.add_noise(x0, t, eps), t)
+        prediction = model(x_in, c_noise, **cond)
         error = (prediction.to(x0.dtype) - self.target(x0, t, eps)).square().flatten(1).mean(1)
-        return self.weight(self.schedule.log_snr(t)).to(error.dtype) * error
+        return self.weight(t).to(error.dtype) * error
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """The model's estimate of x0, (N, C, H, W), in the dtype of x_t.
@@ -83,12 +133,18 @@ class Objective(ABC):
             t: one time for all images (0-dim) or one for each (N,); above 0.
         """
         t = t.expand(len(x_t))
-        prediction = model(x_t, self.schedule.c_noise(t), **cond)
-        return self.to_x0(prediction.to(x_t.dtype), x_t, t)
+        x_in, c_noise = self.precondition(x_t, t)
+        return self.to_x0(model(x_in, c_noise, **cond).to(x_t.dtype), x_t, t)
+
+    def _alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t (N,), shaped to multiply x."""
+        return per_image(self.schedule.alpha(t), x), per_image(self.schedule.sigma(t), x)
 
 
 class EpsObjective(Objective):
     """The network predicts the noise: L_simple (Ho et al. 2020, eq. 14)."""
+
+    needs_signal = True
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """eps itself."""
@@ -96,17 +152,164 @@ class EpsObjective(Objective):
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0 = (x_t - sigma eps) / alpha (Ho et al. 2020, below eq. 11)."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return (x_t - per_image(sigma, x_t) * prediction) / per_image(alpha, x_t)
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        return (x_t - sigma * prediction) / alpha
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c^2 = sigma^2 / alpha^2."""
+        return -log_snr
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"eps": EpsObjective}
+class X0Objective(Objective):
+    """The network predicts the clean image (Salimans & Ho 2022, section 4)."""
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x0 itself."""
+        return x0
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c = 1."""
+        return torch.zeros_like(log_snr)
 
 
-def make_objective(kind: str, *, schedule: str, timesteps: int, weighting: str) -> Objective:
-    """Build an objective from the names of its parts. Raises UserError for a name that is not in its table."""
+class VObjective(Objective):
+    """The network predicts v, the velocity along the arc from x0 to eps (Salimans & Ho 2022, appendix D).
+
+    The paper's alpha^2 + sigma^2 = 1 is had on every schedule by dividing x_t by s = sqrt(alpha^2 + sigma^2).
+    """
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """v = (alpha eps - sigma x0) / s."""
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return (alpha * eps - sigma * x0) / (alpha**2 + sigma**2).sqrt()
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = (alpha x_t / s - sigma v) / s."""
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        s = (alpha**2 + sigma**2).sqrt()
+        return (alpha / s * x_t - sigma * prediction) / s
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c^2 = sigma^2 / s^2 = sigmoid(-log-SNR)."""
+        return F.logsigmoid(-log_snr)
+
+
+class ScoreObjective(Objective):
+    """The network predicts the score, grad log p_t(x_t), times sigma (Song et al. 2021, eq. 7).
+
+    Its output is divided by sigma to give the score, which grows as 1 / sigma (Song & Ermon 2020, technique 3), so
+    that the network's target has unit variance. `uniform` is then the paper's weight lambda(t) = sigma^2 of the score's
+    own error.
+    """
+
+    needs_signal = True
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """sigma times the score of N(x_t; alpha x0, sigma^2), which is -eps / sigma (Vincent 2011)."""
+        return -eps
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = (x_t + sigma^2 score) / alpha: Tweedie's formula (Efron 2011, eq. 1.4)."""
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        return (x_t + sigma * prediction) / alpha
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c^2 = sigma^2 / alpha^2."""
+        return -log_snr
+
+
+class FlowObjective(Objective):
+    """The network predicts the velocity of the straight path from data to noise, eps - x0 (Liu et al. 2023, eq. 1).
+
+    On schedule `flow` it is dx_t / dt; on any other it is still the difference of the path's ends.
+    """
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """u = eps - x0."""
+        return eps - x0
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = (x_t - sigma u) / (alpha + sigma), from x_t = (alpha + sigma) x0 + sigma u."""
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        return (x_t - sigma * prediction) / (alpha + sigma)
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c^2 = (sigma / (alpha + sigma))^2 = sigmoid(-log-SNR / 2)^2."""
+        return 2.0 * F.logsigmoid(-0.5 * log_snr)
+
+
+class EDMObjective(Objective):
+    """The network is wrapped so that its input and target have unit variance (Karras et al. 2022, eq. 7, table 1).
+
+    The paper's sigma and x are sigma / alpha and x_t / alpha here. Multiplied out by alpha, with
+    d = sqrt(sigma^2 + alpha^2 sigma_data^2), nothing is divided by alpha:
+
+        x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise)
+        c_skip = alpha sigma_data^2 / d^2,   c_out = sigma sigma_data / d,   c_in = 1 / d
+
+    c_noise is the schedule's. `uniform` is the weighting of the paper, 1 / c_out^2 on the error of x0_hat.
+    """
+
+    def _d(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
+
+    def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_in x_t and c_noise."""
+        return x_t / self._d(*self._alpha_sigma(t, x_t)), self.schedule.c_noise(t)
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """(x0 - c_skip x_t) / c_out (eq. 8), written out without the division by sigma."""
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return (sigma / self.sigma_data * x0 - alpha * self.sigma_data * eps) / self._d(alpha, sigma)
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """D = c_skip x_t + c_out F (Karras et al. 2022, eq. 7)."""
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        d = self._d(alpha, sigma)
+        return alpha * self.sigma_data**2 / d**2 * x_t + sigma * self.sigma_data / d * prediction
+
+    def log_gain(self, log_snr: Tensor) -> Tensor:
+        """c_out^2 = 1 / (SNR + 1 / sigma_data^2)."""
+        log_variance = 2.0 * math.log(self.sigma_data)
+        return F.logsigmoid(-log_snr - log_variance) + log_variance
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "eps": EpsObjective,
+    "x0": X0Objective,
+    "v": VObjective,
+    "score": ScoreObjective,
+    "flow": FlowObjective,
+    "edm": EDMObjective,
+}
+
+
+def make_objective(
+    kind: str,
+    *,
+    schedule: str,
+    weighting: str = "uniform",
+    timesteps: int = 1000,
+    zero_terminal_snr: bool = False,
+    time_sampling: str = "auto",
+    min_snr_gamma: float = 5.0,
+    sigma_data: float = 0.5,
+) -> Objective:
+    """Build an objective from the names of its parts: see `make_schedule` and `Objective`.
+
+    Raises:
+        UserError: a name that is not in its table, or parts that do not fit together.
+    """
     if kind not in OBJECTIVES:
         raise UserError(f"objective {kind!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
-    if schedule not in SCHEDULES:
-        raise UserError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
-    return OBJECTIVES[kind](SCHEDULES[schedule](T=timesteps), weighting)
+    return OBJECTIVES[kind](
+        make_schedule(schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr),
+        weighting,
+        time_sampling=time_sampling,
+        min_snr_gamma=min_snr_gamma,
+        sigma_data=sigma_data,
+    )

@@ -1,132 +1,168 @@
-import diffusers
+import inspect
+
 import pytest
 import torch
 
-from fastdiff.diffusion.objectives import OBJECTIVES
-from fastdiff.diffusion.samplers import SAMPLERS
-from fastdiff.diffusion.schedules import SCHEDULES
+from fastdiff.diffusion.loops import eager_loop
+from fastdiff.diffusion.samplers import SAMPLERS, evaluations, own_options
 from fastdiff.errors import UserError
+from fastdiff.evaluation.graph_loop import GraphLoop
+from tests.diffusion.truths import ALL, gaussian_denoise, time
 
-LINEAR = SCHEDULES["ddpm-linear"](T=1000)
+LINEAR = ALL["ddpm-linear"]
 SHAPE = (2, 3, 4, 4)
+DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc")
+# Every sampler, and its options that change the steps.
+CASES = [(name, {}) for name in sorted(SAMPLERS)] + [
+    ("ddpm", {"variance": "fixed-large"}), ("ddim", {"eta": 1.0}), ("euler", {"S_churn": 5.0}),
+    ("heun", {"S_churn": 5.0, "S_tmin": 0.05, "S_tmax": 50.0, "S_noise": 1.003}), ("unipc", {"order": 1}),
+    ("unipc", {"order": 2}), ("predictor-corrector", {"corrector_steps": 2}),
+]  # fmt: skip
 
 
-def eps_network(x, index):
-    """A smooth stand-in for a network, far from linear in x and in the noise level."""
-    return torch.tanh(1.3 * x) + 0.2 * torch.cos(index.to(x.dtype).reshape(-1, 1, 1, 1) / 100)
+def noise(schedule=LINEAR, dtype=torch.float64):
+    return schedule.prior_std * torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def denoise(x, t):
-    return OBJECTIVES["eps"](LINEAR).denoise(eps_network, x, t)
+def denoiser(schedule):
+    """A smooth stand-in for a network, far from linear in x and in the time; refuses the clean end."""
 
+    def denoise(x, t):
+        assert t.shape == ()
+        assert t.dtype == torch.float64
+        assert 0 < t <= schedule.t_max
+        return 0.8 * torch.tanh(1.3 * x) + 0.1 * torch.cos(5 * t / schedule.t_max).to(x.dtype)
 
-def noise(dtype=torch.float64):
-    return torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def run_diffusers(scheduler, n, **options):
-    # diffusers keeps its tables in float32; float64 ones make the comparison one of formulas.
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    scheduler.betas, scheduler.alphas = betas, 1 - betas
-    scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
-    scheduler.one, scheduler.final_alpha_cumprod = (
-        torch.ones((), dtype=torch.float64),
-        torch.ones((), dtype=torch.float64),
-    )
-    scheduler.set_timesteps(n)
-    generator, x = torch.Generator().manual_seed(7), noise()
-    for index in scheduler.timesteps:
-        x = scheduler.step(eps_network(x, index), index, x, generator=generator, **options).prev_sample
-    return x
-
-
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ddpm_equals_diffusers_over_1000_steps(variance, clip):
-    expected = run_diffusers(diffusers.DDPMScheduler(variance_type=variance, clip_sample=clip), 1000)
-    x = SAMPLERS["ddpm"](
-        denoise, LINEAR, noise(), LINEAR.grid(1000), variance=variance.replace("_", "-"), clip_x0=clip,
-        generator=torch.Generator().manual_seed(7),
-    )  # fmt: skip
-    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("n", [10, 50, 100])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("clip", [False, True])
-def test_ddim_equals_diffusers(n, eta, spacing, clip):
-    scheduler = diffusers.DDIMScheduler(clip_sample=clip, timestep_spacing=spacing)
-    # With clipping, ours derives the noise from the clamped x0, which diffusers calls use_clipped_model_output.
-    expected = run_diffusers(scheduler, n, eta=eta, use_clipped_model_output=clip)
-    x = SAMPLERS["ddim"](
-        denoise, LINEAR, noise(), LINEAR.grid(n, spacing=spacing), eta=eta, clip_x0=clip,
-        generator=torch.Generator().manual_seed(7),
-    )  # fmt: skip
-    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
-
-
-def gaussian_denoise(schedule, mean, std):
-    """E[x0 | x_t] for x0 ~ N(mean, std^2): exact."""
-
-    def f(x, t):
-        a, s = schedule.alpha(t), schedule.sigma(t)
-        return mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-
-    return f
-
-
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_ddim_converges_to_the_exact_trajectory_at_first_order(name):
-    schedule, mean, std = SCHEDULES[name](T=100_000), 0.3, 0.5
-    a, s = (f(torch.tensor([100_000.0], dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma))
-    x_T = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 1, 2, 4)
-    # The probability flow of a Gaussian keeps the standardised value (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2).
-    exact = mean + std * (x_T - a * mean) / (a**2 * std**2 + s**2).sqrt()
-    errors = []
-    for n in (125, 250, 500, 1000):
-        x = SAMPLERS["ddim"](gaussian_denoise(schedule, mean, std), schedule, x_T, schedule.grid(n))
-        errors.append((x - exact).abs().max().log2())
-    order = (errors[0] - errors[-1]) / 3
-    assert abs(order - 1) < 0.3
-
-
-@pytest.mark.parametrize(
-    ("sampler", "options"),
-    [("ddpm", {}), ("ddpm", {"variance": "fixed-large"}), ("ddim", {"eta": 1.0}), ("ddim", {})],
-)
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_chains_have_the_data_s_mean_and_standard_deviation(name, sampler, options):
-    schedule, mean, std, n = SCHEDULES[name](T=1000), 0.3, 0.5, 40_000
-    generator = torch.Generator().manual_seed(3)
-    a, s = (f(torch.tensor([1000.0], dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma))
-    # Start from the exact marginal at T, so that only the sampler's own error is left.
-    x_T = a * mean + (a**2 * std**2 + s**2).sqrt() * torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=generator)
-    x = SAMPLERS[sampler](
-        gaussian_denoise(schedule, mean, std), schedule, x_T, schedule.grid(1000), generator=generator, **options
-    )
-    # Both posterior variances are right only in the limit of small steps (Ho et al. 2020, section 3.2).
-    bias = 0.005
-    assert abs(x.mean() - mean) < bias + 4 * std / n**0.5
-    assert abs(x.std() - std) < bias + 4 * std / (2 * n) ** 0.5
+    return denoise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("schedule", sorted(ALL))
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_any_grid_works_on_any_schedule(name, options, schedule, dtype):
+    schedule = ALL[schedule]
+    for n in (1, 2, 3, 7):
+        for clip in (False, True):
+            generator = torch.Generator().manual_seed(2)
+            x = SAMPLERS[name](
+                denoiser(schedule), schedule, noise(schedule, dtype), schedule.grid(n), clip_x0=clip,
+                generator=generator, **options,
+            )  # fmt: skip
+            assert x.dtype == dtype
+            assert x.isfinite().all()
+        if n == 1:  # one step returns the first estimate of x0
+            x0 = denoiser(schedule)(noise(schedule, dtype), time(schedule.t_max)).clamp(-1, 1)
+            torch.testing.assert_close(x, x0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("end", [0.0, 0.5])
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "edm"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_step_is_a_static_function_of_its_row(name, options, schedule, end, n):
+    """A loop that copies each row into the same buffers, as a captured graph must, gives the same bits; so does the
+    one that sampling captures."""
+    schedule = ALL[schedule]
+    ts = torch.linspace(schedule.t_max, end, n + 1, dtype=torch.float64)
+
+    def static_loop(step, state, times, table, *, generator=None, on_step=None, first=0):
+        buffers, t, row = tuple(x.clone() for x in state), times[0].clone(), table[0].clone()
+        for i in range(len(table)):
+            t.copy_(times[i])
+            row.copy_(table[i])
+            before = buffers[0].clone()
+            new, x0 = step(t, row, buffers)
+            for buffer, value in zip(buffers, new, strict=True):
+                assert (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
+            for buffer, value in zip(buffers, [value.clone() for value in new], strict=True):
+                buffer.copy_(value)
+            on_step(first + i, before, x0)
+        return buffers
+
+    seen, results = [[], [], []], []
+    for loop, calls in zip((eager_loop, static_loop, GraphLoop()), seen, strict=True):
+        x_T, generator = noise(schedule), torch.Generator().manual_seed(5)
+        results.append(
+            SAMPLERS[name](
+                denoiser(schedule),
+                schedule,
+                x_T,
+                ts,
+                generator=generator,
+                loop=loop,
+                on_step=lambda i, x, x0, calls=calls: calls.append((i, x.clone(), x0.clone())),
+                **options,
+            )
+        )
+        assert torch.equal(x_T, noise(schedule))
+    assert [i for i, _, _ in seen[0]] == list(range(n))
+    assert torch.equal(seen[0][0][1], noise(schedule))
+    for result, calls in zip(results[1:], seen[1:], strict=True):
+        assert torch.equal(result, results[0])
+        for (i, *ours), (j, *theirs) in zip(calls, seen[0], strict=True):
+            assert i == j
+            assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_guidance_moves_the_samples_to_where_it_points(name, options):
+    """Guidance is a mix of denoisers: of those of two Gaussians of one width, that of a third, at the mixed mean."""
+    weight, means = 1.5, (0.3, -0.2)
+    one, other = (gaussian_denoise(LINEAR, mean) for mean in means)
+
+    def guided(x, t):
+        return one(x, t) + weight * (one(x, t) - other(x, t))
+
+    generator = torch.Generator().manual_seed(3)
+    x_T = torch.randn(4000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    ends = [
+        SAMPLERS[name](f, LINEAR, x_T, LINEAR.grid(50), generator=generator, **options).mean().item()
+        for f in (one, guided)
+    ]
+    assert ends == pytest.approx([means[0], (1 + weight) * means[0] - weight * means[1]], abs=0.06)
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-@pytest.mark.parametrize("n", [1, 2, 7])
-def test_any_grid_works_in_the_dtype_of_x_T(name, n, dtype):
-    x = SAMPLERS[name](denoise, LINEAR, noise(dtype), LINEAR.grid(n), clip_x0=True)
-    assert x.dtype == dtype
-    assert x.isfinite().all()
-    if n == 1:  # one step returns the first estimate of x0
-        torch.testing.assert_close(x, denoise(noise(dtype), torch.tensor(1000.0, dtype=torch.float64)).clamp(-1, 1))
-
-
-def test_on_step_sees_every_evaluation():
+def test_estimates_are_clipped_on_request(name):
     seen = []
-    SAMPLERS["ddim"](denoise, LINEAR, noise(), LINEAR.grid(5), on_step=lambda i, x, x0: seen.append((i, x, x0)))
-    assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4]
-    assert torch.equal(seen[0][1], noise())
+
+    def denoise(x, t):
+        return 3.0 * torch.ones_like(x)
+
+    for clip in (False, True):
+        x = SAMPLERS[name](
+            denoise, LINEAR, noise(), LINEAR.grid(4), clip_x0=clip, on_step=lambda i, x, x0: seen.append(x0)
+        )
+        assert float(x.max()) == pytest.approx(1.0 if clip else 3.0, abs=1e-12)
+    assert [float(x0.max()) for x0 in seen] == [3.0] * 4 + [1.0] * 4
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_evaluations_are_counted(name, n):
+    calls = []
+
+    def denoise(x, t):
+        calls.append(t)
+        return denoiser(LINEAR)(x, t)
+
+    SAMPLERS[name](denoise, LINEAR, noise(), LINEAR.grid(n))
+    assert len(calls) == evaluations(name, n)
+
+
+def test_the_network_is_asked_at_the_grid_s_times():
+    for name in ("ddim", "dpmpp-3m", "unipc"):
+        times = []
+        SAMPLERS[name](lambda x, t, times=times: times.append(t.item()) or x, LINEAR, noise(), LINEAR.grid(5))
+        assert times == LINEAR.grid(5)[:-1].tolist()
+
+
+def test_all_samplers_have_the_common_arguments():
+    for name, sampler in SAMPLERS.items():
+        parameters = list(inspect.signature(sampler).parameters)
+        assert parameters[:4] == ["denoise", "schedule", "x_T", "ts"]
+        assert parameters[-4:] == ["clip_x0", "generator", "on_step", "loop"]
+        assert set(own_options(name)) == set(parameters[4:-4])
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -137,18 +173,29 @@ def test_on_step_sees_every_evaluation():
         ([1000.0], "at least 2 times"),
         ([500.0, 600.0, 0.0], "descend"),
         ([500.0, 500.0, 0.0], "descend"),
+        ([500.0, float("nan"), 0.0], "descend"),
         ([[2.0, 1.0]], "one dimension"),
         ([1.0, -1.0], "t >= 0"),
+        ([1001.0, 0.0], "starts at t <= 1000"),
     ],
 )
 def test_bad_grids_are_named(name, ts, message):
     with pytest.raises(UserError, match=message):
-        SAMPLERS[name](denoise, LINEAR, noise(), torch.tensor(ts, dtype=torch.float64))
+        SAMPLERS[name](denoiser(LINEAR), LINEAR, noise(), torch.tensor(ts, dtype=torch.float64))
 
 
-def test_bad_options_are_named():
-    for eta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UserError, match="eta is"):
-            SAMPLERS["ddim"](denoise, LINEAR, noise(), LINEAR.grid(2), eta=eta)
-    with pytest.raises(UserError, match="variance 'learned' is unknown"):
-        SAMPLERS["ddpm"](denoise, LINEAR, noise(), LINEAR.grid(2), variance="learned")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        *[(name, {"eta": eta}, "eta is") for name in ("ddim", "euler-ancestral") for eta in (-0.1, 1.1, float("nan"))],
+        ("ddpm", {"variance": "learned"}, "variance 'learned' is unknown"),
+        *[("unipc", {"order": order}, "order is") for order in (0, 4, 1.5)],
+        *[(name, {"S_churn": -1.0}, "S_churn is -1.0") for name in ("euler", "heun")],
+        ("heun", {"S_noise": float("nan")}, "S_noise is nan"),
+        *[("predictor-corrector", {"snr": snr}, "snr is") for snr in (0.0, -1.0, float("inf"), float("nan"))],
+        *[("predictor-corrector", {"corrector_steps": m}, "corrector_steps is") for m in (0, 1.5)],
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(UserError, match=message):
+        SAMPLERS[name](denoiser(LINEAR), LINEAR, noise(), LINEAR.grid(2), **options)

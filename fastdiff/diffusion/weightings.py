@@ -1,0 +1,60 @@
+"""How much the error at each noise level counts.
+
+A weighting is a weight w(log-SNR) of the error of the estimated image, ||x0 - x0_hat||^2, whatever the network
+predicts. (Some papers state the weight of ||eps - eps_hat||^2 = SNR ||x0 - x0_hat||^2; it is multiplied by SNR here.)
+An objective converts it to a weight of its own error, so that one weighting is one loss for all of them. All is in
+logarithms, where no infinite SNR meets a zero.
+
+The exception is `uniform`, by tradition the plain error of whatever is predicted (L_simple for eps), so that it means
+another w for each objective: `snr` for eps and score, w = 1 for x0, SNR + 1 for v (Salimans & Ho 2022, section 4), and
+`edm` for edm.
+
+The loss is a mean over the sampled noise levels: how often each is seen (--time-sampling and the schedule) is a weight
+too, and no weighting divides it out.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+SIGMOID_BIAS = 2.0  # Kingma & Gao 2023, section 5
+
+
+def snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = SNR: the plain error of the noise (Ho et al. 2020, eq. 14)."""
+    return log_snr
+
+
+def truncated_snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = max(SNR, 1): the larger of the noise's and the image's error (Salimans & Ho 2022, section 4)."""
+    return log_snr.clamp(min=0.0)
+
+
+def min_snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = min(SNR, gamma): nearly clean levels no longer dominate (Hang et al. 2023, section 3.4)."""
+    return log_snr.clamp(max=math.log(gamma))
+
+
+def edm(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1)."""
+    log_variance = 2.0 * math.log(sigma_data)
+    return -F.logsigmoid(-log_snr - log_variance) - log_variance
+
+
+def sigmoid(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = SNR sigmoid(2 - log-SNR), a soft min(SNR, e^2): sigmoid for the noise (Kingma & Gao 2023, section 5)."""
+    return log_snr + F.logsigmoid(SIGMOID_BIAS - log_snr)
+
+
+# log-SNR (N,) -> log w (N,). gamma and sigma_data are the run's.
+LogWeight = Callable[..., Tensor]
+WEIGHTINGS: dict[str, LogWeight | None] = {
+    "uniform": None,  # no w of its own, see above
+    "snr": snr,
+    "truncated-snr": truncated_snr,
+    "min-snr": min_snr,
+    "edm": edm,
+    "sigmoid": sigmoid,
+}
