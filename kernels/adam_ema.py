@@ -37,14 +37,16 @@ def reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     lr, decay, clip, step = (v.reshape(()).to(torch.float64) for v in (lr, decay, clip, step))
     dtype = param.dtype
     g = grad.to(dtype) * clip.to(dtype)
-    param.mul_((1 - lr * weight_decay).to(dtype))
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt() / (1 - beta2**step).sqrt().to(dtype) + eps
-    param.sub_((lr / (1 - beta1**step)).to(dtype) * exp_avg / denominator)
-    ema.lerp_(param, (1 - decay).to(dtype))
+    m = exp_avg.lerp(g, 1 - beta1)
+    v = (exp_avg_sq * beta2).addcmul(g, g, value=1 - beta2)
+    denominator = v.sqrt() / (1 - beta2**step).sqrt().to(dtype) + eps
+    p = param * (1 - lr * weight_decay).to(dtype) - (lr / (1 - beta1**step)).to(dtype) * m / denominator
+    average = ema.lerp(p, (1 - decay).to(dtype))
+    written = [(exp_avg, m), (exp_avg_sq, v), (param, p), (ema, average)]
     if half is not None:
-        half.copy_(param)
+        written.append((half, p.to(half.dtype)))
+    for old, new in written:
+        old.copy_(torch.where(clip > 0, new, old))
 
 
 @triton.jit
@@ -80,6 +82,8 @@ def adam_ema_kernel(
     t = tl.load(step_ptr).to(tl.float32)
     lr = tl.load(lr_ptr).to(tl.float32)
     clip = tl.load(clip_ptr).to(tl.float32)
+    if not (clip > 0.0):  # one scalar for the whole program
+        return
     correction1 = one_minus_exp(t * RATE1)  # 1 - beta1^t
     correction2 = tl.sqrt_rn(one_minus_exp(t * RATE2))
 
@@ -144,7 +148,8 @@ def adam_ema_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     step          t = 1 at the first update (any integer or floating dtype), raised by the caller; exact up to 2^24
     lr            learning rate
     decay         of the average, in [0, 1]; see ema_update_
-    clip          factor on the gradient, e.g. min(1, max_norm / norm)
+    clip          factor on the gradient, e.g. min(1, max_norm / norm); with one that is not above 0, or NaN, nothing is
+                  written, so that a gradient that is not finite can be skipped without a read on the host
     beta1, beta2  in (0, 1)
     weight_decay  decoupled, as torch.optim.AdamW's
 

@@ -18,8 +18,17 @@ class GroupNorm(nn.GroupNorm):
     fused = False
 
 
-def group_norm_silu(x: Tensor, norm: GroupNorm, *, silu: bool = True, shift: Tensor | None = None) -> Tensor:
-    """GroupNorm of x + shift, then SiLU unless `silu` is false: (N, C, H, W) -> (N, C, H, W), in the dtype of x.
+def group_norm_silu(
+    x: Tensor,
+    norm: GroupNorm,
+    *,
+    silu: bool = True,
+    shift: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """GroupNorm of x + shift, SiLU unless `silu` is false, dropout: (N, C, H, W) -> (N, C, H, W), in the dtype of x.
 
     Every norm of the network comes through here, so that one line chooses its implementation. Statistics are float32
     under autocast too.
@@ -28,16 +37,19 @@ def group_norm_silu(x: Tensor, norm: GroupNorm, *, silu: bool = True, shift: Ten
         x: (N, C, H, W), in channels_last memory.
         norm: weight, bias, groups and eps.
         shift: (N, C), added to every pixel first.
+        dropout_p: probability that an element is set to 0, in [0, 1).
+        seed, stream: fix the fused kernel's dropout mask: (1,) int64, needed for dropout_p > 0, and one number for each
+            layer that shares the seed. PyTorch draws from its own generator instead.
     """
     if norm.fused:
-        activation = "silu" if silu else "none"
         return kernels.group_norm_silu(
-            x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, activation=activation
-        )
+            x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift,
+            activation="silu" if silu else "none", dropout_p=dropout_p, seed=seed, stream=stream,
+        )  # fmt: skip
     if shift is not None:
         x = x + shift[:, :, None, None]
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    return F.dropout((F.silu(y) if silu else y).to(x.dtype), dropout_p)
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -74,27 +86,35 @@ class ResidualBlock(nn.Module):
     Args:
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
         c_embedding: width of the time embedding.
+        dropout: probability, in [0, 1).
+        stream: sets the block's dropout masks apart from those of the others; one number for each.
     """
 
-    def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float, stream: int = 0
+    ) -> None:
         super().__init__()
         self.norm_1 = GroupNorm(groups, c_in, eps)
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.embedding = nn.Linear(c_embedding, c_out)
         self.norm_2 = GroupNorm(groups, c_out, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.stream = dropout, stream
         self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: (N, c_in, H, W); embedding: (N, c_embedding), already through SiLU. Returns (N, c_out, H, W)."""
+    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
+        """x: (N, c_in, H, W); embedding: (N, c_embedding), already through SiLU. Returns (N, c_out, H, W).
+
+        seed: (1,) int64 of the fused kernel's dropout; see `group_norm_silu`.
+        """
         h, shift = group_norm_silu(x, self.norm_1), self.embedding(embedding)
         if self.norm_2.fused:  # its kernel adds the convolution's bias too, which is then not a pass of its own
             h, shift = F.conv2d(h, self.conv_1.weight, padding=1), shift + self.conv_1.bias
         else:
             h = self.conv_1(h)
-        h = self.conv_2(self.dropout(group_norm_silu(h, self.norm_2, shift=shift)))
-        return self.shortcut(x) + h
+        dropout_p = self.dropout if self.training else 0.0
+        h = group_norm_silu(h, self.norm_2, shift=shift, dropout_p=dropout_p, seed=seed, stream=self.stream)
+        return self.shortcut(x) + self.conv_2(h)
 
 
 class SelfAttention(nn.Module):

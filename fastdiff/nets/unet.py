@@ -1,5 +1,7 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B): `model(x_t, t) -> (N, C, H, W)`."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,10 +34,10 @@ class DownStage(nn.Module):
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
 
-    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Appends every activation to `skips`, for the way up."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(h, embedding))
+            h = attention(block(h, embedding, seed))
             skips.append(h)
         if self.downsample is not None:
             h = self.downsample(h)
@@ -50,10 +52,10 @@ class UpStage(nn.Module):
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
 
-    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Takes one activation from the end of `skips` for each block."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], 1), embedding))
+            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, seed))
         return h if self.upsample is None else self.upsample(h)
 
 
@@ -73,9 +75,12 @@ class UNet(nn.Module):
         groups, eps, dropout = config.norm_groups, config.norm_eps, config.dropout
         widths = [config.channels * m for m in config.channel_mult]
         c_embedding = 4 * config.channels
+        streams = itertools.count()
 
         def block(c_in: int, c_out: int) -> nn.Module:
-            return ResidualBlock(c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout)
+            return ResidualBlock(
+                c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout, stream=next(streams)
+            )
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.image_size // 2**level in config.attention_resolutions:
@@ -114,7 +119,8 @@ class UNet(nn.Module):
     def use_kernels(self, kind: str) -> "UNet":
         """Run the norms by the fused Triton kernel (`triton`; on a CPU its PyTorch reference) or by PyTorch (`torch`).
 
-        Weights, their names and the result up to rounding stay the same. Returns the network itself.
+        Weights, their names and the result up to rounding stay the same; dropout draws other masks. Returns the network
+        itself.
         """
         for module in self.modules():
             if isinstance(module, GroupNorm):
@@ -132,11 +138,14 @@ class UNet(nn.Module):
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
         embedding = F.silu(self.time(t))
+        seed = None
+        if self.training and self.config.dropout > 0 and self.norm_out.fused:
+            seed = torch.randint(2**63 - 1, (1,), device=x.device)  # one for all masks, so one small kernel
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, skips)
-        h = self.middle_2(self.middle_attention(self.middle_1(h, embedding)), embedding)
+            h = stage(h, embedding, seed, skips)
+        h = self.middle_2(self.middle_attention(self.middle_1(h, embedding, seed)), embedding, seed)
         for stage in self.up:
-            h = stage(h, embedding, skips)
+            h = stage(h, embedding, seed, skips)
         return self.conv_out(group_norm_silu(h, self.norm_out))

@@ -37,12 +37,25 @@ class EMA:
         self.updates += 1
         return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
 
-    @torch.no_grad()
     def update(self) -> None:
         """Take the model's current weights into the average; a few launches, whatever the number of parameters."""
-        decay = self.next_decay()
+        self.blend(self.next_decay())
+
+    @torch.no_grad()
+    def blend(self, decay: float | Tensor, keep: Tensor | None = None) -> None:
+        """average <- average + (1 - decay) (weights - average); for a decay on the device, 0-dim, in three passes.
+
+        With `keep`, bool 0-dim, the average stays as it is where that is false.
+        """
+        if keep is not None and (keep.is_cuda or not keep):
+            decay = 1.0 - keep.double() * (1.0 - decay)
         weights = [w.to(a.dtype) for w, a in zip(self._weights, self._averages, strict=True)]
-        torch._foreach_lerp_(self._averages, weights, weight=1.0 - decay)
+        if isinstance(decay, Tensor):  # which foreach_lerp_ would read on the host
+            change = torch._foreach_sub(weights, self._averages)
+            torch._foreach_mul_(change, (1 - decay).to(change[0].dtype))
+            torch._foreach_add_(self._averages, change)
+        else:
+            torch._foreach_lerp_(self._averages, weights, weight=1.0 - decay)
         self.copy_buffers()
 
     def copy_buffers(self) -> None:

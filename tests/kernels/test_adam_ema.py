@@ -97,3 +97,19 @@ def arguments(n=5):
 def test_refusals_name_the_argument(error, message, change):
     with pytest.raises(error, match=message):
         adam_ema_(**(arguments() | change))
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_clip_of_nothing_skips_the_step(clip):
+    """Also where the gradient is not finite, which no factor would make harmless."""
+    tensors = [torch.ones(5) * k for k in range(1, 6)]
+    param, grad, exp_avg, exp_avg_sq, ema = tensors
+    half = torch.zeros(5, dtype=torch.bfloat16)
+    grad[1] = float("nan")
+    before = [t.clone() for t in (*tensors, half)]
+    scalars = {
+        name: torch.tensor(value) for name, value in {"step": 3.0, "lr": 0.1, "decay": 0.9, "clip": clip}.items()
+    }
+    adam_ema_(param, grad, exp_avg, exp_avg_sq, ema, half, **scalars)
+    for was, now in zip(before, (*tensors, half), strict=True):
+        assert torch.equal(was, now) or now is grad

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff.nets.layers import GroupNorm, TimeEmbedding, group_norm_silu
+from fastdiff.nets.layers import GroupNorm, ResidualBlock, TimeEmbedding, group_norm_silu
 from fastdiff.nets.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
@@ -96,3 +96,66 @@ def test_the_time_embedding_is_ddpms():
     embedding(t)
     expected = get_timestep_embedding(t, 32, flip_sin_to_cos=False, downscale_freq_shift=1)
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)  # float32 angles up to 1000
+
+
+def fused(config=SMALL):
+    model = UNet(config).use_kernels("triton")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def drawn(model, seed, x, t):
+    torch.manual_seed(seed)
+    return model(x, t)
+
+
+def test_the_fused_networks_dropout_follows_the_generator_and_stops_in_eval():
+    model, x, t = fused(), torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0])
+    assert torch.equal(drawn(model, 1, x, t), drawn(model, 1, x, t))
+    assert not torch.equal(drawn(model, 1, x, t), drawn(model, 2, x, t))
+    model.eval()
+    assert torch.equal(drawn(model, 1, x, t), drawn(model, 2, x, t))
+    torch.testing.assert_close(model(x, t), model.use_kernels("torch")(x, t))
+
+
+def test_every_block_of_the_fused_network_drops_by_a_mask_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "kernels.group_norm_silu", lambda x, *args, **kwargs: calls.append(kwargs) or x.clone(), raising=True
+    )
+    fused()(torch.randn(1, 3, 8, 8), torch.zeros(1))
+    dropping = [call for call in calls if call["dropout_p"] > 0]
+    blocks = [m for m in fused().modules() if isinstance(m, ResidualBlock)]
+    assert len(dropping) == len(blocks)
+    assert {call["dropout_p"] for call in dropping} == {SMALL.dropout}
+    assert len({call["stream"] for call in dropping}) == len(blocks)
+    assert len({call["seed"].item() for call in dropping}) == 1
+
+
+def trained_once(model, x, t):
+    model.zero_grad()
+    model(x, t).square().mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "aot_eager"),  # graph breaks and recompiles as with Inductor, without minutes of C++ compilation
+        pytest.param("cpu", "inductor", marks=pytest.mark.slow),
+        pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_cifar10_network_compiles_as_one_graph_and_never_again(device, backend):
+    """Forward, backward and dropout by the fused kernel, in the published size."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(dropout=0.1)).to(device).use_kernels("triton")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, t = torch.randn(2, 3, 32, 32, device=device), torch.tensor([3.0, 700.0], device=device)
+    x = x.to(memory_format=torch.channels_last)
+    gradients = trained_once(compiled, x, t)
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trained_once(compiled, x, t)

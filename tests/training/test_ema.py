@@ -5,6 +5,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdiff.training.ema import EMA
+from tests.numerics import assert_as_accurate
 
 
 def network(dtype=torch.float32):
@@ -108,3 +109,18 @@ def test_the_models_own_weights_are_left_alone_and_keep_their_layout():
 def test_a_bad_decay_is_refused(decay):
     with pytest.raises(ValueError, match="decay"):
         EMA(network(), decay)
+
+
+@pytest.mark.parametrize("decay", [2 / 11, 0.9999])
+def test_a_decay_on_the_device_gives_the_same_average(decay):
+    """The captured step's way: no more error than the host's own, by the tolerance rule."""
+    results = {}
+    for kind, dtype in (("exact", torch.float64), ("host", torch.float32), ("device", torch.float32)):
+        model, generator = network(dtype), torch.Generator().manual_seed(1)
+        ema = EMA(model, 0.5)
+        for _ in range(50):
+            perturb(model, generator)
+            ema.blend(torch.tensor(decay, dtype=torch.float64) if kind == "device" else decay)
+        results[kind] = ema.model[0].weight.detach()
+    assert_as_accurate(results["device"], results["host"], results["exact"])
+    assert not torch.equal(results["device"], network()[0].weight)

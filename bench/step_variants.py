@@ -1,0 +1,270 @@
+"""The training step in variants, and what Inductor's code for an H100 asks for in each: bytes and launches."""
+
+from collections import Counter, defaultdict
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import inductor_mock
+from bench.inductor_mock import Call
+from fastdiff.config import UNetConfig
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.nets import layers, unet
+from fastdiff.nets.layers import GroupNorm
+from fastdiff.nets.unet import UNet
+from fastdiff.training.ema import EMA
+from fastdiff.training.optim import make_update
+from fastdiff.training.step import TrainStep
+
+Variant = Literal["stock", "stock-nchw", "plain", "ours"]
+VARIANTS: dict[Variant, str] = {
+    "stock": "F.group_norm + SiLU, channels_last",
+    "stock-nchw": "the same, left in NCHW",
+    "plain": "GroupNorm in plain PyTorch, over NHWC views",
+    "ours": "the kernel and the optimizer's bf16 weight copies",
+}
+# A network in which every kind of layer occurs, for tests: the fewest blocks that two levels can have.
+SMALL = UNetConfig(image_size=16, channels=64, channel_mult=(1, 1), blocks_per_level=1, attention_resolutions=())
+
+
+def plain_group_norm_silu(x: Tensor, norm: GroupNorm, *, silu: bool = True, shift: Tensor | None = None,
+                          dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0) -> Tensor:  # fmt: skip
+    """`layers.group_norm_silu` as one writes it for Inductor: reductions over (N, HW, groups, C / groups) views."""
+    n, c, height, width = x.shape
+    u = x if shift is None else x + shift[:, :, None, None]
+    u = u.permute(0, 2, 3, 1).reshape(n, height * width, norm.num_groups, c // norm.num_groups).float()
+    variance, mean = torch.var_mean(u, (1, 3), correction=0, keepdim=True)
+    scale = torch.rsqrt(variance + norm.eps)
+    y = (u - mean) * scale * norm.weight.reshape(norm.num_groups, -1) + norm.bias.reshape(norm.num_groups, -1)
+    y = (F.silu(y) if silu else y).to(x.dtype).reshape(n, height, width, c).permute(0, 3, 1, 2)
+    return F.dropout(y, dropout_p)
+
+
+@contextmanager
+def norms_of(variant: Variant) -> Generator[None]:
+    """The plain norm in place of PyTorch's, for that baseline."""
+    if variant != "plain":
+        yield
+        return
+    with (
+        mock.patch.object(layers, "group_norm_silu", plain_group_norm_silu),
+        mock.patch.object(unet, "group_norm_silu", plain_group_norm_silu),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one variant does in a step. Bytes are per image.
+
+    forward, backward    MB an image
+    triton, calls        launches of Triton kernels; with library calls (convolution, matrix product, attention)
+    norm                 bytes an element of the norms alone, forward and backward, all of the network's shapes
+    optimizer_calls      operators of the weights' update; optimizer_launches: kernels they start (see `launches`)
+    top                  the largest contributors: (pass, kind, what, calls, MB an image)
+    """
+
+    forward: float
+    backward: float
+    triton: int
+    calls: int
+    norm: tuple[float, float]
+    optimizer_calls: int
+    optimizer_launches: int
+    kinds: dict[str, int] = field(default_factory=dict)
+    top: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        """MB an image, forward and backward."""
+        return self.forward + self.backward
+
+    @property
+    def inductor(self) -> int:
+        """Launches of the Triton kernels that Inductor writes; ours, which replace several each, are not among them."""
+        return self.triton - sum(n for kind, n in self.kinds.items() if kind.endswith(" user"))
+
+
+def make_step(variant: Variant, config: UNetConfig) -> TrainStep:
+    """The project's own training step with this variant's switches."""
+    kernels = "triton" if variant == "ours" else "torch"
+    model = UNet(config).use_kernels(kernels)
+    objective = make_objective("eps", schedule="ddpm-linear")
+    ema = EMA(model, 0.9999)
+    update = make_update(kernels, model, ema, weight_decay=0.0, bf16=True)
+    return TrainStep(model, objective, update, lr=2e-4, warmup_steps=0, grad_clip=1.0, seed=0, bf16=True, compile=False)
+
+
+def graphs_of(variant: Variant, config: UNetConfig, batch: int) -> list[inductor_mock.Graph]:
+    """Inductor's forward and backward of the loss, as TrainStep differentiates it."""
+    step = make_step(variant, config)
+    names, n = list(step.update.weights), len(step.update.weights)
+    weights: list[Tensor] = [w.detach().requires_grad_() for w in step.update.weights.values()]
+    side, channels = config.image_size, config.image_channels
+    images = torch.empty(batch, side, side, channels, dtype=torch.uint8)
+    eps = torch.empty(batch, side, side, channels).permute(0, 3, 1, 2)
+    if variant == "stock-nchw":
+        weights = [w.detach().contiguous().requires_grad_() for w in weights]
+        images = torch.empty(batch, channels, side, side, dtype=torch.uint8).permute(0, 2, 3, 1)
+        eps = eps.contiguous()
+    t = torch.ones(batch, dtype=torch.int64)
+
+    def loss(*args: Tensor) -> Tensor:
+        step.update.weights = dict(zip(names, args[:n], strict=True))
+        mean, _ = step.loss(*args[n:])
+        return mean
+
+    with norms_of(variant):
+        return inductor_mock.count(loss, [*weights, images, t, eps])
+
+
+def norm_shapes(config: UNetConfig) -> Counter[tuple[int, int, bool, bool]]:
+    """How often the network applies a norm to (channels, side, SiLU, shift)."""
+    seen: Counter[tuple[int, int, bool, bool]] = Counter()
+
+    def record(x: Tensor, norm: GroupNorm, *, silu: bool = True, shift: Tensor | None = None, **_: Any) -> Tensor:
+        seen[x.shape[1], x.shape[2], silu, shift is not None] += 1
+        return x
+
+    with (
+        mock.patch.object(layers, "group_norm_silu", record),
+        mock.patch.object(unet, "group_norm_silu", record),
+        torch.device("meta"),
+    ):
+        UNet(config)(torch.empty(1, config.image_channels, config.image_size, config.image_size), torch.empty(1))
+    return seen
+
+
+def norm_bytes(variant: Variant, config: UNetConfig, batch: int) -> tuple[float, float]:
+    """Bytes an element of all the network's norms, each compiled alone: forward, backward."""
+    totals, elements = [0.0, 0.0], 0
+    for (channels, side, silu, shifted), times in norm_shapes(config).items():
+        x = torch.empty(batch, side, side, channels, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        if variant == "stock-nchw":
+            x = torch.empty(x.shape, dtype=torch.bfloat16, device="meta")
+        norm = GroupNorm(config.norm_groups, channels, config.norm_eps)
+        norm.fused = variant == "ours"
+
+        def apply(
+            x: Tensor, weight: Tensor, bias: Tensor, *shift: Tensor, norm: GroupNorm = norm, silu: bool = silu
+        ) -> Tensor:
+            class Norm(torch.nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.norm = norm
+
+                def forward(self, x: Tensor) -> Tensor:
+                    return layers.group_norm_silu(x, self.norm, silu=silu, shift=shift[0] if shift else None)
+
+            with torch.autocast(x.device.type, torch.bfloat16):
+                weights = {"norm.weight": weight, "norm.bias": bias}
+                return torch.func.functional_call(Norm(), weights, (x,))
+
+        inputs = [x.requires_grad_(), norm.weight, norm.bias]
+        if shifted:
+            inputs.append(torch.empty(batch, channels, dtype=torch.bfloat16, device="meta").requires_grad_())
+        with norms_of(variant):
+            graphs = inductor_mock.count(apply, inputs)
+        for i, graph in enumerate(graphs):
+            totals[i] += times * graph.bytes
+        elements += times * x.numel()
+    return totals[0] / elements, totals[1] / elements
+
+
+def launches(op: Any, args: tuple[Any, ...]) -> int:
+    """CUDA kernels that an operator of the update starts: 0 for a view, 1 for a plain one.
+
+    A foreach operator packs chunks of 65,536 elements of many tensors into one launch: at most 320 chunks, and 110, 64,
+    48, 36 or 30 tensors for 1 to 5 lists (multi_tensor_apply.cuh); a norm needs a second kernel.
+    """
+    if op.is_view or "detach" in str(op):
+        return 0
+    lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
+    if "_foreach" not in str(op) and "_fused" not in str(op):
+        return 1
+    most = (110, 64, 48, 36, 30)[len(lists) - 1]
+    count = tensors = chunks = 0
+    for tensor in lists[0]:
+        left = -(-tensor.numel() // 65536)
+        tensors += 1
+        while left:
+            taken = min(left, 320 - chunks)
+            chunks, left = chunks + taken, left - taken
+            if chunks == 320 or (tensors == most and not left):
+                count += 1
+                chunks, tensors = 0, 1 if left else 0
+    count += chunks > 0
+    return count + ("norm" in str(op))
+
+
+def optimizer_counts(variant: Variant, config: UNetConfig) -> tuple[int, int]:
+    """Operators and kernels of one update of the weights; the same operators run on a GPU."""
+    step = make_step(variant, config)
+    seen: list[int] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(launches(func, args))
+            return func(*args, **(kwargs or {}))
+
+    gradients = [torch.zeros_like(w) for w in step.update.weights.values()]
+
+    def update() -> None:
+        step.update.begin(lr=2e-4)
+        step.update.add(gradients)
+        step.update.apply(grad_clip=1.0)
+
+    update()  # makes the moments
+    with Recorder():
+        update()
+    return sum(s > 0 for s in seen), sum(seen)
+
+
+def contributors(graphs: list[inductor_mock.Graph], batch: int, limit: int = 25) -> list[list[Any]]:
+    """The calls that ask for most bytes, those of one kind and shape together."""
+    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    for graph in graphs:
+        for call in graph.calls:
+            entry = sums[graph.name, call.kind, _what(call)]
+            entry[0] += 1
+            entry[1] += call.bytes / batch / 1e6
+    rows = sorted(sums.items(), key=lambda item: -item[1][1])[:limit]
+    return [[*key, int(calls), round(megabytes, 3)] for key, (calls, megabytes) in rows]
+
+
+def _what(call: Call) -> str:
+    operators = ", ".join(o.removeprefix("aten.").removeprefix("prims.").rsplit(".", 1)[0] for o in call.origins)
+    name = call.name if call.kind != "triton" else ""
+    return " ".join(filter(None, (name, call.shape, f"({operators})" if call.kind != "user" else "")))
+
+
+def count_variant(variant: Variant, config: UNetConfig, batch: int) -> Counts:
+    """Everything about one variant."""
+    graphs = graphs_of(variant, config, batch)
+    forward, backward = (g.bytes / batch / 1e6 for g in graphs)
+    triton = sum(g.triton for g in graphs)
+    kinds = Counter(f"{g.name} {call.kind}" for g in graphs for call in g.calls)
+    operators, kernels = optimizer_counts(variant, config)
+    norm_forward, norm_backward = norm_bytes(variant, config, batch)
+    return Counts(
+        round(forward, 3), round(backward, 3), triton, triton + sum(g.extern for g in graphs),
+        (round(norm_forward, 3), round(norm_backward, 3)),
+        operators, kernels, dict(kinds), contributors(graphs, batch),
+    )  # fmt: skip
+
+
+def count_small(variant: Variant) -> dict[str, int]:
+    """Bytes, launches and calls of the small network at batch 128, which a test counts again and compares."""
+    graphs = graphs_of(variant, SMALL, 128)
+    return {
+        "bytes": sum(g.bytes for g in graphs),
+        "triton": sum(g.triton for g in graphs),
+        "calls": sum(g.triton + g.extern for g in graphs),
+    }
