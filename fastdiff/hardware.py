@@ -1,8 +1,21 @@
-"""What `auto` means for the device and the precision."""
+"""What `auto` means for device, precision and kernels; the switches of PyTorch's backends; what the device is."""
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdiff.errors import UserError
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 def resolve_device(device: str) -> torch.device:
@@ -15,3 +28,83 @@ def resolve_device(device: str) -> torch.device:
 def resolve_bf16(precision: str, device: torch.device) -> bool:
     """Whether to autocast activations to bfloat16: as asked, and for `auto` on CUDA only."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU, or of the CPU with its number of cores: two of one name may compare absolute times."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {_cpu_name()} {os.cpu_count()}c"
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: nvidia-h100-80gb-hbm3, cpu-amd-epyc-2c."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on, to stand beside it: device, versions, commit and date, as JSON types."""
+    cuda = device.type == "cuda"
+    dirty = "+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        if cuda
+        else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "torch": torch.__version__,
+        "triton": version("triton") if sys.platform == "linux" else None,
+        "python": platform.python_version(),
+        "commit": (_output("git", "rev-parse", "--short=12", "HEAD") or "unknown") + dirty,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def memory_peak(device: torch.device) -> tuple[str, int]:
+    """What was measured, and its peak in bytes since the process began."""
+    if device.type == "cuda":
+        return "gpu allocated", torch.cuda.max_memory_allocated(device)
+    return "host resident", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or an empty string where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def resolve_kernels(kernels: str, device: torch.device) -> str:
+    """`triton` or `torch`: as asked, and for `auto` triton on CUDA only."""
+    return kernels if kernels != "auto" else ("triton" if device.type == "cuda" else "torch")
+
+
+def resolve_compile(compile: str, device: torch.device) -> bool:
+    """Whether to use torch.compile: as asked, and for `auto` on CUDA only."""
+    return compile == "on" or (compile == "auto" and device.type == "cuda")
+
+
+def resolve_loader(kind: str, device: torch.device) -> str:
+    """`auto` is dali on CUDA, and resident elsewhere."""
+    return kind if kind != "auto" else ("dali" if device.type == "cuda" else "resident")
+
+
+def set_backends(device: torch.device) -> None:
+    """Settings of the whole process, which no step may depend on silently.
+
+    cuDNN measures its algorithms once for each shape, as shapes never change. Float32 products are float32 throughout:
+    PyTorch would round convolutions, and only these, to TF32 (10 bits of mantissa); who wants speed has bf16.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = device.type == "cuda"

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.data.datasets import load_dataset
-from fastdiff.errors import UserError
+from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.sampling import SamplerSettings, batch_count, sample_batches
-from fastdiff.hardware import resolve_bf16, resolve_device
+from fastdiff.evaluation.sampling import SamplerSettings, half_weights, parse_options, sample_batches
+from fastdiff.hardware import resolve_bf16, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
-from fastdiff.reporting import plots
-from fastdiff.reporting.progress import track
+from fastdiff.nets.unet import UNet
+from fastdiff.reporting import pictures, plots
+from fastdiff.reporting.progress import bar
 from fastdiff.reporting.run import open_run, write_atomically
 
 GRID_LIMIT = 1024
@@ -35,10 +36,13 @@ def sample(
     sampler: str,
     steps: int,
     eta: float,
+    spacing: str,
+    options: Sequence[str],
     seed: int,
     batch_size: int,
     device: str,
     precision: str,
+    graphs: bool,
     n: int,
     out: Path,
     save_npz: Path | None,
@@ -50,23 +54,24 @@ def sample(
             raise UserError(f"{path} is a folder; name a file in it.")
         if not path.absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
-    settings = SamplerSettings(sampler, steps, eta)
+    settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
     where = resolve_device(device)
+    set_backends(where)
+    bf16 = resolve_bf16(precision, where)
     trained = load_trained(checkpoint, device=where)
     shape = _image_shape(trained)
-    batches = sample_batches(
-        trained.model, trained.objective, n, settings=settings, image_shape=shape, batch_size=batch_size, seed=seed,
-        device=where, bf16=resolve_bf16(precision, where),
-    )  # fmt: skip
     shown: list[np.ndarray] = []
-    with _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
-        for images in track(batches, "sampling", total=batch_count(n, batch_size)):
+    with bar("sampling", n) as show, _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
+        for images in sample_batches(
+            _network(trained, bf16), trained.objective, n, settings=settings, image_shape=shape, batch_size=batch_size,
+            seed=seed, device=where, bf16=bf16, graphs=graphs, progress=show,
+        ):  # fmt: skip
             array = _nhwc(images)
             write(array)
             if sum(map(len, shown)) < GRID_LIMIT:
                 shown.append(array)
-    plots.save_grid(np.concatenate(shown)[:GRID_LIMIT], out)
-    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {sampler}, {steps} steps, from {trained.path}")
+    pictures.save_grid(np.concatenate(shown)[:GRID_LIMIT], out)
+    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {settings.label}, {steps} steps, from {trained.path}")
 
 
 def measure(
@@ -75,10 +80,13 @@ def measure(
     sampler: str,
     steps: int,
     eta: float,
+    spacing: str,
+    options: Sequence[str],
     seed: int,
     batch_size: int,
     device: str,
     precision: str,
+    graphs: bool,
     n: int,
     features: str,
     feature_size: int | None,
@@ -88,9 +96,11 @@ def measure(
     """Measure the Frechet distance of n samples, add the row to the run if `checkpoint` lies in one, and return it."""
     _check_seed(seed)
     if n < 2:
-        raise UserError(f"--n is {n}, but a Frechet distance needs at least 2 samples.")
-    settings = SamplerSettings(sampler, steps, eta)
+        raise UsageError(f"--n is {n}, but a Frechet distance needs at least 2 samples.")
+    settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
     where = resolve_device(device)
+    set_backends(where)
+    bf16 = resolve_bf16(precision, where)
     trained = load_trained(checkpoint, device=where)
     config = trained.config
     root = data_root or config.data_root
@@ -102,8 +112,9 @@ def measure(
         extractor = make_extractor(features, device=where, size=feature_size)
         distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
         row, _ = evaluate(
-            trained.model, trained.objective, distance, n=n, settings=settings, image_shape=_image_shape(trained),
-            batch_size=batch_size, seed=seed, device=where, bf16=resolve_bf16(precision, where), keep=1,
+            _network(trained, bf16), trained.objective, distance, n=n, settings=settings,
+            image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
+            graphs=graphs, keep=1,
         )  # fmt: skip
         images = trained.step * config.batch_size
         row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
@@ -126,7 +137,10 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
     try:
         if to == "diffusers":
             config = trained.config
-            save_diffusers_pipeline(trained.model, temporary, schedule=config.schedule, timesteps=config.timesteps)
+            save_diffusers_pipeline(
+                trained.model, temporary, schedule=config.resolved_schedule, timesteps=config.timesteps,
+                objective=config.objective, zero_terminal_snr=config.zero_terminal_snr,
+            )  # fmt: skip
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
             save_file(state, temporary / "model.safetensors", metadata={"step": str(trained.step)})
@@ -141,7 +155,11 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
+        raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
+
+
+def _network(trained: Trained, bf16: bool) -> UNet:
+    return half_weights(trained.model) if bf16 else trained.model
 
 
 def _image_shape(trained: Trained) -> tuple[int, int, int]:

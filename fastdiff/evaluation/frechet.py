@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
-from fastdiff.evaluation.features import FeatureExtractor, partial_file
+from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.progress import track
+from fastdiff.reporting.run import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,11 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 def _root(cov: Tensor) -> Tensor:
     """R (rank, D) with R^T R = cov; directions whose variance is rounding error are left out."""
-    variances, directions = torch.linalg.eigh(cov)
+    try:
+        variances, directions = torch.linalg.eigh(cov)
+    except torch.linalg.LinAlgError:  # LAPACK's divide and conquer can fail on many equal eigenvalues
+        directions, variances, _ = torch.linalg.svd(cov)  # of a positive semi-definite matrix: the same, descending
+        variances, directions = variances.flip(0), directions.flip(1)
     kept = variances > variances[-1].clamp(min=0) * len(variances) * torch.finfo(variances.dtype).eps
     return variances[kept].sqrt()[:, None] * directions[:, kept].T
 
@@ -79,6 +84,7 @@ class FrechetDistance:
         cache_dir: folder of the cached reference statistics (13 or 34 MB each); made if need be.
         device: where features are extracted; the extractor moves there.
         batch_size: images extracted at a time; by default 128, and 32 on a CPU, where larger ones are no faster.
+        reference: whether to have the reference's sums; ranks that only add up samples for another one need none.
 
     Attributes:
         metric: "fid" or "fd_efficientnet_lite0".
@@ -93,6 +99,7 @@ class FrechetDistance:
         cache_dir: Path | str,
         device: torch.device | str,
         batch_size: int | None = None,
+        reference: bool = True,
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance  # here, because this import takes seconds
 
@@ -105,7 +112,8 @@ class FrechetDistance:
         self._statistics = FrechetInceptionDistance(extractor, reset_real_features=False, normalize=False).to(
             self.device
         )
-        self._load_reference(image_set, Path(cache_dir))
+        if reference:
+            self._load_reference(image_set, Path(cache_dir))
 
     def update(self, images: Tensor) -> None:
         """Add samples.
@@ -210,7 +218,6 @@ def _write_sums(path: Path, key: dict[str, str], sums: Sums) -> None:
     total, outer, n = (each.cpu() for each in sums)
     tensors = {"sum": total, "cov_sum": outer, "num_samples": n}
     try:
-        with partial_file(path) as temporary:
-            save_file(tensors, temporary, metadata=key | {"checksum": _checksum((total, outer, n))})
+        write_atomically(path, save(tensors, metadata=key | {"checksum": _checksum((total, outer, n))}))
     except (OSError, SafetensorError) as error:
         log.warning("the reference statistics cannot be cached at %s (%s)", path, error)

@@ -1,14 +1,20 @@
 """One training step. Nothing in it reads a value of the device on the host."""
 
 import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import record_function
 
 from fastdiff.diffusion.objectives import Objective
+from fastdiff.errors import UserError
+from fastdiff.training.distributed import Ranks
+from fastdiff.training.graphs import Captured
+from fastdiff.training.noise_levels import NoiseLevels
 from fastdiff.training.optim import Update, learning_rate
 
 
@@ -23,18 +29,56 @@ def normalize(images: Tensor) -> Tensor:
     return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
 
 
-@dataclass
+Sums = tuple[float, float, int, int, int]
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """Sums over the steps since the last reset, as device tensors, and the first step whose loss was not finite."""
+    """Sums over the steps since the last reset, as device tensors that stay in place (a captured step adds to them),
+    without those that were not finite: `skipped` of them, the last `in_a_row`; and the step at which there were too
+    many in a row, or -1."""
 
     loss: Tensor
     grad_norm: Tensor
     bad_step: Tensor
-    count: int = 0
+    skipped: Tensor
+    in_a_row: Tensor
+
+    @staticmethod
+    def zeros(device: torch.device) -> "Metrics":
+        """Sums of no step."""
+        zero = torch.zeros((), device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return Metrics(zero, zero.clone(), count - 1, count, count.clone())
+
+    def add(self, loss: Tensor, grad_norm: Tensor, step: Tensor, *, allowed: int) -> None:
+        """Count one step, without a read on the host; more than `allowed` bad ones in a row are too many."""
+        good = loss.isfinite() & grad_norm.isfinite()
+        self.loss.add_(torch.where(good, loss, 0.0))
+        self.grad_norm.add_(torch.where(good, grad_norm, 0.0))
+        self.skipped.add_(~good)
+        self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
+        too_many = (self.in_a_row > allowed) & (self.bad_step < 0)
+        self.bad_step.copy_(torch.where(too_many, step, self.bad_step))
+
+    def read(self) -> Sums:
+        """All in one transfer (float64 holds all of them exactly). Waits for the device."""
+        sums = torch.stack([getattr(self, f.name).double() for f in fields(self)]).tolist()
+        loss, grad_norm, bad_step, skipped, in_a_row = sums
+        return loss, grad_norm, int(bad_step), int(skipped), int(in_a_row)
+
+    def fill(self, *sums: float) -> None:
+        """The inverse of `read`."""
+        for f, value in zip(fields(self), sums, strict=True):
+            getattr(self, f.name).fill_(value)
 
 
 class TrainStep:
     """batch -> [-1, 1] -> t, eps -> loss under autocast -> backward -> clip -> Adam -> EMA.
+
+    A call has a part on the host, which seeds the generators and writes what changes from step to step (batch, step
+    number, learning rate, decay) to the device, and a body that depends on nothing else, so that a CUDA graph can
+    replay it. On a CPU `graphs` takes the same way through a fixed input, and runs the body as it is.
 
     Args:
         model: the network, its weights float32 in channels_last memory.
@@ -42,9 +86,20 @@ class TrainStep:
         update: clips, updates the weights and their average.
         lr, warmup_steps: the learning rate's peak and linear rise.
         grad_clip: largest global gradient norm.
-        seed, rank: with the step's number, all that its randomness depends on.
+        seed: with the step's number and the rank, all that its randomness depends on.
         bf16: autocast activations to bfloat16.
         compile: torch.compile the forward pass and loss (and with it the backward pass).
+        accumulate: parts of equal size into which the batch is split, one after the other through the network, to need
+            less memory. t and eps are drawn for the whole batch, so that the update is the same up to rounding;
+            dropout draws other masks. Above 1, `update` must be made with accumulate=True.
+        graphs: capture the step in a CUDA graph, after a few that run as they are. All batches must then be of one
+            size. `update` must be made with graphs=True.
+        skip_nonfinite: steps in a row whose loss or gradient may be not finite; the device passes over their updates,
+            and counts them. One more, and the metrics' `bad_step` says where. Above 0, `update` must be made with
+            skip_nonfinite=True.
+        ranks: the processes that share each batch, each calling with its part; None for one alone. t and eps are drawn
+            for the whole batch, as one alone would; dropout draws other masks. With several, `update` must be made
+            with accumulate=True.
     """
 
     def __init__(
@@ -57,32 +112,51 @@ class TrainStep:
         warmup_steps: int,
         grad_clip: float,
         seed: int,
-        rank: int = 0,
         bf16: bool,
         compile: bool,
+        accumulate: int = 1,
+        graphs: bool = False,
+        skip_nonfinite: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.objective, self.update = model, objective, update
         self.lr, self.warmup_steps, self.grad_clip = lr, warmup_steps, grad_clip
-        self.seed, self.rank, self.bf16 = seed, rank, bf16
+        self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
+        self.skip_nonfinite = skip_nonfinite
+        self.ranks = ranks if ranks is not None and ranks.size > 1 else None
+        self.rank, self.size = (ranks.rank, ranks.size) if ranks is not None else (0, 1)
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.leaves = list(update.weights.values())
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = (
+        self.loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
             torch.compile(self._loss, fullgraph=True) if compile else self._loss
         )
-        self.metrics = self._zero_metrics()
+        self.metrics, self.count = Metrics.zeros(self.device), 0
+        self.noise_levels = NoiseLevels(self.device)
+        self._sums: Sums | None = None  # of the metrics, where they were read since the last step
+        self.images: Tensor | None = None  # the body's input, fixed where it may be captured
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step, from 0
+        # Every rank draws t and eps as rank 0 does, and masks from the default generator, which each seeds differently.
+        self.noise = torch.Generator(self.device) if self.rank > 0 else None
+        self.run = Captured(
+            self._body, device=self.device, capture=graphs and self.device.type == "cuda", what="the training step",
+            generators=[self.noise] if self.noise is not None else [],
+        )  # fmt: skip
 
-    def _zero_metrics(self) -> Metrics:
-        zero = torch.zeros((), device=self.device)
-        return Metrics(zero, zero.clone(), torch.full((), -1, dtype=torch.int64, device=self.device))
+    @property
+    def ready(self) -> bool:
+        """Whether the next step takes as long as all that follow: nothing is left to compile or to capture."""
+        return self.run.ready
 
-    def _loss(self, images: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss, and that of each image (N,), without gradient."""
         x0 = normalize(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.objective.loss(self._network, x0, t, eps).mean()
+            losses = self.objective.loss(self._network, x0, t, eps)
+            return losses.mean(), losses.detach()
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
         return functional_call(self.model, self.update.weights, (x_t, c_noise), cond)
@@ -91,46 +165,99 @@ class TrainStep:
         """Take one step.
 
         Args:
-            images: uint8 (N, H, W, C) on the model's device, contiguous.
+            images: uint8 (N, H, W, C) on the model's device, contiguous, this rank's part of the batch; free to be
+                overwritten by work that is queued after the call.
             step: the number of updates made before this one.
+
+        Raises:
+            UserError: `graphs`, and the batch has another size than the first one, or the step cannot be captured.
         """
         if not images.is_contiguous():
             raise ValueError("images must be contiguous (N, H, W, C), which normalisation makes channels_last")
+        if len(images) % self.accumulate:
+            raise ValueError(f"a batch of {len(images)} cannot be split into {self.accumulate} equal parts")
+        with record_function("data"):
+            self._take(images)
         torch.manual_seed(step_seed(self.seed, step, self.rank))
-        n, height, width, channels = images.shape
-        t = self.objective.sample_t(n, device=self.device)
-        eps = torch.randn(n, height, width, channels, device=self.device).permute(0, 3, 1, 2)
+        if self.noise is not None:
+            self.noise.manual_seed(step_seed(self.seed, step))
+        self.number.fill_(step)
+        self.update.begin(lr=learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps))
+        self.run()
+        self.count += 1
+        self._sums = None
 
-        loss = self.loss(images, t, eps)
-        gradients = torch.autograd.grad(loss, self.leaves)
-        lr = learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps)
-        grad_norm = self.update(gradients, lr=lr, grad_clip=self.grad_clip)
-        self._record(loss.detach(), grad_norm, step)
+    def _take(self, images: Tensor) -> None:
+        if not self.graphs:
+            self.images = images
+            return
+        if self.images is None:
+            self.images = torch.empty_like(images)
+        if images.shape != self.images.shape:
+            size, first = (" x ".join(map(str, shape)) for shape in (images.shape, self.images.shape))
+            raise UserError(
+                f"a batch of {size} cannot go through the step that was captured for {first}; use --no-graphs for "
+                "batches of several sizes."
+            )
+        self.images.copy_(images)
 
-    def _record(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        m = self.metrics
-        m.loss += loss
-        m.grad_norm += grad_norm
-        bad = ~(loss.isfinite() & grad_norm.isfinite()) & (m.bad_step < 0)
-        m.bad_step.masked_fill_(bad, step)
-        m.count += 1
+    def _body(self) -> None:
+        """All that a step does on the device; the same kernels on the same addresses in every step."""
+        assert self.images is not None
+        n, height, width, channels = self.images.shape
+        total, mine = n * self.size, slice(n * self.rank, n * (self.rank + 1))
+        t = self.objective.sample_t(total, generator=self.noise, device=self.device)
+        eps = torch.randn(total, height, width, channels, generator=self.noise, device=self.device)
+        batch = (self.images, t[mine], eps[mine].permute(0, 3, 1, 2))
+        parts = [batch] if self.accumulate == 1 else zip(*(v.chunk(self.accumulate) for v in batch), strict=True)
+        losses, images, share = [], [], 1 / (self.accumulate * self.size)
+        for i, part in enumerate(parts):
+            with record_function("forward"):
+                loss, per_image = self.loss(*part)
+            with record_function("backward"):
+                self.update.add(torch.autograd.grad(loss, self.leaves), share=share, first=i == 0)
+            losses.append(loss.detach())
+            images.append(per_image.detach())
+        if self.ranks is None:
+            loss, every = losses[0] if len(losses) == 1 else torch.stack(losses).mean(), torch.cat(images)
+        else:
+            every = torch.zeros(total, device=self.device)
+            every[mine] = torch.cat(images)
+            with record_function("all-reduce"):
+                self.ranks.sum_([every], "all-reduce of the loss")
+                self.update.reduce(self.ranks.sum_)
+            loss = every.mean()
+        self.noise_levels.update(self.objective.schedule.log_snr(t), every)
+        grad_norm = self.update.apply(grad_clip=self.grad_clip)
+        self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
+
+    def times(self, n: int, step: int) -> Tensor:
+        """The t, shape (n,), that a step draws for the n images of all ranks: again, to tell what went wrong."""
+        generator = torch.Generator(self.device).manual_seed(step_seed(self.seed, step))
+        return self.objective.sample_t(n, generator=generator, device=self.device)
 
     def metrics_state(self) -> dict[str, float | int]:
-        """The sums since the last reset, for a checkpoint between two rows. Waits for the device."""
-        m = self.metrics
-        return {"loss": m.loss.item(), "grad_norm": m.grad_norm.item(), "bad_step": int(m.bad_step), "count": m.count}
+        """The sums since the last reset, for a checkpoint between two rows. Waits for the device, once a step."""
+        if self._sums is None:
+            self._sums = self.metrics.read()
+        names = (f.name for f in fields(self.metrics))
+        return {**dict(zip(names, self._sums, strict=True)), "count": self.count}
 
     def load_metrics_state(self, state: dict[str, float | int]) -> None:
         """Continue the sums of `metrics_state`, exactly."""
-        self.metrics = self._zero_metrics()
-        self.metrics.loss.fill_(state["loss"])
-        self.metrics.grad_norm.fill_(state["grad_norm"])
-        self.metrics.bad_step.fill_(state["bad_step"])
-        self.metrics.count = int(state["count"])
+        # Runs of the first version have counted no skipped steps.
+        loss, grad_norm, *counts = (state.get(f.name, 0) for f in fields(self.metrics))
+        bad_step, skipped, in_a_row = map(int, counts)
+        self._sums = float(loss), float(grad_norm), bad_step, skipped, in_a_row
+        self.metrics.fill(*self._sums)
+        self.count = int(state["count"])
 
     def read_metrics(self, *, reset: bool = True) -> dict[str, float]:
-        """Mean `loss` and `grad_norm` of the steps since the last reset, at least one. Waits for the device."""
+        """Mean `loss` and `grad_norm` of the steps since the last reset, at least one, and how many were skipped as
+        not finite, which the means leave out (NaN where all were). Waits for the device."""
         state = self.metrics_state()
         if reset:
-            self.metrics = self._zero_metrics()
-        return {name: state[name] / state["count"] for name in ("loss", "grad_norm")}
+            self.load_metrics_state({**state, "loss": 0.0, "grad_norm": 0.0, "skipped": 0, "count": 0})
+        good = state["count"] - state["skipped"]
+        means = {name: state[name] / good if good else math.nan for name in ("loss", "grad_norm")}
+        return {**means, "skipped": state["skipped"]}

@@ -76,6 +76,25 @@ def test_a_step_can_be_named_and_a_run_means_its_newest(run):
     assert not newest.model.training
 
 
+def test_the_network_runs_by_the_kernels_that_trained_it(run):
+    """`auto` means by PyTorch on a CPU, as in training."""
+    path, fused = run / "checkpoints" / "step-2", []
+    state = checkpoint.load(path).state
+    for kernels in ("auto", "torch", "triton"):
+        config = {**state["config"], "kernels": kernels}
+        checkpoint.save(run / "checkpoints", 3, {**state, "config": config})
+        fused.append(load_trained(run, device=torch.device("cpu")).model.norm_out.fused)
+    assert fused == [False, False, True]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_change_no_image(run, tmp_path, precision):
+    common = ("sample", "--checkpoint", run, "--n", 5, "--steps", 3, "--batch-size", 4, "--precision", precision)
+    for flag in ("--graphs", "--no-graphs"):
+        assert call(*common, flag, "--out", tmp_path / f"{flag}.png") == 0
+    assert (tmp_path / "--graphs.png").read_bytes() == (tmp_path / "--no-graphs.png").read_bytes()
+
+
 def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys):
     pytest.importorskip("efficientnet_lite_pytorch")
     arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--steps", 2, "--sampler", "ddpm", "--feature-size", 32,
@@ -111,20 +130,28 @@ def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
 MISTAKES = [
     (("sample", "--checkpoint", "nowhere"), "nowhere is neither a run directory nor a checkpoint"),
     (("sample", "--checkpoint", "{run}", "--out", "missing/grid.png"), "folder .*missing does not exist"),
-    (("sample", "--checkpoint", "{run}", "--n", "0"), "must be at least 1"),
     (("sample", "--checkpoint", "{run}", "--steps", "101"), "101 sampling steps"),
+    (("export", "--checkpoint", "{run}", "--out", "{run}"), "exists already"),
+]
+BAD_FLAGS = [
+    (("sample", "--checkpoint", "{run}", "--n", "0"), "must be at least 1"),
+    (("sample", "--checkpoint", "{run}", "--batch-size", "0"), "must be at least 1"),
+    (("sample", "--checkpoint", "{run}", "--steps", "0"), "--steps is 0"),
+    (("sample", "--checkpoint", "{run}", "--seed", "-1"), "--seed is -1"),
     (("sample", "--checkpoint", "{run}", "--eta", "1.5"), "eta is 1.5"),
     (("sample", "--checkpoint", "{run}", "--sampler", "ddpm", "--eta", "1"), "--eta belongs to ddim"),
+    (("evaluate", "--checkpoint", "{run}", "--eta", "2"), "eta is 2"),
     (("evaluate", "--checkpoint", "{run}", "--n", "1"), "at least 2 samples"),
-    (("export", "--checkpoint", "{run}", "--out", "{run}"), "exists already"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_a_mistake_is_one_line_and_exit_1_and_leaves_no_file(run, tmp_path, monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize(
+    ("arguments", "message", "status"), [(*case, 1) for case in MISTAKES] + [(*case, 2) for case in BAD_FLAGS]
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(run, tmp_path, monkeypatch, capsys, arguments, message, status):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert call(*(a.format(run=run) for a in arguments)) == 1
+    assert call(*(a.format(run=run) for a in arguments)) == status
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)

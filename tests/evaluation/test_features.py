@@ -12,11 +12,12 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
-from fastdiff.errors import UserError
+from fastdiff.data import download
+from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation import features
 from fastdiff.evaluation.features import EfficientNetLite0, InceptionV3, inception_weights, make_extractor
 
-BODY = np.random.default_rng(0).bytes(3 * features.BLOCK_BYTES + 1000)  # stands for the weights file
+BODY = np.random.default_rng(0).bytes(3 * download.BLOCK_BYTES + 1000)  # stands for the weights file
 NAME = "weights-0123abcd.pth"
 
 
@@ -84,7 +85,7 @@ class Server:
         self.closing.wait(30)
 
     def stalled(self, handler):
-        self.send(handler, BODY[: features.BLOCK_BYTES + 10], length=len(BODY))
+        self.send(handler, BODY[: download.BLOCK_BYTES + 10], length=len(BODY))
         self.closing.wait(30)
 
     def trickling(self, handler):
@@ -101,7 +102,7 @@ def checkpoints(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(BODY).hexdigest())
     monkeypatch.setattr(features, "INCEPTION_URL", f"http://127.0.0.1:9/{NAME}")  # no one listens there
-    monkeypatch.setattr(features, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path / "hub" / "checkpoints"
 
@@ -251,7 +252,7 @@ def test_a_network_that_does_not_answer_costs_bounded_time(server, checkpoints, 
     start = time.monotonic()
     with pytest.raises(UserError, match=r"did not answer|timed out"):
         inception_weights()
-    assert time.monotonic() - start < 5 * features.STALL_SECONDS
+    assert time.monotonic() - start < 5 * download.STALL_SECONDS
     assert list(checkpoints.iterdir()) == []
 
 
@@ -266,12 +267,12 @@ def test_a_name_server_that_does_not_answer_costs_bounded_time(checkpoints, monk
     start = time.monotonic()
     with pytest.raises(UserError, match="did not answer"):
         inception_weights()
-    assert time.monotonic() - start < 5 * features.STALL_SECONDS
+    assert time.monotonic() - start < 5 * download.STALL_SECONDS
     over.set()
 
 
 def test_the_time_limit_users_get():
-    assert features.STALL_SECONDS <= 18  # of the 20 s that `auto` may cost
+    assert download.STALL_SECONDS <= 18  # of the 20 s that `auto` may cost
 
 
 def test_a_damaged_file_is_fetched_again(server, checkpoints):
@@ -349,7 +350,9 @@ def test_auto_takes_inception_where_its_weights_are(random_inception, checkpoint
         monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.file_digest(file, "sha256").hexdigest())
     checkpoints.mkdir(parents=True)
     (checkpoints / NAME).symlink_to(random_inception)
-    extractor = make_extractor("auto", device="cpu", size=64)
+    with pytest.raises(UsageError, match="--feature-size 64: --features auto chose inception"):
+        make_extractor("auto", device="cpu", size=64)  # not ignored: only efficientnet_lite0 has a size
+    extractor = make_extractor("auto", device="cpu")
     assert (extractor.name, extractor.metric) == ("inception", "fid")
     assert (extractor.size, extractor.num_features) == (299, 2048)
     assert caplog.records == []

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.errors import UserError
 from fastdiff.evaluation.evaluate import evaluate
-from fastdiff.evaluation.sampling import SamplerSettings, sample_batches, trajectory
+from fastdiff.evaluation.sampling import SamplerSettings, parse_options, sample_batches, trajectory
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
 SHAPE = (3, 4, 4)
@@ -14,10 +15,11 @@ def model(x, t):
     return 0.5 * x
 
 
-def draw(n, *, name="ddim", steps=5, eta=0.0, batch_size=4, seed=0, **options):
+def draw(n, *, name="ddim", steps=5, eta=0.0, spacing="auto", extra=None, batch_size=4, seed=0, **options):
+    settings = SamplerSettings(name, steps, eta, spacing, extra or {})
     batches = sample_batches(
-        options.pop("model", model), OBJECTIVE, n, settings=SamplerSettings(name, steps, eta), image_shape=SHAPE,
-        batch_size=batch_size, seed=seed, device=torch.device("cpu"), bf16=False, **options,
+        options.pop("model", model), OBJECTIVE, n, settings=settings, image_shape=SHAPE, batch_size=batch_size,
+        seed=seed, device=torch.device("cpu"), bf16=False, **options,
     )  # fmt: skip
     return list(batches)
 
@@ -85,9 +87,41 @@ def test_the_trajectory_ends_where_sampling_ends():
     ] == [100.0]
 
 
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_draws_images_and_has_a_trajectory(name):
+    settings = SamplerSettings(name, 6)
+    options = {"image_shape": SHAPE, "seed": 3, "device": torch.device("cpu"), "bf16": False}
+    x_t, x0_hat, times = trajectory(model, OBJECTIVE, settings=settings, samples=2, columns=4, **options)
+    assert x_t.shape == x0_hat.shape == (2, 4, *SHAPE)
+    assert times == [OBJECTIVE.schedule.grid(6)[i].item() for i in (0, 2, 3, 5)]
+    (final,) = draw(2, name=name, steps=6, seed=3, batch_size=2)
+    assert torch.equal(x0_hat[:, -1], final)
+
+
+def test_spacing_and_options_reach_the_sampler_and_the_label():
+    plain = draw(2, name="unipc", steps=9)[0]
+    assert not torch.equal(plain, draw(2, name="unipc", steps=9, spacing="log-snr")[0])
+    assert not torch.equal(plain, draw(2, name="unipc", steps=9, extra={"order": 1})[0])
+    settings = SamplerSettings("heun", 9, 0.0, "karras", parse_options("heun", ["S_churn=40", "S_noise=1.003"]))
+    assert settings.options == {"S_churn": 40.0, "S_noise": 1.003}
+    assert settings.label == "heun (karras, S_churn=40, S_noise=1.003)"
+    assert (settings.evaluations, SamplerSettings("ddim", 9).evaluations) == (17, 9)
+    assert SamplerSettings("predictor-corrector", 9, extra={"corrector_steps": 2}).evaluations == 25
+
+
 def test_bad_requests_are_named():
-    with pytest.raises(UserError, match="sampler 'euler' is unknown; choose one of ddpm, ddim"):
-        SamplerSettings("euler", 5)
+    with pytest.raises(UserError, match="sampler 'rk45' is unknown; choose one of ddpm, ddim, euler"):
+        SamplerSettings("rk45", 5)
+    with pytest.raises(UserError, match="order: heun has no such option; it has S_churn, S_noise, S_tmax, S_tmin"):
+        SamplerSettings("heun", 5, extra={"order": 2})
+    with pytest.raises(UserError, match="eta: ddim has no such option; it has none"):
+        parse_options("ddim", ["eta=1"])
+    with pytest.raises(UserError, match="--options order=two: order of unipc is of type int"):
+        parse_options("unipc", ["order=two"])
+    with pytest.raises(UserError, match="--options order is not of the form NAME=VALUE"):
+        parse_options("unipc", ["order"])
+    with pytest.raises(UserError, match="spacing 'dense' is unknown"):
+        draw(2, spacing="dense")
     with pytest.raises(UserError, match="--eta belongs to ddim"):
         SamplerSettings("ddpm", 5, 0.5)
     for n, batch_size in ((0, 4), (4, 0)):
@@ -98,6 +132,7 @@ def test_bad_requests_are_named():
 
 
 class CountingDistance:
+    sums = ()
     metric, reference = "fd_count", "nothing"
 
     class extractor:
