@@ -1,30 +1,31 @@
-"""Figures of a run, as small PNG files: loss, distance and throughput over the steps; grids of samples; trajectories.
-
-Every figure is written to a temporary name and renamed, so that a viewer never sees half an image. Images are numpy
-uint8 (..., H, W, 3), and are enlarged by whole factors only: a pixel of the image stays a sharp square.
-"""
+"""Curves of a run, as small PNG files: loss, distance, throughput and profiles."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
-from fastdiff.reporting.run import Row, write_atomically
+from fastdiff.reporting.pictures import DPI, save_figure
+from fastdiff.reporting.run import Row
 
 PathLike = str | os.PathLike
 
-DPI = 120
 BLUE, ORANGE, GREEN, PURPLE, GREY, LIGHT = "#2563eb", "#d97706", "#059669", "#7c3aed", "#6b7280", "#e5e7eb"
-GRID_CELL, LABELLED_CELL = 64, 80  # pixels: small images are enlarged to at least this; labels need more room
+
+
+def plot_run(train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Sequence[Row], folder: Path) -> None:
+    """All curves of a run: loss.png, throughput.png, fid.png, loss-by-noise.png; each where there are rows for it."""
+    plot_loss(train_rows, folder / "loss.png")
+    plot_throughput(train_rows, folder / "throughput.png")
+    plot_distance(eval_rows, folder / "fid.png")
+    plot_loss_by_noise(noise_rows, folder / "loss-by-noise.png")
 
 
 def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
@@ -50,7 +51,7 @@ def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.07, 1), markerscale=2)
     else:
         axes.legend(frameon=False, fontsize=9, markerscale=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
@@ -86,7 +87,7 @@ def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
         axes.margins(y=0.15)  # room for the label below the lowest point
         _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_throughput(rows: Sequence[Row], path: PathLike) -> None:
@@ -107,97 +108,111 @@ def plot_throughput(rows: Sequence[Row], path: PathLike) -> None:
     axes.set_ylim(0, 1.15 * float(speeds.max()) or 1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=9, loc="lower right", markerscale=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def image_grid(images: np.ndarray, *, columns: int | None = None, scale: int | None = None, gap: int = 2) -> np.ndarray:
-    """Lays out uint8 (N, H, W, 3) as one uint8 image, row by row, on white with `gap` pixels around each image.
+def plot_profile(categories: Mapping[str, float], title: str, path: PathLike) -> None:
+    """Where a step's time goes: a bar for each category that takes any, with its milliseconds and share.
 
-    `columns` is by default the square root of N, rounded up; `scale` the whole factor that makes an image at least 64
-    pixels high. Raises ValueError for another shape or type.
+    Args:
+        categories: name -> milliseconds, in the order to be shown; they add up to the step. `idle` is drawn in grey.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
-        raise ValueError(f"images are uint8 (N, H, W, 3) with N > 0, not {images.dtype} {images.shape}")
-    scale = scale or math.ceil(GRID_CELL / images.shape[1])
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    shown = {name: ms for name, ms in categories.items() if ms > 0}
+    total = sum(shown.values())
+    figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(shown)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axes.barh(list(shown), list(shown.values()), color=[GREY if name == "idle" else BLUE for name in shown], height=0.7)
+    for name, ms in shown.items():
+        axes.annotate(f" {ms:.3g} ms, {ms / total:.0%}", (ms, name), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.28 * max(shown.values()))
+    axes.set_xlabel(f"milliseconds of a step of {total:.4g} ms, under the profiler")
+    axes.grid(color=LIGHT, linewidth=0.8, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
 
 
-def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None, scale: int | None = None) -> None:
-    """Writes `image_grid` of the images as a PNG. No file for no images."""
-    if len(images) == 0:
+def plot_track(rows: Sequence[Row], path: PathLike) -> None:
+    """Images per second (left axis) and the Frechet distance (right axis) over the steps. No file without rows.
+
+    Args:
+        rows: of bench/track.py. Distances made in different ways are different curves.
+    """
+    rows = sorted(rows, key=lambda row: row["step"])
+    if not rows:
         return
-    _write_png(image_grid(images, columns=columns, scale=scale), path)
-
-
-def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: PathLike) -> None:
-    r"""Shows how the forward process turns images into noise: a row for each image, a column for each time.
-
-    Args:
-        x_t_rows: uint8 (images, times, H, W, 3).
-        labels: what stands above each column, such as "t = 100\n" + r"$\bar\alpha_t$ = 0.897".
-        path: the PNG to write; none is written for no images.
-    """
-    if x_t_rows.size:
-        _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
-
-
-def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: PathLike) -> None:
-    """Shows sampling from noise to image: for each sample x_t, and below it the network's guess of the clean image.
-
-    Args:
-        x_t: uint8 (samples, times, H, W, 3).
-        x0_hat: of the same shape; the estimate made from the x_t above it.
-        times: t of each column, in sampling order. Of more than 8, the figure shows 8 evenly spread ones.
-        path: the PNG to write; none is written for no samples.
-    """
-    if x_t.shape != x0_hat.shape or x_t.shape[1] != len(times):
-        raise ValueError(f"x_t {x_t.shape}, x0_hat {x0_hat.shape} and {len(times)} times do not fit together")
-    if x_t.size:
-        shown = np.unique(np.linspace(0, len(times) - 1, min(8, len(times))).round().astype(int))
-        pairs = np.stack([x_t[:, shown], x0_hat[:, shown]], axis=1)
-        labels = [f"t = {times[i]:.4g}" for i in shown]
-        _save_labelled(
-            pairs, r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below", labels, ["$x_t$", r"$\hat{x}_0$"], path
+    figure, speed = _curve_figure("Throughput beside the Frechet distance", "images per second", rows)
+    steps, values = _column(rows, "images_per_second")
+    curve = speed.plot(steps, values, "s-", color=BLUE, linewidth=1.8, markersize=4.5, label="images per second")
+    speed.set_ylim(0, 1.15 * float(values.max(initial=0)) or 1)
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    speed.yaxis.label.set_color(BLUE)
+    distance = speed.twinx()
+    kinds = list(dict.fromkeys((row["metric"], _how(row)) for row in rows))
+    for (metric, how), colour in zip(kinds, _colours(len(kinds) + 1)[1:], strict=True):
+        own = [
+            {"step": row["step"], "value": row[metric]} for row in rows if (row["metric"], _how(row)) == (metric, how)
+        ]
+        steps, values = _column(own, "value")
+        curve += distance.plot(
+            steps, values, "o-", color=colour, linewidth=1.8, markersize=4.5, label=f"{metric}: {how}"
         )
+        for step, value in [*zip(steps, values, strict=True)][-1:]:
+            distance.annotate(
+                f"{value:.4g}", (step, value), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9
+            )
+    distance.set_ylabel(" / ".join(dict.fromkeys(row["metric"] for row in rows)) + " (lower is better)", color=ORANGE)
+    distance.margins(y=0.15)
+    distance.spines["top"].set_visible(False)
+    last = rows[-1]
+    speed.set_xlabel(f"step (the last row after {_duration(last['seconds_total'])})")
+    labels = [str(line.get_label()) for line in curve]
+    figure.legend(curve, labels, frameon=False, fontsize=8, loc="outside lower center")
+    save_figure(figure, path)
 
 
-def _save_labelled(
-    groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: PathLike
-) -> None:
-    """Draws uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
-    count, rows, columns = groups.shape[:3]
-    if columns != len(column_labels):
-        raise ValueError(f"{columns} columns of images but {len(column_labels)} labels")
-    scale = math.ceil(LABELLED_CELL / groups.shape[3])
-    blocks = [image_grid(group.reshape(-1, *group.shape[2:]), columns=columns, scale=scale) for group in groups]
-    height, width = blocks[0].shape[:2]
-    between = 8 if rows > 1 else -2  # rows of one group share the gap
-    left = 34 if any(row_labels) else 10
-    head = 34 + 14 * max(label.count("\n") + 1 for label in column_labels)
-    total_width = max(left + width + 10, 420)
-    total_height = head + count * (height + between) - between + 8
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
-    figure.text(left / total_width, 1 - 8 / total_height, title, fontsize=9, fontweight="bold", va="top")
-    cell = width / columns
-    for i, label in enumerate(column_labels):
-        x, y = (left + (i + 0.5) * cell) / total_width, 1 - (head - 3) / total_height
-        text = figure.text(x, y, label, fontsize=7, ha="center", va="bottom", linespacing=1.2)
-        text.set_fontsize(7 * min(1, (cell - 6) / text.get_window_extent().width))
-    for g, block in enumerate(blocks):
-        top = head + g * (height + between)
-        figure.figimage(block, left, total_height - top - height, origin="upper")  # pixel for pixel
-        for r, label in enumerate(row_labels):
-            y = 1 - (top + (r + 0.5) * height / rows) / total_height
-            figure.text((left - 6) / total_width, y, label, fontsize=9, ha="right", va="center")
-    _save(figure, path)
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def plot_loss_by_noise(rows: Sequence[Row], path: PathLike) -> None:
+    """The training loss at each noise level, for up to 5 stages of the run, over the share of the last one's images.
+
+    Args:
+        rows: `step`, and lists over the bins: `log_snr` (centre), `loss` (mean, None without images), `images`.
+        path: the PNG to write; none is written without rows.
+    """
+    if not rows:
+        return
+    shown = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int))]
+    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title("Training loss by noise level", fontsize=11, fontweight="bold", loc="left")
+    axes.set_xlabel("log-SNR (noise on the left, image on the right)")
+    axes.set_ylabel("loss")
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    centres, images = np.array(shown[-1]["log_snr"]), np.array(shown[-1]["images"], np.float64)
+    below = axes.twinx()
+    bars = below.bar(centres, images / max(images.sum(), 1), width=0.9, color=LIGHT, label="share of images")
+    below.set_ylim(0, 3 * (images.max() / max(images.sum(), 1) or 1))
+    below.set_axis_off()
+    axes.set_zorder(below.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    for i, row in enumerate(shown):
+        losses = np.array(row["loss"], np.float64)  # None becomes nan: a gap in the line
+        colour = GREY if i < len(shown) - 1 else BLUE
+        axes.plot(
+            row["log_snr"], losses, ".-", color=colour, alpha=(i + 1) / len(shown), label=f"up to step {row['step']:,}"
+        )
+    values = np.concatenate([np.array(row["loss"], np.float64) for row in shown])
+    values = values[np.isfinite(values)]
+    if len(values):
+        _log_scale(axes, values)
+    axes.legend(handles=[*axes.lines, bars], frameon=False, fontsize=9)
+    save_figure(figure, path)
 
 
 def _column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -287,15 +302,3 @@ def _log_scale(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _save(figure: Figure, path: PathLike) -> None:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    _write_png(np.asarray(canvas.buffer_rgba())[..., :3], path)
-
-
-def _write_png(image: np.ndarray, path: PathLike) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())

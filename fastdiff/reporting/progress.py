@@ -9,8 +9,9 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from fastdiff.reporting.run import DISK_FULL
 
 T = TypeVar("T")
 
@@ -87,11 +90,19 @@ class TrainingProgress:
         if self._live is not None:
             self._live.refresh()
         else:
-            self._console.print(Text("  ".join(self._fields())), soft_wrap=True)
+            self._write(Text("  ".join(self._fields())), soft_wrap=True)
 
     def print(self, text: str) -> None:
         """Prints a line that stays, above the live line."""
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=self._live is None)
+        self._write(text, markup=False, highlight=False, emoji=False, soft_wrap=self._live is None)
+
+    def _write(self, text: str | Text, **options: Any) -> None:
+        """Print; a line that a full disk has no room for (the output may go to a file there) is lost, not the run."""
+        try:
+            self._console.print(text, **options)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
 
     def _fields(self, elapsed: float = 0.0) -> list[str]:
         """The parts of the line, as it stands `elapsed` seconds after the last update."""
@@ -131,14 +142,13 @@ class TrainingProgress:
         return row
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yields from `iterable` while showing how far it is.
+@contextmanager
+def bar(description: str, total: int | None = None) -> Generator[Callable[[float], None]]:
+    """Shows how far a slow piece of work is, as told by calls of what it yields: show(units done so far).
 
     A bar that vanishes at the end on a terminal; otherwise a line on stderr for every 30 seconds that it takes, so that
-    stdout stays clean for results. `total` is needed only where `iterable` has no length.
+    stdout stays clean for results.
     """
-    if total is None:
-        total = operator.length_hint(iterable) or None
     stdout, stderr = _consoles()
     # The live line's own console where that is a terminal, so that the two are drawn together.
     screen = stdout if stdout.is_terminal else stderr
@@ -149,20 +159,36 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=screen, transient=True) as bar:
-            yield from bar.track(iterable, total=total, description=description)
+        with Progress(*columns, console=screen, transient=True) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda done: progress.update(task, completed=done)
         return
     start = last = time.monotonic()
-    for done, item in enumerate(iterable):
+
+    def show(done: float) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            progress = f"{done:,}" if total is None else f"{done:,}/{total:,}"
-            line = f"{description}  {progress}  {format_seconds(now - start)} so far"
-            if total is not None and done > 0:
-                line += f"  {format_seconds((now - start) / done * (total - done))} to go"
-            screen.print(Text(line), soft_wrap=True)
-        yield item
+        if now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        line = f"{description}  {int(done):,}" + ("" if total is None else f"/{total:,}")
+        line += f"  {format_seconds(now - start)} so far"
+        if total is not None and done > 0:
+            line += f"  {format_seconds((now - start) / done * (total - done))} to go"
+        screen.print(Text(line), soft_wrap=True)
+
+    yield show
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yields from `iterable` while a `bar` shows how far it is. `total` is needed only where it has no length."""
+    if total is None:
+        total = operator.length_hint(iterable) or None
+    with bar(description, total) as show:
+        for done, item in enumerate(iterable):
+            show(done)
+            yield item
+            show(done + 1)
 
 
 def format_seconds(seconds: float) -> str:

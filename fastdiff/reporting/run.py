@@ -10,32 +10,36 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import itertools
 import json
+import logging
 import math
 import numbers
 import os
-import socket
+import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.errors import UserError
+from fastdiff.reporting import locking
 
 if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
-TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds", "skipped")
 EVAL_COLUMNS = (
     *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
     *("features", "feature_size", "reference", "seconds", "checkpoint"),
 )
 CSV_HEADER = tuple(dict.fromkeys(("kind", *TRAIN_COLUMNS, *EVAL_COLUMNS)))  # their union, in this order
 TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second")
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # errors after which a run goes on without a file
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # column -> str, int, float or None
 
@@ -55,7 +59,7 @@ def create_run(root: str | os.PathLike = "working", *, config: dict) -> Run:
         raise UserError(
             f"{root}: cannot make a run directory here ({error.strerror}); choose a folder that you can write to"
         ) from error
-    lock = _lock(path)
+    lock = locking.acquire(path)
     try:
         write_atomically(path / "config.json", text.encode())
         return Run(path, json.loads(text), lock)
@@ -77,7 +81,7 @@ def open_run(path: str | os.PathLike) -> Run:
         config = json.loads(config_path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{config_path}: cannot be read as JSON ({error}); restore it, or start a new run") from error
-    lock = _lock(path)
+    lock = locking.acquire(path)
     try:
         return Run(path, config, lock)
     except BaseException:
@@ -101,12 +105,15 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.saves = path / "saves"
         self._lock: int | None = lock
-        self._jsonl: io.FileIO | None = None
-        self._csv: io.FileIO | None = None
+        self._jsonl: _Lines | None = None
+        self._csv: _Lines | None = None
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self.checkpoints.mkdir(exist_ok=True)
         self.saves.mkdir(exist_ok=True)
+        for folder in (path, self.saves):
+            for stale in folder.glob(".*.tmp"):  # of `write_atomically`, in a run that was killed
+                stale.unlink()
         self._store(self._rows())
 
     def __enter__(self) -> Run:
@@ -124,7 +131,7 @@ class Run:
         self._append(_checked("train", row, TRAIN_COLUMNS))
         for name in TENSORBOARD_SCALARS:
             if row.get(name) is not None:
-                self._tensorboard().add_scalar(f"train/{name}", row[name], row["step"])
+                self._show("add_scalar", f"train/{name}", row[name], row["step"])
 
     def log_eval(self, row: Row) -> None:
         """Appends one row of an evaluation: `step` and any other of EVAL_COLUMNS.
@@ -133,13 +140,13 @@ class Run:
         """
         self._append(_checked("eval", row, EVAL_COLUMNS))
         if row.get("metric") is not None and row.get("value") is not None:
-            self._tensorboard().add_scalar(f"eval/{row['metric']}", row["value"], row["step"])
-            self._tensorboard().flush()
+            self._show("add_scalar", f"eval/{row['metric']}", row["value"], row["step"])
+            self._show("flush")
 
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Shows `image`, uint8 (H, W, 3), in TensorBoard under `tag`."""
-        self._tensorboard().add_image(tag, image, step, dataformats="HWC")
-        self._tensorboard().flush()
+        self._show("add_image", tag, image, step, dataformats="HWC")
+        self._show("flush")
 
     def train_rows(self) -> list[Row]:
         """The training rows in the order they were written, read from `metrics.jsonl`."""
@@ -155,23 +162,17 @@ class Run:
         `drop` says of a row of `step` itself or before whether it goes too.
         """
         self._store([row for row in self._rows() if row["step"] <= step and not drop(row)])
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close_writer()
         self._purge_step = step + 1  # the next writer tells TensorBoard to forget events from here on
 
     def close(self) -> None:
         """Closes the files and frees the lock. Closing twice does nothing more."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close_writer()
         for file in (self._jsonl, self._csv):
             if file is not None:
                 file.close()
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: a forked child may hold a copy of the descriptor
-            os.close(self._lock)
+            locking.release(self._lock)
             self._lock = None
 
     def _rows(self) -> list[Row]:
@@ -188,17 +189,27 @@ class Run:
                 file.close()
             if not path.exists() or path.read_bytes() != text.encode():
                 write_atomically(path, text.encode())
-        self._jsonl = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-        self._csv = open(self.path / "metrics.csv", "ab", buffering=0)  # noqa: SIM115
+        self._jsonl, self._csv = _Lines(self.path / "metrics.jsonl"), _Lines(self.path / "metrics.csv")
 
     def _append(self, row: Row) -> None:
         for file, line in ((self._jsonl, _json_line(row)), (self._csv, _csv_row(row))):
             assert file is not None
-            data = line.encode()
-            written = file.write(data)  # unbuffered: one write(2) for the whole line
-            if written != len(data):
-                file.truncate(file.tell() - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+            file.append(line)
+
+    def _show(self, action: str, *arguments: Any, **options: Any) -> None:
+        """Call TensorBoard's writer; on a full disk its events are lost, and the next call begins a new file."""
+        try:
+            getattr(self._tensorboard(), action)(*arguments, **options)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            log.warning("%s: TensorBoard events are lost (%s)", self.path / "tensorboard", error.strerror)
+            self._writer = None
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._show("close")
+            self._writer = None
 
     def _tensorboard(self) -> SummaryWriter:
         if self._writer is None:
@@ -206,6 +217,43 @@ class Run:
 
             self._writer = SummaryWriter(self.path / "tensorboard", purge_step=self._purge_step, flush_secs=30)
         return self._writer
+
+
+class _Lines:
+    """A file to which whole lines are appended; while the disk is full they wait in memory, and go out with the next.
+
+    It never ends in half a line, but for a power cut.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def append(self, line: str) -> None:
+        """Write the line, after those that wait; raises OSError unless the disk is only full."""
+        data = self._waiting + line.encode()
+        end, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            written = self._file.write(data)  # unbuffered: one write(2) for all
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+        whole = data.rfind(b"\n", 0, written) + 1
+        if whole < written:
+            self._file.truncate(end + whole)
+        if whole < len(data) and not self._waiting:
+            free = shutil.disk_usage(self._path.parent).free
+            log.warning(
+                "%s: the disk is full, rows wait in memory (%s bytes are free, %s are needed)",
+                self._path, f"{free:,}", f"{len(data) - whole:,}",
+            )  # fmt: skip
+        self._waiting = data[whole:]
+
+    def close(self) -> None:
+        """Write what waits, if that is possible now, and close the file. Closing twice does nothing more."""
+        if self._waiting and not self._file.closed:
+            self.append("")
+        self._file.close()
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -219,9 +267,19 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(directory: Path) -> None:
+    """Have the disk confirm the names in a directory: a rename may else be lost in a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _make_numbered(root: Path) -> Path:
@@ -234,33 +292,6 @@ def _make_numbered(root: Path) -> Path:
         except FileExistsError:
             continue
     raise AssertionError  # itertools.count does not end
-
-
-def _lock(run: Path) -> int:
-    """Takes the lock of `run` and returns its descriptor; the kernel frees it when the process ends, kill -9 too."""
-    try:
-        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"{run / 'lock'}: cannot be opened for writing ({error.strerror}); check permissions"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "just starting or stopping"
-        os.close(descriptor)
-        raise UserError(
-            f"{run}: in use by another process ({holder}); wait for it or stop it first, or start a new run"
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"{run}: cannot be locked ({error.strerror}); put runs on a file system that supports flock"
-        ) from error
-    started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode(), 0)
-    return descriptor
 
 
 def _checked(kind: str, row: Row, columns: tuple[str, ...]) -> Row:

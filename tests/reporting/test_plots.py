@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.reporting.plots import (
-    _running_mean,
-    image_grid,
-    plot_distance,
-    plot_forward_noising,
-    plot_loss,
-    plot_throughput,
-    plot_trajectory,
-    save_grid,
-)
+from fastdiff.reporting.pictures import image_grid, plot_forward_noising, plot_trajectory, save_grid
+from fastdiff.reporting.plots import _running_mean, plot_distance, plot_loss, plot_loss_by_noise, plot_throughput
 
 BLUE, ORANGE = (0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)
 
@@ -44,6 +36,33 @@ def noise(*shape, seed=0):
 
 def pixels(path, colour):
     return int((np.asarray(Image.open(path)) == colour).all(axis=-1).sum())
+
+
+def noise_row(step, empty=()):
+    centres = [k + 0.5 for k in range(-12, 16)]
+    losses = [None if i in empty else 0.01 + math.exp(-i / 5) / step for i in range(28)]
+    return {
+        "step": step,
+        "log_snr": centres,
+        "loss": losses,
+        "images": [0 if i in empty else 100 + i for i in range(28)],
+    }
+
+
+class TestLossByNoise:
+    @pytest.mark.parametrize("n", [1, 3, 40])
+    def test_the_last_stage_is_drawn_over_the_others(self, tmp_path, n):
+        path = tmp_path / "plot.png"
+        plot_loss_by_noise([noise_row(step, empty=(0, 13)) for step in range(1, n + 1)], path)
+        assert Image.open(path).size == (864, 504)
+        assert pixels(path, BLUE) > 200
+        assert pixels(path, (0xE5, 0xE7, 0xEB)) > 5000  # the bars
+
+    def test_no_rows_no_file_and_rows_without_images_do_no_harm(self, tmp_path):
+        plot_loss_by_noise([], tmp_path / "none.png")
+        assert not (tmp_path / "none.png").exists()
+        plot_loss_by_noise([noise_row(1, empty=range(28))], tmp_path / "empty.png")
+        assert (tmp_path / "empty.png").exists()
 
 
 class TestCurves:

@@ -1,5 +1,4 @@
 import csv
-import io
 import json
 import math
 import os
@@ -13,35 +12,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastdiff.errors import UserError
 from fastdiff.reporting.run import CSV_HEADER, create_run, open_run, write_atomically
-
-TRAIN = {
-    "step": 100,
-    "images": 6400,
-    "loss": 0.1 + 0.2,
-    "grad_norm": 1e-7,
-    "lr": 2e-4,
-    "images_per_second": 3210.5,
-    "seconds": 12.25,
-}
-EVAL = {
-    "step": 100,
-    "images": 6400,
-    "metric": "fd_efficientnet_lite0",
-    "value": 1.75,
-    "samples": 500,
-    "sampler": "ddim",
-    "sampler_steps": 50,
-    "eta": 0.0,
-    "features": "efficientnet_lite0",
-    "feature_size": 96,
-    "reference": 'digits, "train"',  # has to be quoted in a CSV
-    "seconds": 3.5,
-    "checkpoint": "checkpoints/step-100",
-}
+from tests.reporting.rows import EVAL, TRAIN
 
 
 def python(repo, code, *args, **options):
@@ -245,10 +219,10 @@ class TestRows:
         assert [json.loads(line) for line in lines[:2]] == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
         assert lines[2:] == [""]
         assert (run.path / "metrics.csv").read_text().split("\n") == [
-            "kind,step,images,loss,grad_norm,lr,images_per_second,seconds,"
+            "kind,step,images,loss,grad_norm,lr,images_per_second,seconds,skipped,"
             "metric,value,samples,sampler,sampler_steps,eta,features,feature_size,reference,checkpoint",
-            "train,100,6400,0.30000000000000004,1e-07,0.0002,3210.5,12.25,,,,,,,,,,",
-            "eval,100,6400,,,,,3.5,fd_efficientnet_lite0,1.75,500,ddim,50,0.0,efficientnet_lite0,96,"
+            "train,100,6400,0.30000000000000004,1e-07,0.0002,3210.5,12.25,,,,,,,,,,,",
+            "eval,100,6400,,,,,3.5,,fd_efficientnet_lite0,1.75,500,ddim,50,0.0,efficientnet_lite0,96,"
             '"digits, ""train""",checkpoints/step-100',
             "",
         ]
@@ -382,63 +356,9 @@ for step in itertools.count():
         assert [row["step"] for row in rows] == list(range(len(rows)))
         assert len(rows) > 100
 
-    def test_full_disk_leaves_no_half_line(self, repo, tmp_path):
-        code = """
-import resource, sys
-from fastdiff.reporting.run import create_run
-run = create_run(sys.argv[1], config={})
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-for step in range(1000):
-    try:
-        run.log_train({"step": step, "seconds": 0.5})
-    except OSError as error:
-        print(step, error.filename)
-        break
-"""
-        out, err = python(repo, code, tmp_path).communicate(timeout=30)
-        assert out.startswith("2"), out + err
-        lines = (tmp_path / "1" / "metrics.jsonl").read_text().splitlines(keepends=True)
-        assert all(line.endswith("}\n") for line in lines)
-        assert [json.loads(line)["step"] for line in lines] == list(range(int(out.split()[0])))
-
-
-class TestTensorBoard:
-    @staticmethod
-    def events(path):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        return EventAccumulator(str(path / "tensorboard")).Reload()
-
-    def test_scalars_images_and_resume(self, tmp_path):
-        with create_run(tmp_path, config={}) as run:
-            for step in (10, 20, 30):
-                run.log_train(TRAIN | {"step": step, "loss": 1 / step})
-                run.log_eval(EVAL | {"step": step, "value": 100 / step})
-            run.log_train({"step": 40, "loss": math.nan})
-        with open_run(run.path) as run:
-            run.truncate(20)
-            run.log_train(TRAIN | {"step": 30, "loss": 7.0})
-            image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-            run.log_image("samples", image, 30)
-        events = self.events(run.path)
-        tags = ["eval/fd_efficientnet_lite0", "train/grad_norm", "train/images_per_second", "train/loss", "train/lr"]
-        assert sorted(events.Tags()["scalars"]) == tags
-        assert [(e.step, round(e.value, 6)) for e in events.Scalars("train/loss")] == [(10, 0.1), (20, 0.05), (30, 7.0)]
-        assert [(e.step, e.value) for e in events.Scalars(tags[0])] == [(10, 10.0), (20, 5.0)]
-        shown = Image.open(io.BytesIO(events.Images("samples")[0].encoded_image_string))
-        assert (np.asarray(shown) == image).all()
-
-    def test_truncate_while_writing(self, tmp_path):
-        with create_run(tmp_path, config={}) as run:
-            for step in (1, 2, 3):
-                run.log_train({"step": step, "loss": 1.0})
-            run.truncate(1)
-            run.log_train({"step": 2, "loss": 2.0})
-        assert [(e.step, e.value) for e in self.events(run.path).Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
-
 
 def test_header_holds_each_column_once():
-    assert len(set(CSV_HEADER)) == len(CSV_HEADER) == 18
+    assert len(set(CSV_HEADER)) == len(CSV_HEADER) == 19
 
 
 def test_write_atomically_keeps_the_old_file_on_failure(tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""The trainer's parts, put together as `training/train.py` does, for one benchmark each."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench.suite import Size, image_set, network_flops
+from bench.timing import Workload
+from fastdiff.data.loaders import Loader, make_loader
+from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
+from fastdiff.nets.unet import UNet
+from fastdiff.training.ema import EMA
+from fastdiff.training.optim import Update, make_update
+from fastdiff.training.step import TrainStep
+
+
+def objective(size: Size) -> Objective:
+    """The config's own."""
+    return make_objective(**size.config.diffusion)
+
+
+def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[UNet, Update]:
+    """A fresh network on the device, and its optimizer with the average.
+
+    Args:
+        kernels: "triton" or "torch".
+        graphs: to be captured.
+    """
+    torch.manual_seed(0)
+    model = UNet(size.config.net).to(size.device).use_kernels(kernels)
+    ema = EMA(model, size.config.ema_decay)
+    update = make_update(kernels, model, ema, weight_decay=size.config.weight_decay, bf16=size.bf16, graphs=graphs)
+    return model, update
+
+
+def train_step(size: Size, *, kernels: str, compile: bool, graphs: bool = False) -> TrainStep:
+    """A training step in the size's precision, channels_last."""
+    model, update = make_parts(size, kernels, graphs=graphs)
+    c = size.config
+    return TrainStep(
+        model, objective(size), update, lr=c.lr, warmup_steps=c.warmup_steps, grad_clip=c.grad_clip, seed=c.seed,
+        bf16=size.bf16, compile=compile, graphs=graphs,
+    )  # fmt: skip
+
+
+def our_step(size: Size) -> TrainStep:
+    """The step as `train_cifar.py` takes it by default on the size's device."""
+    fast = size.ours
+    return train_step(size, kernels="triton" if fast else "torch", compile=fast, graphs=fast)
+
+
+def loader(size: Size, kind: str) -> Loader:
+    """A loader over the size's images, on its device."""
+    c = size.config
+    images = image_set(size.images, c.net.image_size)
+    return make_loader(kind, images, batch_size=c.batch_size, seed=c.seed, device=size.device)
+
+
+def constant_batch(size: Size) -> torch.Tensor:
+    """uint8 (batch, H, W, C) on the device."""
+    c = size.config
+    return torch.from_numpy(image_set(size.images, c.net.image_size).images[: c.batch_size].copy()).to(size.device)
+
+
+def training_work(size: Size, run: Callable[[int], object], *, units: float = 1.0) -> Workload:
+    """A workload that trains on one batch a call."""
+    _, flops = network_flops(size.config.net)
+    n = size.config.batch_size
+    return Workload(run, flops=flops * n, images=n, units=units)
+
+
+def sampling(size: Size, settings: SamplerSettings, n: int, *, captured: bool) -> Callable[[int], torch.Tensor]:
+    """Each call draws the next n samples, uint8 (n, C, H, W), as `train_cifar.py` does from its averaged weights.
+
+    Args:
+        captured: replay a CUDA graph a denoising step, captured once for all calls.
+    """
+    torch.manual_seed(0)
+    net = UNet(size.config.net).to(size.device).use_kernels("triton" if size.ours else "torch")
+    net.requires_grad_(False).eval()
+    if size.bf16:
+        net = half_weights(net)
+    side = size.config.net.image_size
+    batches = sample_batches(
+        torch.compile(net) if size.ours else net, objective(size), n * 2**40, settings=settings,
+        image_shape=(3, side, side), batch_size=n, seed=0, device=size.device, bf16=size.bf16, graphs=captured,
+    )  # fmt: skip
+    return lambda i: next(batches)

@@ -1,0 +1,128 @@
+"""Pictures of a run: grids of samples, the forward process and trajectories; and how every figure is written.
+
+Every figure is written to a temporary name and renamed, so that a viewer never sees half an image. Images are numpy
+uint8 (..., H, W, 3), and are enlarged by whole factors only: a pixel of the image stays a sharp square.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastdiff.reporting.run import write_atomically
+
+PathLike = str | os.PathLike
+
+DPI = 120
+GRID_CELL, LABELLED_CELL = 64, 80  # pixels: small images are enlarged to at least this; labels need more room
+
+
+def image_grid(images: np.ndarray, *, columns: int | None = None, scale: int | None = None, gap: int = 2) -> np.ndarray:
+    """Lays out uint8 (N, H, W, 3) as one uint8 image, row by row, on white with `gap` pixels around each image.
+
+    `columns` is by default the square root of N, rounded up; `scale` the whole factor that makes an image at least 64
+    pixels high. Raises ValueError for another shape or type.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
+        raise ValueError(f"images are uint8 (N, H, W, 3) with N > 0, not {images.dtype} {images.shape}")
+    scale = scale or math.ceil(GRID_CELL / images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None, scale: int | None = None) -> None:
+    """Writes `image_grid` of the images as a PNG. No file for no images."""
+    if len(images) == 0:
+        return
+    write_png(image_grid(images, columns=columns, scale=scale), path)
+
+
+def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: PathLike) -> None:
+    r"""Shows how the forward process turns images into noise: a row for each image, a column for each time.
+
+    Args:
+        x_t_rows: uint8 (images, times, H, W, 3).
+        labels: what stands above each column, such as "t = 100\n" + r"$\bar\alpha_t$ = 0.897".
+        path: the PNG to write; none is written for no images.
+    """
+    if x_t_rows.size:
+        _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
+
+
+def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: PathLike) -> None:
+    """Shows sampling from noise to image: for each sample x_t, and below it the network's guess of the clean image.
+
+    Args:
+        x_t: uint8 (samples, times, H, W, 3).
+        x0_hat: of the same shape; the estimate made from the x_t above it.
+        times: t of each column, in sampling order. Of more than 8, the figure shows 8 evenly spread ones.
+        path: the PNG to write; none is written for no samples.
+    """
+    if x_t.shape != x0_hat.shape or x_t.shape[1] != len(times):
+        raise ValueError(f"x_t {x_t.shape}, x0_hat {x0_hat.shape} and {len(times)} times do not fit together")
+    if x_t.size:
+        shown = np.unique(np.linspace(0, len(times) - 1, min(8, len(times))).round().astype(int))
+        pairs = np.stack([x_t[:, shown], x0_hat[:, shown]], axis=1)
+        labels = [f"t = {times[i]:.4g}" for i in shown]
+        _save_labelled(
+            pairs, r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below", labels, ["$x_t$", r"$\hat{x}_0$"], path
+        )
+
+
+def _save_labelled(
+    groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: PathLike
+) -> None:
+    """Draws uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
+    count, rows, columns = groups.shape[:3]
+    if columns != len(column_labels):
+        raise ValueError(f"{columns} columns of images but {len(column_labels)} labels")
+    scale = math.ceil(LABELLED_CELL / groups.shape[3])
+    blocks = [image_grid(group.reshape(-1, *group.shape[2:]), columns=columns, scale=scale) for group in groups]
+    height, width = blocks[0].shape[:2]
+    between = 8 if rows > 1 else -2  # rows of one group share the gap
+    left = 34 if any(row_labels) else 10
+    head = 34 + 14 * max(label.count("\n") + 1 for label in column_labels)
+    total_width = max(left + width + 10, 420)
+    total_height = head + count * (height + between) - between + 8
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    figure.text(left / total_width, 1 - 8 / total_height, title, fontsize=9, fontweight="bold", va="top")
+    cell = width / columns
+    for i, label in enumerate(column_labels):
+        x, y = (left + (i + 0.5) * cell) / total_width, 1 - (head - 3) / total_height
+        text = figure.text(x, y, label, fontsize=7, ha="center", va="bottom", linespacing=1.2)
+        text.set_fontsize(7 * min(1, (cell - 6) / text.get_window_extent().width))
+    for g, block in enumerate(blocks):
+        top = head + g * (height + between)
+        figure.figimage(block, left, total_height - top - height, origin="upper")  # pixel for pixel
+        for r, label in enumerate(row_labels):
+            y = 1 - (top + (r + 0.5) * height / rows) / total_height
+            figure.text((left - 6) / total_width, y, label, fontsize=9, ha="right", va="center")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: PathLike) -> None:
+    """Writes a figure as a PNG."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    write_png(np.asarray(canvas.buffer_rgba())[..., :3], path)
+
+
+def write_png(image: np.ndarray, path: PathLike) -> None:
+    """Writes uint8 (H, W, 3) as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())

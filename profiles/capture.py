@@ -1,0 +1,245 @@
+"""Where the time goes: `python profiles/capture.py train|sample|kernels [--preset NAME] [--any-config-field VALUE]`.
+
+Writes trace.json.gz, summary.md and time.png into profiles/<device>/<topic>/.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # `kernels` must be this repository's
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: on a CPU the profiler complains of a missing GPU
+
+# ruff: noqa: E402
+import tyro
+
+from fastdiff.cli import run_command
+from fastdiff.config import Config
+from fastdiff.errors import UserError
+from train_cifar import defaults
+
+if TYPE_CHECKING:
+    import torch
+
+# torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
+
+
+@dataclass(frozen=True)
+class _Topic:
+    config: Config
+    out: Path | None = None
+    """Folder to write; default profiles/<device>/<command>-<preset>."""
+
+    def __post_init__(self) -> None:
+        if self.config.profile < 1:
+            raise UserError(f"--profile is {self.config.profile}, but a capture records at least 1 step.")
+
+    def directory(self, command: str) -> Path:
+        """Where the files go."""
+        from fastdiff.hardware import device_name, resolve_device, slug
+
+        device = slug(device_name(resolve_device(self.config.device)))
+        return self.out or REPO / "profiles" / device / f"{command}-{self.config.preset}"
+
+
+@dataclass(frozen=True)
+class Train(_Topic):
+    """Training steps: the loop, loader and step of train_cifar.py, without evaluations. --profile: how many.
+
+    A replay has no ranges and no shapes, so a step that is captured is recorded once more uncaptured, for its tables.
+    """
+
+    def run(self) -> int:
+        """Returns the exit code. Raises UserError for bad input."""
+        from fastdiff.hardware import resolve_device
+        from fastdiff.reporting.profile_report import append_uncaptured
+        from fastdiff.reporting.profiling import analyse, read_trace
+
+        directory = self.directory("train")
+        with tempfile.TemporaryDirectory() as folder:
+            code = _train(self.config, folder)
+            if code != 0:
+                return code
+            shutil.copytree(Path(folder) / "1" / "profile", directory, dirs_exist_ok=True)
+            if self.config.graphs and resolve_device(self.config.device).type == "cuda":
+                code = _train(dataclasses.replace(self.config, graphs=False), folder)
+                if code != 0:
+                    return code
+                append_uncaptured(directory, analyse(read_trace(Path(folder) / "2" / "profile" / "trace.json.gz")))
+        print(f"wrote {directory}")
+        return 0
+
+
+def _train(config: Config, folder: str) -> int:
+    """Just enough training for a profile, as the next run in `folder`; returns the exit code."""
+    from fastdiff.reporting.recording import LEAD, steps_needed
+    from fastdiff.training.train import train
+
+    never = 10**9
+    return train(
+        dataclasses.replace(
+            config, steps=LEAD + steps_needed(config.profile), run_root=folder, features="none", eval_at_start=False,
+            save_every=never, eval_every=never, eval_steps=1, grid_samples=1,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample(_Topic):
+    """Batches of samples, as evaluations draw them; the weights are those of a new network. --profile: how many."""
+
+    def run(self) -> int:
+        """Returns 0. Raises UserError for bad input."""
+        import torch
+
+        from fastdiff.diffusion.objectives import make_objective
+        from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
+        from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, resolve_kernels, set_backends
+        from fastdiff.nets.unet import UNet
+        from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
+
+        config, net = self.config, self.config.net
+        device = resolve_device(config.device)
+        bf16 = resolve_bf16(config.precision, device)
+        cuda = device.type == "cuda"
+        lead = LEAD if cuda else 1
+        kernels = resolve_kernels(config.kernels, device)
+        set_backends(device)
+        torch.manual_seed(config.seed)
+        model = UNet(net).to(device).use_kernels(kernels).requires_grad_(False).eval()
+        if bf16:
+            model = half_weights(model)
+        compiled = resolve_compile(config.compile, device)
+        objective = make_objective(**config.diffusion)
+        batch, steps = config.eval_batch_size, config.eval_steps
+        batches = sample_batches(
+            torch.compile(model) if compiled else model, objective, (lead + steps_needed(config.profile)) * batch,
+            settings=SamplerSettings(config.eval_sampler, steps), batch_size=batch, seed=config.seed, device=device,
+            image_shape=(net.image_channels, net.image_size, net.image_size), bf16=bf16,
+            graphs=config.graphs,
+        )  # fmt: skip
+        facts = {
+            "step": f"a batch of {batch} samples, {config.eval_sampler} with {steps} network evaluations",
+            "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
+            "compile": "torch.compile" if compiled else "off",
+            "graphs": "a CUDA graph of the sampling step" if config.graphs and cuda else "off",
+            "kernels": kernels,
+            "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",
+        }
+        recorder = StepRecorder(
+            self.directory("sample"), steps=config.profile, begin=lead, device=device,
+            title=f"Sampling, preset {config.preset}", facts=facts,
+        )  # fmt: skip
+        with recorder:
+            for i, _ in enumerate(batches, start=1):
+                recorder.after_step(i)
+        print(f"wrote {recorder.directory}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Kernels(_Topic):
+    """Our kernels by themselves, on the shapes of the preset's network and batch. --profile: passes to record."""
+
+    def run(self) -> int:
+        """Returns 0. Raises UserError for bad input."""
+        from fastdiff.hardware import resolve_bf16, resolve_device, set_backends
+        from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
+
+        config = self.config
+        device = resolve_device(config.device)
+        set_backends(device)
+        bf16 = resolve_bf16(config.precision, device)
+        calls, shapes = _kernel_calls(config, device, bf16=bf16)
+        facts = {
+            "step": f"group_norm_silu forward and backward at (N, C, H, W) = {shapes}, adam_ema_ and ema_update_ over "
+            "all parameters",
+            "precision": "bf16 activations" if bf16 else "float32",
+        }
+        recorder = StepRecorder(
+            self.directory("kernels"), steps=config.profile, begin=LEAD, device=device,
+            title=f"Our kernels, preset {config.preset}", facts=facts,
+        )  # fmt: skip
+        with recorder:
+            for i in range(1, LEAD + steps_needed(config.profile) + 1):
+                for call in calls:
+                    call()
+                recorder.after_step(i)
+        print(f"wrote {recorder.directory}")
+        return 0
+
+
+def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tuple[list[Callable[[], object]], str]:
+    """A call for each kernel and level of the network, over buffers that are made here; and the shapes of the norms."""
+    import torch
+    from torch.profiler import record_function
+
+    from fastdiff.nets.unet import UNet
+    from kernels import adam_ema_, ema_update_, group_norm_silu
+
+    net, dtype = config.net, torch.bfloat16 if bf16 else torch.float32
+    levels = [(net.channels * mult, net.image_size >> i) for i, mult in enumerate(net.channel_mult)]
+
+    def norm(channels: int, side: int) -> Callable[[], object]:
+        shape = (config.batch_size, channels, side, side)
+        x, dy = (
+            torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(2)
+        )  # fmt: skip
+        weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
+        leaves = (x.requires_grad_(), weight, bias)
+
+        def call() -> object:
+            with record_function("forward"):
+                y = group_norm_silu(x, weight, bias, net.norm_groups)
+            with record_function("backward"):
+                return torch.autograd.grad(y, leaves, dy)
+
+        return call
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in UNet(net).parameters())
+    param, grad, exp_avg, exp_avg_sq, average = (torch.zeros(parameters, device=device) for _ in range(5))
+    half = torch.zeros_like(param, dtype=dtype) if bf16 else None
+    step, lr, decay, clip = (torch.full((), v, dtype=torch.float64, device=device) for v in (1, 2e-4, 0.9999, 1.0))
+
+    def adam() -> None:
+        with record_function("optimizer"):
+            adam_ema_(
+                param, grad, exp_avg, exp_avg_sq, average, half, step=step, lr=lr, decay=decay, clip=clip
+            )  # fmt: skip
+
+    def ema() -> None:
+        with record_function("ema"):
+            ema_update_(average, param, decay)
+
+    shapes = ", ".join(f"({config.batch_size}, {c}, {side}, {side})" for c, side in levels)
+    return [*(norm(c, side) for c, side in levels), adam, ema], shapes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run the command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = dataclasses.replace(defaults(arguments), profile=5)
+    few = dataclasses.replace(
+        config, eval_sampler="ddim", eval_steps=5, eval_batch_size=min(config.eval_batch_size, 64)
+    )
+    commands = {"train": Train(config), "sample": Sample(few), "kernels": Kernels(config)}
+    command = tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(
+            commands, descriptions={name: command.__doc__ or "" for name, command in commands.items()}
+        ),
+        args=arguments, prog="python profiles/capture.py",
+        description=__doc__, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
+    return command.run()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
