@@ -1,6 +1,7 @@
 """Train: `python train_cifar.py [--preset NAME] [--any-config-field VALUE ...] [--resume RUN_DIR]`."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import tyro
 
-from fastdiff.cli import run_command
+from fastdiff.cli import run_command, told_once
 from fastdiff.config import PRESETS, Config
 from fastdiff.errors import UserError
+from fastdiff.reporting.run import open_run
 
 
 @dataclass(frozen=True)
@@ -22,28 +24,35 @@ class Flags:
     """Continue this run (e.g. working/1) from its newest checkpoint; its own config is the default of every flag."""
 
 
-def parse(arguments: list[str]) -> Flags:
-    """Flags over the defaults of --preset, or of the run that --resume names."""
+def defaults(arguments: list[str]) -> Config:
+    """The config of --preset, or of the run that --resume names, over which the other flags go."""
     given = {name: value for name, value in pairwise(arguments) if name in ("--preset", "--resume")}
     given |= dict(a.split("=", 1) for a in arguments if a.startswith(("--preset=", "--resume=")))
-    default = PRESETS.get(given.get("--preset", ""), Config())
     if "--resume" in given:
         path = Path(given["--resume"]) / "config.json"
         try:
-            default = Config.from_dict(json.loads(path.read_text()))
+            return Config.from_dict(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
             ) from error
-    return tyro.cli(Flags, default=Flags(default), args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return PRESETS.get(given.get("--preset", ""), Config())
+
+
+def parse(arguments: list[str]) -> Flags:
+    """All flags of the command."""
+    return tyro.cli(Flags, default=Flags(defaults(arguments)), args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main() -> int:
     """Parse, train, and return the exit code."""
-    flags = parse(sys.argv[1:])
-    from fastdiff.training.train import train  # torch takes seconds to import, which --help need not wait for
+    with told_once():
+        flags = parse(sys.argv[1:])
+    # torch takes seconds to import, which --help need not wait for, nor who names a run that is in use.
+    run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
+    from fastdiff.training.train import train
 
-    return train(flags.config, resume=flags.resume)
+    return train(flags.config, resume=run)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,54 @@
 """`python -m fastdiff {sample,evaluate,export}`: use what a training run has saved."""
 
 import json
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.config import SamplerName, SpacingName
+from fastdiff.errors import TrainingFailed, UsageError, UserError
+
+OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
 
 # torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
 
 
+def other_rank() -> bool:
+    """Whether torchrun has started this process beside the one that tells this host's users of their mistakes."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+@contextmanager
+def told_once() -> Generator[None]:
+    """Nothing of what the block prints is shown by another rank, which then waits a moment before it exits."""
+    if not other_rank():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except SystemExit:
+            time.sleep(OTHER_RANKS_WAIT)
+            raise
+
+
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command; a user's mistake or a failed run becomes one line on stderr and the exit code 1."""
+    """Run a command; a mistake or a failed run becomes one line on stderr and the exit code 1, or 2 for a bad flag."""
     try:
         return command()
     except (UserError, TrainingFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if other_rank():
+            time.sleep(OTHER_RANKS_WAIT)
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -32,12 +60,18 @@ class _FromCheckpoint:
 
     checkpoint: Path
     """A run directory (its newest checkpoint is taken), or one checkpoint, e.g. working/1/checkpoints/step-10000."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: SamplerName = "ddim"
     """How samples are drawn."""
     steps: int = 50
-    """Network evaluations for each sample, 1 to T (1000)."""
+    """Steps for each sample: network evaluations, but twice as many for heun and predictor-corrector. 1 to T (1000)."""
     eta: float = 0.0
     """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
+    spacing: SpacingName = "auto"
+    """Where the steps lie: `trailing`, `leading` or `uniform` in time, `karras` (rho = 7), `log-snr`; `auto`: the
+    schedule's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the sampler as NAME=VALUE: unipc order; euler and heun S_churn, S_tmin, S_tmax, S_noise;
+    euler-ancestral eta; predictor-corrector snr, corrector_steps; ddpm variance."""
     seed: int = 0
     """The same seed, n, batch size and machine give the same images."""
     batch_size: int = 256
@@ -46,6 +80,8 @@ class _FromCheckpoint:
     """`auto`: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Activations of the network; `auto`: bf16 on CUDA, fp32 on CPU."""
+    graphs: bool = True
+    """Capture a sampling step in a CUDA graph and replay it; without effect on a CPU."""
 
 
 @dataclass(frozen=True)

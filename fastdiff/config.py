@@ -8,10 +8,24 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastdiff.errors import UserError
 
+SamplerName = Literal[
+    "ddpm", "ddim", "euler", "heun", "euler-ancestral", "euler-maruyama", "predictor-corrector", "dpmpp-2m", "dpmpp-3m",
+    "dpmpp-2m-sde", "unipc",
+]  # fmt: skip
+"""Names in fastdiff.diffusion.samplers.SAMPLERS."""
+SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
+
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be {expected}.")
+
+
+DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
+# What --schedule auto means for each objective: the one of its paper, or the baseline's.
+AUTO_SCHEDULE = {
+    "eps": "ddpm-linear", "x0": "ddpm-linear", "v": "ddpm-linear", "score": "vp-sde", "flow": "flow", "edm": "edm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class UNetConfig:
 class Config:
     """A training run. Every field is a flag of `train_cifar.py`; the defaults are the DDPM CIFAR-10 baseline."""
 
-    preset: Literal["ddpm-cifar10", "quick"] = "ddpm-cifar10"
+    preset: Literal["ddpm-cifar10", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve"] = "ddpm-cifar10"
     """Where the other fields' defaults come from."""
 
     data: str = "cifar10"
@@ -84,17 +98,29 @@ class Config:
 
     net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
 
-    schedule: Literal["ddpm-linear", "cosine"] = "ddpm-linear"
-    """Noise schedule."""
-    objective: Literal["eps"] = "eps"
+    objective: Literal["eps", "x0", "v", "score", "flow", "edm"] = "eps"
     """What the network predicts."""
-    weighting: Literal["uniform"] = "uniform"
-    """How the error at each noise level is weighted."""
+    schedule: Literal["auto", "ddpm-linear", "cosine", "vp-sde", "subvp-sde", "ve-sde", "edm", "flow"] = "auto"
+    """Noise schedule; `auto`: ddpm-linear for eps, x0 and v, vp-sde for score, flow for flow, edm for edm."""
+    weighting: Literal["uniform", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
+    """How the error of the estimated image at each noise level is weighted, the same for every objective; but
+    `uniform`: the plain error of what the network predicts."""
+    time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "logit-normal"] = "auto"
+    """Which noise levels training sees; `auto`: log-normal for schedule edm, else uniform (of log sigma for ve-sde)."""
     timesteps: int = 1000
-    """T, the number of discrete noise levels."""
+    """T, the number of noise levels of ddpm-linear and cosine; other schedules are continuous. The betas of ddpm-linear
+    are meant for 1000: with far fewer, x_T is not pure noise, and sampling needs --zero-terminal-snr or cosine."""
+    zero_terminal_snr: bool = False
+    """Rescale ddpm-linear or cosine so that the last level is pure noise; not for eps and score."""
+    min_snr_gamma: float = 5.0
+    """Largest weight of --weighting min-snr."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1], for objective and weighting edm."""
 
     batch_size: int = 128
     """Images in a step."""
+    accumulate: int = 1
+    """Parts of a batch that go through the network one after the other, to need less memory; the update is the same."""
     lr: float = 2e-4
     """Adam's learning rate after warm-up."""
     warmup_steps: int = 5000
@@ -103,6 +129,8 @@ class Config:
     """Decoupled weight decay (AdamW's); 0 is plain Adam."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
+    skip_nonfinite: int = 0
+    """Steps in a row whose loss or gradient may be NaN or infinite: they are skipped and counted; one more stops."""
     ema_decay: float = 0.9999
     """Decay of the weights' exponential moving average, in [0, 1); 0 keeps no memory."""
     steps: int | None = None
@@ -112,11 +140,14 @@ class Config:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: cuda if there is one."""
+    rank_timeout: float = 600.0
+    """Several ranks: seconds without progress after which a rank counts as hung, and all end."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
-
+    graphs: bool = True
+    """Capture the training step and each sampling step in CUDA graphs; without effect on a CPU."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """GroupNorm+SiLU, Adam and EMA by our fused Triton kernels or by PyTorch; `auto`: triton on CUDA, torch on CPU."""
 
@@ -128,6 +159,8 @@ class Config:
     """Steps between evaluations (sample grid, trajectory, Frechet distance, plots); each also saves a checkpoint."""
     keep_last: int = 3
     """Newest checkpoints to keep; the best by Frechet distance is kept as well."""
+    profile: int = 0
+    """Record this many steps in the middle of the run with torch.profiler into <run>/profile/; 0: none."""
     run_root: str = "working"
     """Folder in which the run directory is made; it is numbered upwards."""
 
@@ -141,10 +174,10 @@ class Config:
     """Samples of each Frechet distance during training."""
     eval_batch_size: int = 256
     """Images sampled at a time."""
-    eval_sampler: Literal["ddim", "ddpm"] = "ddim"
+    eval_sampler: SamplerName = "ddim"
     """Sampler of evaluations (ddim with eta = 0)."""
     eval_steps: int = 50
-    """Network evaluations for each sample."""
+    """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
     grid_samples: int = 64
     """Images in the sample grid."""
 
@@ -159,29 +192,88 @@ class Config:
                 )
         _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
         at_least = {
-            "timesteps": 1, "batch_size": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1, "eval_every": 1,
-            "keep_last": 1, "eval_samples": 2, "eval_batch_size": 1, "eval_steps": 1, "grid_samples": 1, "seed": 0,
+            "timesteps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1,
+            "eval_every": 1, "keep_last": 1, "eval_samples": 2, "eval_batch_size": 1, "eval_steps": 1,
+            "grid_samples": 1, "seed": 0, "profile": 0, "skip_nonfinite": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            self.accumulate,
+            f"a divisor of --batch-size ({self.batch_size})",
+        )
         for name in ("steps", "feature_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "grad_clip", "rank_timeout", "min_snr_gamma", "sigma_data"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"
         )
         _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(
-            self.eval_steps <= self.timesteps, "eval_steps", self.eval_steps, f"at most --timesteps ({self.timesteps})"
-        )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raises UserError where objective, schedule and sampling of times do not fit together."""
+        schedule, auto = self.resolved_schedule, " (auto)" if self.schedule == "auto" else ""
+        discrete = schedule in DISCRETE_SCHEDULES
+        if discrete:
+            _require(
+                self.eval_steps <= self.timesteps,
+                "eval_steps",
+                self.eval_steps,
+                f"at most --timesteps ({self.timesteps})",
+            )
+        if self.zero_terminal_snr and not discrete:
+            raise UserError(
+                f"--zero-terminal-snr rescales {' and '.join(DISCRETE_SCHEDULES)}, but --schedule is {schedule}{auto}; "
+                "drop one of them."
+            )
+        if self.objective in ("eps", "score") and (self.zero_terminal_snr or schedule == "flow"):
+            reason = "--zero-terminal-snr" if self.zero_terminal_snr else "--schedule flow"
+            raise UserError(
+                f"--objective {self.objective} cannot tell the image from pure noise, with which {reason} begins; "
+                "choose x0, v, flow or edm, or drop it."
+            )
+        if self.time_sampling == "logit-normal" and schedule in ("ve-sde", "edm"):
+            raise UserError(
+                f"--time-sampling logit-normal needs a time in [0, 1], but that of --schedule {schedule}{auto} is "
+                "sigma; choose log-normal, uniform or low-discrepancy."
+            )
+
+    @property
+    def resolved_schedule(self) -> str:
+        """The schedule, with `auto` resolved by the objective."""
+        return AUTO_SCHEDULE[self.objective] if self.schedule == "auto" else self.schedule
+
+    @property
+    def diffusion(self) -> dict[str, Any]:
+        """What `make_objective` needs, as its keyword arguments."""
+        names = ("weighting", "timesteps", "zero_terminal_snr", "time_sampling", "min_snr_gamma", "sigma_data")
+        options = {name: getattr(self, name) for name in names}
+        return {"kind": self.objective, "schedule": self.resolved_schedule, **options}
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types."""
         return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its flag's name, the network's among them."""
+        values = self.to_dict()
+        return {**{name: value for name, value in values.items() if name != "net"}, **values["net"]}
+
+    def changes(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """Fields that are not among RESUMABLE_CHANGES and differ: name -> their value in `other`, and here."""
+        theirs = other.flat()
+        return {
+            name: (theirs[name], value)
+            for name, value in self.flat().items()
+            if value != theirs[name] and name not in RESUMABLE_CHANGES
+        }
 
     def to_json(self) -> str:
         """The config as the text of a run's config.json."""
@@ -231,14 +323,29 @@ PRESETS: dict[str, Config] = {
         eval_sampler="ddpm",
         eval_steps=100,
         features="efficientnet_lite0",
+        sigma_data=0.75,  # digits have a mean of -0.38 and a standard deviation of 0.70
     ),
+    "v-cosine": Config(preset="v-cosine", objective="v", schedule="cosine", eval_sampler="dpmpp-2m", eval_steps=25),
+    "edm": Config(preset="edm", objective="edm", schedule="edm", weighting="edm", eval_sampler="heun", eval_steps=18),
+    "flow": Config(
+        preset="flow",
+        objective="flow",
+        schedule="flow",
+        time_sampling="logit-normal",
+        eval_sampler="heun",
+        eval_steps=25,
+    ),
+    "score-vp": Config(preset="score-vp", objective="score", schedule="vp-sde", eval_sampler="dpmpp-2m", eval_steps=25),
+    "score-ve": Config(preset="score-ve", objective="score", schedule="ve-sde", eval_sampler="heun", eval_steps=25),
 }
 
-# A resumed run may change these: none of them changes the mathematics of a step that is still to come.
+# A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
+# `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
-        "loader", "device", "compile", "kernels", "run_root",
+        "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite",
+        "rank_timeout",
     }
 )  # fmt: skip

@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class UsageError(UserError):
+    """A flag has a value that it cannot have, whatever is on the disk; exit status 2."""
+
+
 class TrainingFailed(Exception):
     """A run that cannot go on, such as one whose loss is not finite; printed as one line, exit status 1."""

@@ -23,6 +23,7 @@ SCHEDULER_SETTINGS: dict[str, dict[str, Any]] = {
     "ddpm-linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
@@ -157,24 +158,38 @@ def unet_to_diffusers(model: UNet) -> Any:
     return other
 
 
-def save_diffusers_pipeline(model: UNet, folder: Path, *, schedule: str, timesteps: int) -> None:
+def save_diffusers_pipeline(
+    model: UNet, folder: Path, *, schedule: str, timesteps: int, objective: str = "eps", zero_terminal_snr: bool = False
+) -> None:
     """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
     Args:
-        model: an eps-predicting UNet.
+        model: a UNet that was trained with the following.
         folder: made if missing; files of the same names are replaced.
         schedule: a name in SCHEDULER_SETTINGS.
         timesteps: T.
+        objective: a name in PREDICTION_TYPES.
+        zero_terminal_snr: the schedule is rescaled to end in pure noise.
 
     Raises:
-        UserError: a schedule that diffusers' DDPMScheduler does not know.
+        UserError: a schedule or an objective that diffusers' DDPMScheduler does not know, or more than 1000 timesteps.
     """
-    if schedule not in SCHEDULER_SETTINGS:
-        raise UserError(f"schedule {schedule!r} cannot be exported; diffusers knows {', '.join(SCHEDULER_SETTINGS)}.")
+    if timesteps > 1000:
+        raise UserError(
+            f"{timesteps} timesteps cannot be exported: this network is given numbers up to 1000, and diffusers' would "
+            "be given the step's own; use --to safetensors."
+        )
+    for what, name, known in (("schedule", schedule, SCHEDULER_SETTINGS), ("objective", objective, PREDICTION_TYPES)):
+        if name not in known:
+            raise UserError(
+                f"{what} {name!r} cannot be exported, as diffusers' DDPMScheduler has only {', '.join(known)}; use "
+                "--to safetensors."
+            )
     scheduler = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": timesteps,
-        "prediction_type": "epsilon",
+        "prediction_type": PREDICTION_TYPES[objective],
+        "rescale_betas_zero_snr": zero_terminal_snr,
         "variance_type": "fixed_large",
         "clip_sample": True,
         **SCHEDULER_SETTINGS[schedule],

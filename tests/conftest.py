@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,11 @@ sys.path.insert(0, str(REPO))  # `kernels` must be this repository's, also under
 # One thread, in new processes too: bit-exact comparisons need one number everywhere, and tiny networks need no more.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+# No limit for one example: it measures how busy the machine is. The tests have limits of their own.
+hypothesis.settings.register_profile("fastdiff", deadline=None)
+hypothesis.settings.load_profile("fastdiff")
 
 
 def pytest_addoption(parser):

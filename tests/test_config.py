@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.config import PRESETS, RESUMABLE_CHANGES, Config, UNetConfig
-from fastdiff.diffusion.objectives import OBJECTIVES, WEIGHTINGS
+from fastdiff.config import AUTO_SCHEDULE, DISCRETE_SCHEDULES, PRESETS, RESUMABLE_CHANGES, Config, UNetConfig
+from fastdiff.diffusion.objectives import OBJECTIVES, make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
-from fastdiff.diffusion.schedules import SCHEDULES
+from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
+from fastdiff.diffusion.time_sampling import TIME_SAMPLINGS
+from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 
 
@@ -19,7 +21,8 @@ def choices(name):
 
 
 def test_the_flags_choices_are_the_tables_keys():
-    assert choices("schedule") == set(SCHEDULES)
+    assert choices("schedule") == {"auto", *SCHEDULES}
+    assert choices("time_sampling") == {"auto", *TIME_SAMPLINGS}
     assert choices("objective") == set(OBJECTIVES)
     assert choices("weighting") == set(WEIGHTINGS)
     assert choices("eval_sampler") == set(SAMPLERS)
@@ -32,6 +35,51 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
     baseline = Config()
     assert (baseline.batch_size, baseline.lr, baseline.warmup_steps) == (128, 2e-4, 5000)
     assert (baseline.net.dropout, baseline.grad_clip, baseline.ema_decay, baseline.steps) == (0.1, 1.0, 0.9999, None)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_objective_changes_by_one_flag(preset, objective):
+    if (preset, objective) in (("flow", "eps"), ("flow", "score")):
+        with pytest.raises(UserError, match=f"--objective {objective} cannot tell the image from pure noise"):
+            dataclasses.replace(PRESETS[preset], objective=objective)
+        return
+    config = dataclasses.replace(PRESETS[preset], objective=objective)
+    built = make_objective(**config.diffusion)
+    assert built.name == objective
+    assert built.schedule.name == config.resolved_schedule
+    built.schedule.grid(config.eval_steps)
+
+
+def test_auto_schedules_are_those_of_the_objectives():
+    assert set(DISCRETE_SCHEDULES) == set(DISCRETE)
+    assert AUTO_SCHEDULE.keys() == OBJECTIVES.keys()
+    assert dataclasses.replace(Config(), objective="edm").resolved_schedule == "edm"
+    assert dataclasses.replace(Config(), objective="edm", schedule="cosine").resolved_schedule == "cosine"
+
+
+MISFITS = [
+    ({"zero_terminal_snr": True, "objective": "v", "schedule": "edm"}, "--zero-terminal-snr rescales"),
+    ({"zero_terminal_snr": True, "objective": "flow"}, r"--schedule is flow \(auto\)"),
+    ({"zero_terminal_snr": True}, "--objective eps cannot tell the image from pure noise, with which --zero-terminal"),
+    ({"objective": "score", "schedule": "flow"}, "--objective score cannot tell .* --schedule flow"),
+    ({"time_sampling": "logit-normal", "objective": "edm"}, r"--time-sampling logit-normal .* edm \(auto\) is sigma"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISFITS)
+def test_parts_that_do_not_fit_are_refused_here_and_when_they_are_built(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(Config(), **changes)
+    options = dict(changes)
+    options["kind"] = options.pop("objective", "eps")
+    options.setdefault("schedule", AUTO_SCHEDULE[options["kind"]])
+    with pytest.raises(UserError):
+        make_objective(**options)
+
+
+def test_continuous_schedules_have_no_number_of_steps_to_exceed():
+    assert dataclasses.replace(Config(), objective="flow", eval_steps=2000).eval_steps == 2000
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
@@ -53,11 +101,12 @@ def test_the_changes_that_a_resumed_run_may_make_are_fields():
 BAD = [
     ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("warmup_steps", -1),
     ("weight_decay", -1.0), ("grad_clip", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1),
-    ("steps", 0), ("seed", -1), ("log_every", 0),
+    ("steps", 0), ("seed", -1), ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
     ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),
     ("eval_steps", 0), ("eval_steps", 1001),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
-    ("objective", "noise"), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+    ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
+    ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
 ]  # fmt: skip
 
 

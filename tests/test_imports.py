@@ -11,12 +11,17 @@ import kernels
 LAYERS = [
     ["kernels"],
     ["fastdiff.errors"],
-    ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting", "fastdiff.hardware"],
+    ["fastdiff.hardware"],
+    ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting"],
     ["fastdiff.nets"],
     ["fastdiff.interop"],
-    [f"fastdiff.training.{name}" for name in ("optim", "ema", "checkpoint", "signals")],
+    [
+        f"fastdiff.training.{name}"
+        for name in ("optim", "ema", "graphs", "checkpoint", "signals", "noise_levels", "distributed", "watch")
+    ],
     ["fastdiff.training.step", "fastdiff.evaluation"],
-    ["fastdiff.training.train"],
+    ["fastdiff.training.evaluator"],
+    ["fastdiff.training.trainer", "fastdiff.training.train"],
     ["fastdiff.cli"],
     ["fastdiff.__main__", "train_cifar"],
 ]  # fmt: skip

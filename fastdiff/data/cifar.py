@@ -5,22 +5,22 @@ Images", 2009).
 """
 
 import hashlib
+import http.client
 import io
-import os
 import pickle
-import socket
-import sys
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from fastdiff.data.download import fetch
 from fastdiff.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
 FOLDER = "cifar-10-batches-py"
 BATCHES = {  # split -> file -> MD5, as in torchvision.datasets.CIFAR10
     "train": {
@@ -32,7 +32,6 @@ BATCHES = {  # split -> file -> MD5, as in torchvision.datasets.CIFAR10
     },
     "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
 }
-TIMEOUT = 20.0  # seconds that the network may stay silent
 
 
 def load_cifar10(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -82,26 +81,14 @@ def _from_archive(root: Path, split: str) -> list[bytes]:
 
 
 def _download(archive: Path) -> None:
-    """Fetch the archive through torchvision, under a temporary name until its MD5 is right."""
-    from torchvision.datasets.utils import download_url  # seconds to import, and seldom needed
-
-    temporary = archive.with_name(f"{archive.name}.{os.getpid()}.part")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: a silent network would hang for ever
     try:
-        print(f"{archive} is not there: downloading {URL} (170 MB)", file=sys.stderr)
-        download_url(URL, archive.parent, temporary.name, ARCHIVE_MD5)
-        os.replace(temporary, archive)
-    except Exception as error:  # urllib raises URLError, OSError, HTTPException, ...; torchvision RuntimeError
+        fetch(URL, archive, algorithm="md5", digest=ARCHIVE_MD5, size=ARCHIVE_BYTES)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"cifar10 is not under {archive.parent} (neither {FOLDER}/ nor {ARCHIVE}), and downloading {URL} failed "
             f"({str(error) or type(error).__name__}): put the file at {archive} by hand, or use --data digits, which "
             "needs no network"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _new_md5():

@@ -8,6 +8,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from fastdiff.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 SPLITS = {"train", "test", "val", "valid", "validation"}  # top-level folders that are splits, not classes
+MAX_HEADER_BYTES = 2**20  # of a tar's extended header, which holds a long name
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")  # X: Solaris
 MAX_MEMBER_BYTES = 2**28  # of one image in an archive
 MAX_UNPACKED_BYTES = 2**32  # of an archive as a whole, or
 MAX_UNPACKED_RATIO = 100  # this many times its own size, if that is more: beyond, it is made to do harm
@@ -116,7 +119,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-class Archive:
+class Archive(ABC):
     """Image files in a tar or zip archive, read in place: nothing is unpacked to disk.
 
     Only plain files with safe names count. Links, devices, absolute names and names with `..` are ignored with a
@@ -164,18 +167,31 @@ class Archive:
         with _reported(self.path):
             yield from self._read({name: self._members[name] for name in names})
 
+    @abstractmethod
     def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], Any]]:
-        raise NotImplementedError
+        """Name, size, kind and record of each member."""
 
+    @abstractmethod
     def _read(self, members: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-        raise NotImplementedError
+        """Name and content of each of these, in the order of the archive."""
+
+
+class _ShortHeaders(tarfile.TarInfo):
+    """Refuses extended headers (long names, pax records) too large for any name: tarfile reads them into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes, more than {MAX_HEADER_BYTES}")
+        return header
 
 
 class Tar(Archive):
     """A tar archive, plain or compressed by gzip, bzip2 or xz."""
 
     def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], tarfile.TarInfo]]:
-        with tarfile.open(self.path) as tar:
+        with tarfile.open(self.path, tarinfo=_ShortHeaders) as tar:
             for member in tar:
                 kind = "file" if member.isfile() else "folder" if member.isdir() else "other"
                 yield member.name, member.size, kind, member

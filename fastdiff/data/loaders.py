@@ -158,16 +158,25 @@ def _resident(image_set: ImageSet, plan: Callable, batch_size: int, device: torc
     return next_batch
 
 
-def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
-    """The host gathers a batch, DALI uploads and flips it, `PREFETCH` batches ahead."""
+def check_loader(kind: str) -> None:
+    """Raise UserError if the loader's packages are not installed."""
+    if kind != "dali":
+        return
     try:
-        from nvidia.dali import Pipeline, fn
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+        import nvidia.dali
+        import nvidia.dali.plugin.pytorch  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"--loader dali needs NVIDIA DALI (package nvidia-dali-cuda120), which cannot be imported here ({error}): "
             "install it, or use --loader resident, which gives the same batches"
         ) from error
+
+
+def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
+    """The host gathers a batch, DALI uploads and flips it, `PREFETCH` batches ahead."""
+    check_loader("dali")
+    from nvidia.dali import Pipeline, fn
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 
     cuda = device.type == "cuda"
     if cuda and device.index is None:

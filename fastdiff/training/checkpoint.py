@@ -6,29 +6,35 @@
     step-N/manifest.json          step, sizes, SHA-256 of each file and of itself, and all else that is plain JSON
 
 All files are written to a temporary folder and synced, the manifest last; then the folder is renamed. One flipped bit
-loads silently with torch.load and with safetensors, so every file is checked against its SHA-256 before it is read.
+loads silently with torch.load and with safetensors, so every file is checked against its SHA-256 before it is parsed,
+both from one reading.
 """
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
+from fastdiff.reporting.run import sync
 
 FORMAT = 1
-_TENSOR_PARTS = ("model", "ema")
+_PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}
 _TEMPORARY = ".saving-"
+_DELETED = ".deleted-"
 _REPLACED = ".replaced"
 _KEYS = ("format", "step", "files", "state", "sha256")
 
@@ -50,56 +56,92 @@ class Damaged(Exception):
     """A checkpoint that does not verify; the message says why."""
 
 
+class NotSaved(OSError):
+    """A checkpoint could not be written, most often because the disk is full; the older ones are untouched."""
+
+
 def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
     """Write `directory/step-N`, replacing one of the same step.
 
     Args:
-        directory: made if missing.
+        directory: made if missing; no other process may save there meanwhile.
         step: updates made so far.
         state: `model` and `ema`, mappings of tensors, whose keys must not carry a wrapper's prefix; `optimizer`, a
             state dict; anything else must be plain JSON and goes into the manifest.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; the disk has it, and a power cut does not lose it.
+
+    Raises:
+        NotSaved: the disk is full, or fails otherwise; it names the free and the needed bytes, and nothing is left.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step-{step}"
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
+    written = 0
     try:
-        names = [
-            _write_part(temporary, name, value)
-            for name, value in state.items()
-            if name in (*_TENSOR_PARTS, "optimizer")
-        ]
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "step": step,
-            "files": {
-                name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-                for name in names
-            },
-            "state": {name: value for name, value in state.items() if name not in (*_TENSOR_PARTS, "optimizer")},
-        }
-        manifest["sha256"] = _manifest_sha256(manifest)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        for name in (*names, "manifest.json"):
-            _sync(temporary / name)
-        _sync(temporary)
-        os.chmod(temporary, 0o755)
-        if target.exists():  # the same step once more: under its second name the old one stays findable
-            aside = directory / f"step-{step}{_REPLACED}"
-            shutil.rmtree(aside, ignore_errors=True)
-            target.rename(aside)
-            temporary.rename(target)
+        directory.mkdir(parents=True, exist_ok=True)
+        recover(directory)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
+        try:
+            files: dict[str, dict[str, Any]] = {}
+            for part in filter(state.__contains__, _PARTS):
+                content = _serialize(part, state[part])
+                written += len(content)
+                # Of the bytes that were meant, not of those that the disk gives back.
+                files[_PARTS[part]] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                _write(temporary / _PARTS[part], content)
+            manifest: dict[str, Any] = {
+                "format": FORMAT,
+                "step": step,
+                "files": files,
+                "state": {name: value for name, value in state.items() if name not in _PARTS},
+            }
+            manifest["sha256"] = _manifest_sha256(manifest)
+            _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+            sync(temporary)
+            os.chmod(temporary, 0o755)
+            return _put_in_place(temporary, directory, step)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        needed = max(written, sum(t.nbytes for t in tensors(state)))
+        free = _free_bytes(directory)
+        raise NotSaved(
+            error.errno,
+            f"the checkpoint of step {step:,} could not be written to {directory}: {error.strerror or error} "
+            f"({free:,} bytes are free, about {needed:,} are needed)",
+        ) from error
+
+
+def _put_in_place(temporary: Path, directory: Path, step: int) -> Path:
+    """Give the finished folder its name, and return it."""
+    target, aside = directory / f"step-{step}", directory / f"step-{step}{_REPLACED}"
+    replacing = target.exists()
+    if replacing:  # the same step once more: under its second name the old one stays findable
+        target.rename(aside)
+    temporary.rename(target)
+    sync(directory)
+    if replacing:
+        shutil.rmtree(aside)
+    return target
+
+
+def recover(directory: Path | str) -> None:
+    """Mend what a crash or a power cut has left in `directory`; to be called by the process that saves there.
+
+    Removes half-written and half-deleted checkpoints. A crash between the two renames of a replacement leaves the old
+    checkpoint under its second name; it gets its own back.
+    """
+    directory = Path(directory)
+    for aside in directory.glob(f"step-*{_REPLACED}"):
+        target = aside.with_name(aside.name.removesuffix(_REPLACED))
+        if target.exists():
             shutil.rmtree(aside)
         else:
-            temporary.rename(target)
-        _sync(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return target
+            aside.rename(target)
+    for prefix in (_TEMPORARY, _DELETED):
+        for path in directory.glob(f"{prefix}*"):
+            shutil.rmtree(path)
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -133,19 +175,15 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
 def list_checkpoints(directory: Path | str) -> list[Path]:
     """The checkpoint folders in `directory`, oldest first, unverified.
 
-    A crash between the two renames of a replacement leaves the old checkpoint under its second name; it gets its own
-    back.
+    It changes nothing, so that another process may look while a run saves. A checkpoint that is just being replaced
+    is listed under its second name.
     """
-    for aside in Path(directory).glob(f"step-*{_REPLACED}"):
-        target = aside.with_name(aside.name.removesuffix(_REPLACED))
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(target)
-    found = [
-        (int(m[1]), path) for path in Path(directory).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    found: dict[int, Path] = {}
+    for path in Path(directory).glob("step-*"):
+        match = re.fullmatch(rf"step-(\d+)({re.escape(_REPLACED)})?", path.name)
+        if match and (match[2] is None or int(match[1]) not in found):
+            found[int(match[1])] = path
+    return [path for _, path in sorted(found.items())]
 
 
 def prune(directory: Path | str, step: int, *, keep_last: int, keep_steps: set[int]) -> None:
@@ -154,68 +192,97 @@ def prune(directory: Path | str, step: int, *, keep_last: int, keep_steps: set[i
     Of the checkpoints up to `step`, the newest `keep_last` and those of `keep_steps` stay; later ones, which a resumed
     run passed over as damaged or has left behind, go.
     """
+    directory = Path(directory)
+    recover(directory)
     steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(directory)]
     wanted = {*[s for s in steps if s <= step][-keep_last:], *keep_steps}
-    for unwanted in set(steps) - wanted:
-        shutil.rmtree(Path(directory) / f"step-{unwanted}")
-    for path in Path(directory).glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
+    for unwanted in set(steps) - wanted:  # renamed first, so that a crash leaves no half of one under its name
+        (directory / f"step-{unwanted}").rename(directory / f"{_DELETED}{unwanted}")
+    recover(directory)
 
 
-def _write_part(folder: Path, name: str, value: Any) -> str:
-    if name == "optimizer":
-        torch.save(value, folder / "optimizer.pt")
-        return "optimizer.pt"
+def _serialize(part: str, value: Any) -> bytes:
+    """The content of a part's file, made in memory: torch.save and safetensors hide what a full disk says."""
+    if part == "optimizer":
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
     wrapped = [key for key in value if key.startswith(("_orig_mod.", "module."))]
     if wrapped:
-        raise ValueError(f"{name} has the key {wrapped[0]!r}; save the unwrapped network's state dict")
+        raise ValueError(f"{part} has the key {wrapped[0]!r}; save the unwrapped network's state dict")
     # safetensors stores dense row-major tensors; loading copies into whatever memory format the network has.
-    save_file({key: t.detach().cpu().contiguous() for key, t in value.items()}, folder / f"{name}.safetensors")
-    return f"{name}.safetensors"
+    return safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in value.items()})
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors(each)
+
+
+def _free_bytes(directory: Path) -> int:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _read(path: Path) -> Checkpoint:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_bytes())
         version, step, files, state, expected_sha256 = (
             manifest.pop(key) if key == "sha256" else manifest[key] for key in _KEYS
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"manifest.json is missing or unreadable ({type(error).__name__})") from error
-    if version != FORMAT:
-        raise Damaged(f"its format is {version}, this version reads {FORMAT}")
     if _manifest_sha256(manifest) != expected_sha256:
-        raise Damaged("manifest.json does not match its own SHA-256")
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise Damaged(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
-            raise Damaged(f"{name} does not match its SHA-256")
+        hint = "" if version == FORMAT else f"; its format is {version}, this version reads {FORMAT}"
+        raise Damaged(f"manifest.json does not match its own SHA-256{hint}")
+    if version != FORMAT:  # not damaged: passing over it would throw good training away
+        raise UserError(
+            f"{path}: its format is {version}, this version reads {FORMAT}; use the version of fastdiff that wrote it"
+        )
     parts: dict[str, Any] = dict(state)
-    for name in files:
-        if name == "optimizer.pt":
-            parts["optimizer"] = torch.load(path / name, map_location="cpu", weights_only=True)
-        else:
-            tensors: dict[str, Tensor] = load_file(path / name)
-            parts[name.removesuffix(".safetensors")] = tensors
+    for name, expected in files.items():
+        part = next((part for part, file in _PARTS.items() if file == name), None)
+        if part is None or not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise Damaged(f"manifest.json names {name!r}, which is no file of a checkpoint, or lacks its SHA-256")
+        parts[part] = _read_part(path / name, expected)
     return Checkpoint(step, parts, path)
+
+
+def _read_part(file: Path, expected: dict[str, Any]) -> Any:
+    name = file.name
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise Damaged(f"{name} is missing") from error
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise Damaged(f"{name} does not match its SHA-256")
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        # Its checksum is right, so it was made so: by another program, or to do harm.
+        raise Damaged(f"{name} holds other things than tensors ({type(error).__name__})") from error
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(path: Path, content: bytes) -> None:
+    """Write a file and have the disk confirm it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

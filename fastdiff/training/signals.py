@@ -2,7 +2,11 @@
 
 import os
 import signal
+import threading
+import time
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -12,28 +16,56 @@ class Stopped(Exception):
 class StopRequest:
     """Within `with StopRequest() as stop`, SIGINT and SIGTERM set `stop.signal` instead of ending the process.
 
-    A second signal ends it at once, with the exit code 128 + its number. The previous handlers come back afterwards.
+    A second signal ends it at once, with the exit code 128 + its number, whatever the main thread does: Python runs
+    handlers between two bytecodes of the main thread, so not before a long call into C is over (a step, an fsync of a
+    checkpoint). The number of each signal is also written to a pipe (`signal.set_wakeup_fd`), which a thread reads.
+    The previous handlers come back afterwards.
+
+    Args:
+        quiet: say nothing when a signal comes.
+        grace: seconds after the first signal in which more of them count as the same one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False, grace: float = 0.0) -> None:
+        self.quiet, self.grace = quiet, grace
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        self._previous = {s: signal.signal(s, self._handle) for s in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._writer)  # the thread reads the end of the file
+        self._thread.join()
+        os.close(self._reader)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # os.write, as a handler may interrupt a print.
-        if self.signal is not None:
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h\n")  # the live line hid the cursor
-            os._exit(128 + number)
-        self.signal = signal.Signals(number)
-        os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
+    def _watch(self) -> None:
+        asked: float | None = None
+        while number := os.read(self._reader, 1):
+            if number[0] not in _SIGNALS:
+                continue  # another signal that has a Python handler
+            if asked is not None and time.monotonic() - asked < self.grace:
+                continue
+            if asked is not None:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h\n")  # the live line hid the cursor
+                os._exit(128 + number[0])
+            asked = time.monotonic()
+            self._handle(number[0], None)
+            if not self.quiet:
+                os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
 
     def check(self) -> None:
         """Raise Stopped if a signal has come."""

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 import numpy as np
 import pytest
 
-from fastdiff.data import cifar
+from fastdiff.data import cifar, download
 from fastdiff.data.cifar import load_cifar10
 
 N = 20  # images in a batch file, instead of 10,000
@@ -151,14 +151,11 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def test_download(official, root, serve, capfd):
     serve(partial(Quiet, directory=official.parent), f"/{cifar.ARCHIVE}")
-    before = socket.getdefaulttimeout()
     check(official.parent / cifar.FOLDER, *load_cifar10(root / "new", "train"), "train")
     assert os.listdir(root / "new") == [cifar.ARCHIVE]
-    assert socket.getdefaulttimeout() == before
     out, err = capfd.readouterr()
     assert out == ""
     assert f"downloading {cifar.URL}" in err
-    assert "100%" in err
 
 
 def respond(status=200, length=None, body=b"", hang=False):
@@ -194,31 +191,27 @@ def respond(status=200, length=None, body=b"", hang=False):
     ids=["404", "500", "wrong MD5", "truncated", "stalled", "silent"],
 )
 def test_a_download_that_fails(official, root, serve, answer, monkeypatch, user_error):
-    monkeypatch.setattr(cifar, "TIMEOUT", 0.3)
-    before = socket.getdefaulttimeout()
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     serve(respond(**answer))
     user_error(lambda: load_cifar10(root, "train"), cifar.URL, root / cifar.ARCHIVE, "--data digits")
     assert not list(root.iterdir())
-    assert socket.getdefaulttimeout() == before
 
 
 def test_a_server_that_refuses_or_never_answers(official, root, monkeypatch, user_error):
-    monkeypatch.setattr(cifar, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # accepts, and says nothing
         monkeypatch.setattr(cifar, "URL", f"http://127.0.0.1:{listening.getsockname()[1]}/")
-        user_error(lambda: load_cifar10(root, "train"), cifar.URL, "timed out", "by hand")
+        user_error(lambda: load_cifar10(root, "train"), cifar.URL, "did not answer", "by hand")
     user_error(lambda: load_cifar10(root, "train"), cifar.URL, "refused", "by hand")
     assert not list(root.iterdir())
 
 
 def test_an_interrupted_download_leaves_nothing(official, root, monkeypatch):
-    from torchvision.datasets import utils
-
-    def interrupted(url, folder, filename, md5):
-        (root / filename).write_bytes(b"the beginning")
+    def interrupted(url, deadline):
+        yield b"the beginning"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "download_url", interrupted)
+    monkeypatch.setattr(download, "_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_cifar10(root, "train")
     assert not list(root.iterdir())

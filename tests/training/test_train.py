@@ -2,16 +2,18 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fastdiff.training.evaluator as evaluator_module
 import fastdiff.training.train as train_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.training import checkpoint
-from fastdiff.training.step import TrainStep
+from fastdiff.training.step import Metrics, TrainStep
 from fastdiff.training.train import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -35,7 +37,9 @@ def assert_same_run(one, other):
         assert index == other_index
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert a.state["loss_history"] == b.state["loss_history"]
-    assert a.state["metrics"] == b.state["metrics"]
+    for part in ("metrics", "noise_levels", "noise_history"):
+        assert a.state[part] == b.state[part]
+    assert (one / "loss-by-noise.jsonl").read_bytes() == (other / "loss-by-noise.jsonl").read_bytes()
     assert rows_of(one) == rows_of(other)
 
 
@@ -58,7 +62,8 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path, capsys):
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == ["step-10", "step-20", "step-30"]
     saves = {p.name for p in (run / "saves").iterdir()}
     assert saves >= {
-        "loss.png", "throughput.png", "forward-noising.png", "samples-00000030.png", "trajectory-00000030.png",
+        "loss.png", "loss-by-noise.png", "throughput.png", "forward-noising.png",
+        "samples-00000030.png", "trajectory-00000030.png",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30]
@@ -67,11 +72,16 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path, capsys):
         assert row["images"] == row["step"] * 8
         assert row["images_per_second"] > 0
     assert rows[0]["lr"] == 1e-3
+    noise_rows = [json.loads(line) for line in (run / "loss-by-noise.jsonl").read_text().splitlines()]
+    assert [(row["step"], sum(row["images"])) for row in noise_rows] == [(10, 80), (20, 80), (30, 80)]
+    for row, noise_row in zip(rows, noise_rows, strict=True):  # the same losses, once over steps, once over levels
+        total = sum(loss * n for loss, n in zip(noise_row["loss"], noise_row["images"], strict=True) if n)
+        assert total / 80 == pytest.approx(row["loss"], rel=1e-5)
     state = checkpoint.load_latest(run / "checkpoints").state
     assert state.keys() >= {"model", "ema", "optimizer", "loss_history", "fid_history", "best", "config"}
     assert [step for step, _ in state["loss_history"]] == [10, 20, 30]
     out = capsys.readouterr().out
-    for part in ("device", "precision", "loader", "kernels", "parameters", str(run)):
+    for part in ("device", "precision", "TF32", "compile", "graphs", "loader", "kernels", "parameters", str(run)):
         assert part in out
     assert f"look at {run}" in out.splitlines()[-1]
 
@@ -123,18 +133,18 @@ def test_a_signal_saves_and_says_how_to_resume(tiny_config, tmp_path, monkeypatc
 
 
 def test_a_signal_during_an_evaluation_breaks_it_off(tiny_config, tmp_path, monkeypatch):
-    real = train_module.evaluate
+    real = evaluator_module.evaluate
 
     def evaluate(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
     assert train(tiny_config(eval_every=10)) == 130
     run = tmp_path / "working" / "1"
     assert checkpoint.load_latest(run / "checkpoints").step == 10
     assert not list((run / "saves").glob("samples-*"))
-    monkeypatch.setattr(train_module, "evaluate", real)
+    monkeypatch.setattr(evaluator_module, "evaluate", real)
     assert train(tiny_config(eval_every=10), resume=run) == 0
     assert sorted(p.name for p in (run / "saves").glob("samples-*")) == [
         f"samples-000000{step}.png" for step in (10, 20, 30)
@@ -218,7 +228,7 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
                "samples": 4, "features": "fake", "feature_size": 8, "reference": "tiny", "seconds": 0.1}  # fmt: skip
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
     monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
     monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
     train(tiny_config(eval_every=5, keep_last=2, features="auto"))
@@ -230,10 +240,80 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
     assert (run / "saves" / "fid.png").exists()
 
 
+def test_fixed_buffers_train_the_same(tiny_config, tmp_path):
+    for graphs in (False, True):
+        train(tiny_config(steps=10, graphs=graphs, run_root=str(tmp_path / str(graphs))))
+    assert_same_run(tmp_path / "False" / "1", tmp_path / "True" / "1")
+    for name in ("samples-00000010.png", "trajectory-00000010.png"):
+        one, other = ((tmp_path / str(graphs) / "1" / "saves" / name).read_bytes() for graphs in (False, True))
+        assert one == other
+
+
+def test_float32_means_float32(tiny_config):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    train(tiny_config(steps=1))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark == torch.cuda.is_available()
+
+
+def test_a_run_may_go_on_in_smaller_parts(tiny_config, tmp_path):
+    plain = dataclasses.replace(tiny_config().net, dropout=0.0)
+    train(tiny_config(steps=20, net=plain, run_root=str(tmp_path / "whole")))
+    train(tiny_config(steps=10, net=plain))
+    train(tiny_config(steps=20, net=plain, accumulate=4), resume=tmp_path / "working" / "1")
+    whole, parts = (rows_of(tmp_path / root / "1") for root in ("whole", "working"))
+    assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+
+
+def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
+    reads, real = [], Metrics.read
+
+    def read(self):
+        reads.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Metrics, "read", read)
+    train(tiny_config(steps=20, eval_every=10))  # each boundary logs, saves, evaluates, and saves again
+    assert len(reads) == 3  # the first step, whose compilation is not timed, and two boundaries
+
+
+def test_what_the_first_step_takes_is_no_training_time(tiny_config, tmp_path, monkeypatch):
+    real = TrainStep.__call__
+
+    def call(self, images, index):
+        if index in (0, 10):  # as if it compiled; the second process resumes at 10
+            time.sleep(1.5)
+        real(self, images, index)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    train(tiny_config(steps=10))
+    run = tmp_path / "working" / "1"
+    train(tiny_config(steps=20), resume=run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20]
+    for row, last in zip(rows, (0.0, rows[0]["seconds"]), strict=True):
+        assert row["images_per_second"] == pytest.approx(9 * 8 / (row["seconds"] - last))  # without its first step
+        assert row["seconds"] - last < 1.5
+    # A row that is due right after the first step has nothing else to time.
+    train(tiny_config(steps=1, log_every=1))
+    row = json.loads((tmp_path / "working" / "2" / "metrics.jsonl").read_text())
+    assert row["seconds"] >= 1.5
+
+
 def test_the_dali_loader_trains_the_same(tiny_config, tmp_path):
     for loader in ("resident", "dali"):
         train(tiny_config(steps=10, loader=loader, run_root=str(tmp_path / loader)))
     assert_same_run(tmp_path / "resident" / "1", tmp_path / "dali" / "1")
+
+
+@pytest.mark.parametrize("objective", ["x0", "v", "score", "flow", "edm"])
+def test_another_objective_is_one_flag(tiny_config, tmp_path, objective):
+    assert train(tiny_config(objective=objective, steps=2)) == 0
+    (row,) = rows_of(tmp_path / "working" / "1")
+    assert 0 < row["loss"] < 10
+    assert (tmp_path / "working" / "1" / "saves" / "samples-00000002.png").exists()
 
 
 def test_the_golden_curve(tiny_config, tmp_path, train_in_new_process):

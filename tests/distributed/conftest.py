@@ -1,0 +1,80 @@
+import dataclasses
+import multiprocessing.connection
+import socket
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from fastdiff.config import Config
+from tests.distributed import programs
+from tests.reliability.conftest import TINY, promise  # noqa: F401
+from tests.reliability.jobs import start
+
+
+@dataclass
+class Ended:
+    """How the ranks of a run ended: exit codes as Popen has them (None: killed after the time), and their output.
+
+    began, gone: time.monotonic() of the start, and of when the last was gone.
+    """
+
+    codes: list[int | None]
+    began: float
+    gone: float
+    outputs: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that name a cause, of all ranks."""
+        return [line for output in self.outputs for line in output.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture
+def run_ranks(tmp_path, monkeypatch, repo):
+    """Run ranks, of which no launcher ends the others, on a function of programs.py."""
+    monkeypatch.chdir(repo)
+    count = 0
+
+    def run(program, *arguments, ranks=2, timeout=120.0) -> Ended:
+        nonlocal count
+        count += 1
+        logs = [tmp_path / f"ranks-{count}-{rank}.txt" for rank in range(ranks)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        began = time.monotonic()
+        processes = [
+            start(programs.rank_main, rank, ranks, port, program, arguments, log=logs[rank]) for rank in range(ranks)
+        ]
+        codes: list[int | None] = [None] * ranks
+        waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
+        while waiting and (left := began + timeout - time.monotonic()) > 0:
+            for sentinel in multiprocessing.connection.wait(list(waiting), timeout=left):
+                rank = waiting.pop(sentinel)
+                processes[rank].join()
+                codes[rank] = processes[rank].exitcode
+        for rank in waiting.values():
+            processes[rank].kill()
+            processes[rank].join()
+        return Ended(codes, began, time.monotonic(), [log.read_text() if log.exists() else "" for log in logs])
+
+    return run
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A run of 20 steps over 50 smooth images in batches of 8, so that an epoch ends within the 7th step; as a dict."""
+    coarse = np.random.default_rng(0).integers(0, 256, (50, 2, 2, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
+
+    def make(root: str = "working", **changes) -> dict:
+        config = Config(
+            data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
+            lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=20, device="cpu", log_every=1, save_every=5,
+            eval_every=10, keep_last=10, run_root=str(tmp_path / root), features="none", eval_batch_size=4,
+            eval_steps=3, grid_samples=10, rank_timeout=60.0,
+        )  # fmt: skip
+        return dataclasses.replace(config, **changes).to_dict()
+
+    return make

@@ -1,0 +1,191 @@
+"""What ranks do in tests; each function is run by every rank, in a process of its own."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastdiff.config import Config
+from fastdiff.data.datasets import load_dataset
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.errors import UserError
+from fastdiff.evaluation.evaluate import evaluate
+from fastdiff.evaluation.features import FeatureExtractor
+from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.evaluation.sampling import SamplerSettings
+from fastdiff.nets.unet import UNet
+from fastdiff.reporting import pictures
+from fastdiff.training.distributed import Ranks
+from fastdiff.training.signals import StopRequest
+from tests.distributed import faulty
+from tests.reliability.jobs import before_step, train_run
+
+
+def rank_main(rank: int, size: int, port: int, program: str, arguments: list) -> int:
+    """Be one rank, as torchrun would start it, and run a function of this module."""
+    if size > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    return globals()[program](*arguments) or 0
+
+
+def train(config: dict, resume: str | None = None, fault: dict | None = None) -> int:
+    """Train, without pictures, with a fault in one rank."""
+    pictures.save_grid = pictures.plot_trajectory = lambda *arguments: None
+    if fault:
+        faulty.inject(fault)
+    return train_run(Config.from_dict(config), Path(resume) if resume else None)
+
+
+def other_weights(config: dict) -> int:
+    """Train, but rank 1 changes a weight by itself."""
+    if os.environ["RANK"] == "1":
+        before_step(3, lambda step: step.parameters[0].data.mul_(1.0001))
+    return train(config)
+
+
+def shared_samples(config: dict) -> None:
+    """Samples, grid and statistics of two ranks are those of one."""
+    config = Config.from_dict(config)
+    with Ranks.launched("cpu", timeout=60) as ranks:
+        image_set = load_dataset(config.data, root=config.data_root, image_size=config.net.image_size)
+        distances = [
+            FrechetDistance(
+                FakeFeatures(), image_set, cache_dir=Path(config.data_root), device="cpu", reference=ranks.is_main
+            )
+            for _ in range(2)
+        ]
+        torch.manual_seed(0)
+        model = UNet(config.net).eval()
+        for p in model.parameters():
+            p.data += 0.02 * torch.randn_like(p)  # no layer is zero
+        common = {
+            "n": 22, "keep": 10, "batch_size": 4, "settings": SamplerSettings("ddpm", 3), "image_shape": (3, 8, 8),
+            "seed": 3, "device": torch.device("cpu"), "bf16": False,
+        }  # fmt: skip
+        objective = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
+        row, grid = evaluate(model, objective, distances[0], ranks=ranks, **common)
+        if ranks.is_main:
+            alone, whole_grid = evaluate(model, objective, distances[1], **common)
+            assert whole_grid.shape == (10, 8, 8, 3)
+            assert (grid == whole_grid).all()
+            for mine, theirs in zip(distances[0].sums, distances[1].sums, strict=True):
+                assert ((mine - theirs).abs() <= 1e-10 * theirs.abs().max()).all()
+            assert distances[0].count == 22
+            assert abs(row["value"] - alone["value"]) <= 1e-10 * alone["value"]
+            assert row["value"] > 0
+        assert ranks.share(row["value"]) == row["value"]
+
+
+class FakeFeatures(FeatureExtractor):
+    """Features that any pixel moves: products with a fixed matrix."""
+
+    name, metric, size, num_features = "fake", "fd_fake", 8, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.randn(192, 16, generator=torch.Generator().manual_seed(5)))
+
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> (N, 16)."""
+        return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1) @ self.matrix
+
+
+def collectives() -> None:
+    """Each does what it says, and leaves every rank with the same bits."""
+    with Ranks.launched("cpu", timeout=20) as ranks:
+        rank = ranks.rank
+        x, n = torch.randn(1000, generator=torch.Generator().manual_seed(rank)), torch.tensor(rank + 1)
+        parts = [torch.randn(1000, generator=torch.Generator().manual_seed(r)) for r in range(ranks.size)]
+        ranks.sum_([x, n])
+        assert torch.equal(x, parts[0] + parts[1])
+        assert n == 3
+        assert ranks.any(10 * rank) == 10
+        assert ranks.share({"rank": rank}) == {"rank": 0}
+        assert ranks.gather(str(rank)) == (["0", "1"] if rank == 0 else [])
+        ranks.check_equal(data="same")
+        with ranks.first_on_host("data"):
+            if rank == 0:
+                time.sleep(0.2)
+            first = time.monotonic()
+        first, second = ranks.share(first), first
+        assert rank == 0 or second > first
+
+
+def other_data() -> None:
+    """Ranks that were given different data."""
+    with Ranks.launched("cpu", timeout=20) as ranks:
+        ranks.check_equal(data=f"set {ranks.rank}")
+        ranks.barrier()
+
+
+def same_mistake() -> None:
+    """All ranks find the same mistake."""
+    with Ranks.launched("cpu", timeout=20):
+        raise UserError("--flag is wrong")
+
+
+def signal_to_one() -> None:
+    """A signal to rank 1 reaches rank 0 too, and does not end anything."""
+    with StopRequest() as stop, Ranks.launched("cpu", timeout=20) as ranks:
+        ranks.spread(stop)
+        ranks.at("the loop")
+        if ranks.rank == 1:
+            os.kill(os.getpid(), 15)
+        while stop.signal is None:
+            time.sleep(0.01)
+        assert stop.signal == 15
+        assert ranks.any(stop.signal) == 15
+
+
+def _wait(way: str, victim: int) -> None:
+    with Ranks.launched("cpu", timeout=3) as ranks:
+        ranks.at("step 7")
+        if ranks.rank == victim:
+            faulty.fail(way)
+        ranks.barrier("all-reduce")
+        time.sleep(1)
+    raise AssertionError("it should not have come here")
+
+
+def kill_0() -> None:
+    """Rank 0, where the hub is, is killed."""
+    _wait("kill", 0)
+
+
+def stop_0() -> None:
+    """Rank 0, where the hub is, is stopped."""
+    _wait("stop", 0)
+
+
+def stop_1() -> None:
+    """Rank 1 is stopped: not even its threads answer."""
+    _wait("stop", 1)
+
+
+def nobody_comes() -> None:
+    """All ranks wait for each other, in different collectives."""
+    with Ranks.launched("cpu", timeout=3) as ranks:
+        ranks.at("step 7")
+        if ranks.rank == 0:
+            ranks.sum_([torch.zeros(10)])
+        else:
+            ranks.share(None)
+            ranks.share(None)
+            ranks.share(None)
+
+
+def slow_start() -> None:
+    """A start-up that takes longer than the timeout, and a rank that waits for another longer than that."""
+    with Ranks.launched("cpu", timeout=2) as ranks:
+        time.sleep(2.5)
+        ranks.at("step 1")
+        if ranks.rank == 0:
+            for i in range(6):
+                ranks.at(f"saving {i}")
+                time.sleep(0.5)
+        ranks.barrier()

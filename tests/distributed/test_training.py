@@ -1,0 +1,120 @@
+"""Two ranks train what one would, resume exactly, and share out evaluations; rank 0 alone writes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastdiff.config import Config
+from fastdiff.data.datasets import load_dataset
+from fastdiff.data.loaders import batch_plan
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.nets.unet import UNet
+from fastdiff.training import checkpoint
+from fastdiff.training.optim import learning_rate
+from fastdiff.training.step import step_seed
+from tests.distributed.conftest import TINY
+from tests.numerics import assert_as_accurate
+from tests.reliability.jobs import rows, same_state, saved
+
+
+def exact_losses(config: Config) -> torch.Tensor:
+    """The losses of each step in float64, by a loop that shares no code with TrainStep."""
+    torch.manual_seed(config.seed)
+    model = UNet(config.net).double()
+    objective = make_objective("eps", schedule="ddpm-linear", timesteps=config.timesteps, weighting="uniform")
+    adam = torch.optim.Adam(model.parameters())
+    images = torch.from_numpy(load_dataset(config.data, root=config.data_root, image_size=8).images)
+    losses = []
+    for step in range(config.steps):
+        indices, flips = map(torch.from_numpy, batch_plan(len(images), batch_size=8, seed=config.seed, step=step))
+        batch = torch.where(flips[:, None, None, None], images[indices].flip(2), images[indices])
+        torch.manual_seed(step_seed(config.seed, step))
+        t, eps = objective.sample_t(8), torch.randn(8, 8, 8, 3).permute(0, 3, 1, 2).double()
+        loss = objective.loss(model, (batch.permute(0, 3, 1, 2).double() - 127.5) / 127.5, t, eps).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        adam.param_groups[0]["lr"] = learning_rate(step, peak=config.lr, warmup_steps=config.warmup_steps)
+        adam.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_two_ranks_have_the_loss_curve_of_one(tiny_config, run_ranks, tmp_path, kernels):
+    options = {"net": dataclasses.replace(TINY, dropout=0.0), "kernels": kernels, "eval_every": 1000}
+    curves = {}
+    for ranks, accumulate in ((1, 1), (2, 1), (2, 2)):
+        root = f"ranks-{ranks}-{accumulate}"
+        ended = run_ranks("train", tiny_config(root, accumulate=accumulate, **options), ranks=ranks)
+        assert ended.codes == [0] * ranks, ended.outputs
+        curves[ranks, accumulate] = torch.tensor([row["loss"] for row in rows(tmp_path / root / "1")])
+    exact = exact_losses(Config.from_dict(tiny_config(**options)))
+    assert exact[-1] < exact[0]
+    for parts in ((2, 1), (2, 2)):
+        assert_as_accurate(curves[parts], curves[1, 1], exact, f"the losses of {parts[0]} ranks")
+
+
+def test_rank_0_alone_writes_and_one_rank_can_go_on(tiny_config, run_ranks, tmp_path):
+    ended = run_ranks("train", tiny_config(), timeout=200)
+    assert ended.codes == [0, 0], ended.outputs
+    assert [path.name for path in (tmp_path / "working").iterdir()] == ["1"]
+    run = tmp_path / "working" / "1"
+    assert [row["step"] for row in rows(run)] == list(range(1, 21))
+    assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [
+        f"step-{step}" for step in (5, 10, 15, 20)
+    ]
+    assert "2, each with 4 of 8 images" in ended.outputs[0]
+    assert f"look at {run}" in ended.outputs[0]
+    assert ended.outputs[1] == ""
+    ended = run_ranks("train", tiny_config(steps=23), str(run), ranks=1)
+    assert ended.codes == [0], ended.outputs
+    assert checkpoint.load_latest(run / "checkpoints").step == 23
+
+
+@pytest.mark.parametrize("stops", [[7, 12], pytest.param(list(range(1, 20)), marks=pytest.mark.slow)], ids=["2", "19"])
+def test_a_resumed_run_of_two_ranks_is_the_unbroken_one(tiny_config, run_ranks, tmp_path, stops):
+    options = {"accumulate": 2, "eval_every": 1000}
+    assert run_ranks("train", tiny_config("whole", **options)).codes == [0, 0]
+    whole = tmp_path / "whole" / "1"
+    for stop in stops:
+        config = tiny_config(f"stopped-{stop}", **options)
+        run = tmp_path / f"stopped-{stop}" / "1"
+        # A signal to rank 1 alone, within the step: of its two parts, between the first and the second.
+        ended = run_ranks("train", config, None, {"rank": 1, "place": "forward", "call": 2 * stop, "way": "term"})
+        assert ended.codes == [143, 143], ended.outputs
+        assert checkpoint.load_latest(run / "checkpoints").step in (stop, stop + 1)
+        ended = run_ranks("train", config, str(run))
+        assert ended.codes == [0, 0], ended.outputs
+        assert same_state(saved(run), saved(whole))
+        assert rows(run) == rows(whole)
+        assert len(rows(run)) == 20
+
+
+def test_samples_and_statistics_of_two_ranks_are_those_of_one(tiny_config, run_ranks):
+    ended = run_ranks("shared_samples", tiny_config())
+    assert ended.codes == [0, 0], ended.outputs
+
+
+def test_ranks_whose_weights_drift_apart_are_stopped(tiny_config, run_ranks, tmp_path):
+    ended = run_ranks("other_weights", tiny_config())
+    assert ended.codes == [1, 1], ended.outputs
+    assert len(ended.errors) == 1
+    assert "the ranks' weights differ after 5 steps" in ended.errors[0]
+    assert checkpoint.list_checkpoints(tmp_path / "working" / "1" / "checkpoints") == []
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_once(tiny_config, run_ranks, tmp_path):
+    ended = run_ranks("train", tiny_config(batch_size=12, accumulate=4))
+    assert ended.codes == [2, 2], ended.outputs
+    (line,) = "".join(ended.outputs).splitlines()
+    assert line.startswith("error: --batch-size is 12, but must be a multiple of 8: 2 ranks share it")
+    assert not (tmp_path / "working").exists()
+
+
+def test_a_mistake_of_rank_0_alone_ends_all(tiny_config, run_ranks, tmp_path):
+    ended = run_ranks("train", tiny_config(), str(tmp_path / "nothing"))
+    assert ended.codes == [1, 1], ended.outputs
+    assert len(ended.errors) == 1
+    assert str(tmp_path / "nothing") in ended.errors[0]
