@@ -151,6 +151,10 @@ class Config:
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """GroupNorm+SiLU, Adam and EMA by our fused Triton kernels or by PyTorch; `auto`: triton on CUDA, torch on CPU."""
 
+    deterministic: bool = False
+    """On a GPU, only algorithms that give the same bits in every run, so that a resumed run is the unbroken one bit for
+    bit; slower. A CPU always does."""
+
     log_every: int = 100
     """Steps between metric rows; the only moments in which the host reads a value of the device."""
     save_every: int = 10_000
@@ -346,6 +350,6 @@ RESUMABLE_CHANGES = frozenset(
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
         "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite",
-        "rank_timeout",
+        "rank_timeout", "deterministic",
     }
 )  # fmt: skip

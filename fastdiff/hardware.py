@@ -99,12 +99,20 @@ def resolve_loader(kind: str, device: torch.device) -> str:
     return kind if kind != "auto" else ("dali" if device.type == "cuda" else "resident")
 
 
-def set_backends(device: torch.device) -> None:
+def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     """Settings of the whole process, which no step may depend on silently.
 
     cuDNN measures its algorithms once for each shape, as shapes never change. Float32 products are float32 throughout:
     PyTorch would round convolutions, and only these, to TF32 (10 bits of mantissa); who wants speed has bf16.
+
+    Args:
+        deterministic: only algorithms that give the same bits in every run on one GPU; an operation that has none
+            raises RuntimeError. To be called before the process uses the GPU.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums as streams allow
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, at the price of a pass

@@ -57,7 +57,7 @@ def train(
                 f"--batch-size is {config.batch_size}, but must be a multiple of {parts}: {ranks.size} ranks share it, "
                 f"and --accumulate is {config.accumulate}."
             )
-        set_backends(ranks.device)
+        set_backends(ranks.device, deterministic=config.deterministic)
         run, saved = None, None
         if resume is not None and ranks.is_main:
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))

@@ -137,7 +137,9 @@ class Trainer:
         lines = {
             "ranks": f"{ranks}, each with {self.config.batch_size // ranks} of {self.config.batch_size} images",
             "device": f"{device_name(self.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            "precision": ("bf16 autocast, float32 weights" if self.bf16 else "float32") + ", TF32 off",
+            "precision": ("bf16 autocast, float32 weights" if self.bf16 else "float32")
+            + ", TF32 off"
+            + (", deterministic" if config.deterministic else ""),
             "compile": "torch.compile" if compiled else "off",
             "graphs": "CUDA graphs of training and sampling steps" if self.config.graphs and cuda else "off",
             "kernels": f"{self.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
