@@ -115,4 +115,5 @@ def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums as streams allow
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, at the price of a pass
+        # A debugging aid, at the price of a pass over each new tensor.
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from kernels.ema import blend
-from kernels.launch import runs_triton
+from kernels.launch import runs_triton, traceable
 from kernels.spec import Case, Inputs, KernelSpec
 
 # 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes); 70 registers, so that 7
@@ -123,7 +123,7 @@ def _step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema:
                          beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)  # fmt: skip
     n = param.numel()
     if n > 0:
-        wrap_triton(adam_ema_kernel)[(triton.cdiv(n, BLOCK),)](
+        traceable(adam_ema_kernel)[(triton.cdiv(n, BLOCK),)](
             param, grad, exp_avg, exp_avg_sq, ema, half, step, lr, decay, clip, n,
             **constants(beta1, beta2, eps, weight_decay),
         )  # fmt: skip

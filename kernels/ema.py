@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from kernels.launch import runs_triton
+from kernels.launch import runs_triton, traceable
 from kernels.spec import Case, Inputs, KernelSpec
 
 # 8 elements a thread: two 16-byte loads in flight of each buffer. 4 warps; the grid of thousands fills any GPU.
@@ -60,7 +60,7 @@ def _update(ema: Tensor, params: Tensor, decay: Tensor) -> None:
         return reference(ema, params, decay)
     n = ema.numel()
     if n > 0:
-        wrap_triton(ema_kernel)[(triton.cdiv(n, BLOCK),)](ema, params, decay, n, BLOCK=BLOCK, num_warps=WARPS)
+        traceable(ema_kernel)[(triton.cdiv(n, BLOCK),)](ema, params, decay, n, BLOCK=BLOCK, num_warps=WARPS)
     return None
 
 

@@ -1,4 +1,3 @@
-# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """GroupNorm, SiLU and what stands around them in a U-Net, as one operator: read x once, write y once.
 
     y = dropout(silu(group_norm(x + shift) * (1 + scale) + offset))
@@ -13,11 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, power_of_2, runs_triton
+from kernels.launch import norm_tiles, power_of_2, runs_triton, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
 from kernels.spec import Case, Inputs, KernelSpec
 
@@ -135,9 +134,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scal
     looped, grid, constants = _meta(x, num_groups, backward=False, **switches)
     args = (x, weight, bias, shift, scale, offset, seed, y, mean, rstd, stream, threshold_of(dropout_p))
     if looped:
-        wrap_triton(forward_loop)[grid](*args, EPS=eps, SILU=silu, **constants)
+        traceable(forward_loop)[grid](*args, EPS=eps, SILU=silu, **constants)
     else:
-        wrap_triton(forward_tile)[grid](*args, EPS=eps, SILU=silu, **constants)
+        traceable(forward_tile)[grid](*args, EPS=eps, SILU=silu, **constants)
     return y, mean, rstd
 
 
@@ -161,11 +160,11 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
     args = (dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, dx, part_weight, part_bias, dshift, dscale,
             doffset, stream, threshold_of(dropout_p))  # fmt: skip
     if looped:
-        wrap_triton(backward_loop)[grid](*args, SILU=silu, **constants)
+        traceable(backward_loop)[grid](*args, SILU=silu, **constants)
     else:
-        wrap_triton(backward_tile)[grid](*args, SILU=silu, **constants)
+        traceable(backward_tile)[grid](*args, SILU=silu, **constants)
     block_c = min(32, power_of_2(c))
-    wrap_triton(column_sums)[(-(-c // block_c),)](
+    traceable(column_sums)[(-(-c // block_c),)](
         part_weight, part_bias, dweight, dbias, n, C=c, BLOCK_N=32, BLOCK_C=block_c
     )
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]

@@ -5,6 +5,7 @@ Nothing here tunes at run time: the choices are arithmetic on shapes, so a user'
 
 from dataclasses import dataclass
 from math import isqrt, lcm
+from typing import Any
 
 import torch
 from triton import knobs
@@ -19,6 +20,12 @@ def runs_triton(x: torch.Tensor) -> bool:
     There is no other branch on purpose: a kernel that fails on a GPU raises instead of becoming slow.
     """
     return INTERPRETED or x.device.type != "cpu"
+
+
+def traceable(kernel: Any) -> Any:
+    """The kernel as torch.compile can look into; the interpreter's, which nothing compiles, as it is (PyTorch 2.11's
+    wrap_triton refuses those)."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def power_of_2(n: int) -> int:
