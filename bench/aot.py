@@ -112,7 +112,7 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
             if name.removeprefix("d") in options
         }
         types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
-        types |= {"stream": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
+        types |= {"stream_id": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
         constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side,
                      "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
                      "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip

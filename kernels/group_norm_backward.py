@@ -23,7 +23,7 @@ def _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bia
         tl.store(doffset_ptr + at, b.to(doffset_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def backward_tile(
     dy_ptr,  # (N, HW, C) like x
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32
@@ -41,7 +41,7 @@ def backward_tile(
     dshift_ptr,  # (N, C) like shift, or None
     dscale_ptr,  # (N, C) like scale, or None
     doffset_ptr,  # (N, C) like offset, or None
-    stream,
+    stream_id,
     threshold,
     SILU: tl.constexpr,
     C: tl.constexpr,
@@ -69,7 +69,7 @@ def backward_tile(
 
     x = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=ok2, other=0.0).to(tl.float32)
-    dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+    dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
     xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
     gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
     a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
@@ -86,7 +86,7 @@ def backward_tile(
         tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def backward_loop(
     dy_ptr,  # (N, HW, C) like x
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32
@@ -104,7 +104,7 @@ def backward_loop(
     dshift_ptr,  # (N, C) like shift, or None
     dscale_ptr,  # (N, C) like scale, or None
     doffset_ptr,  # (N, C) like offset, or None
-    stream,
+    stream_id,
     threshold,
     SILU: tl.constexpr,
     C: tl.constexpr,
@@ -139,7 +139,7 @@ def backward_loop(
         at = base + (pixel[:, None] * C + channel[None, :])
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
         sum_a += gz * xhat
@@ -158,7 +158,7 @@ def backward_loop(
         at = base + (pixel[:, None] * C + channel[None, :])
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dy = dropped(dy, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
         dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]

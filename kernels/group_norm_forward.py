@@ -7,7 +7,7 @@ import triton.language as tl
 from kernels.group_norm_math import activate, affine, dropped, group_sum, per_image, to_channels
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def forward_tile(
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32
     weight_ptr,  # (C,)
@@ -19,7 +19,7 @@ def forward_tile(
     y_ptr,  # (N, HW, C) like x
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
-    stream,
+    stream_id,
     threshold,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
@@ -57,7 +57,7 @@ def forward_tile(
 
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
-    y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+    y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 
     group = tl.arange(0, BLOCK_G)
@@ -67,7 +67,7 @@ def forward_tile(
     tl.store(rstd_ptr + at_group, rstd, mask=in_block)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["stream_id", "threshold"])
 def forward_loop(
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32
     weight_ptr,  # (C,)
@@ -79,7 +79,7 @@ def forward_loop(
     y_ptr,  # (N, HW, C) like x
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
-    stream,
+    stream_id,
     threshold,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
@@ -131,7 +131,7 @@ def forward_loop(
         at = base + (pixel[:, None] * C + channel[None, :])
         x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
         y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
-        y = dropped(y, seed_ptr, n, pixel, first, stream, threshold, C, BLOCK_C)
+        y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
 
     group = tl.arange(0, BLOCK_G)

@@ -22,6 +22,12 @@ def test_no_spills_and_wide_accesses(compiled):
     assert all(r.registers <= 128 for r in rows if r.job.kernel == "backward_loop"), "the backward halves its occupancy"
 
 
+def test_no_argument_has_the_name_that_inductors_launcher_adds():
+    """It would be a SyntaxError, and only on a GPU."""
+    assert aot.KERNELS
+    assert not [name for name, kernel in aot.KERNELS.items() if "stream" in kernel.arg_names]
+
+
 def test_a_spill_and_a_narrow_access_are_noticed(compiled):
     """The counters count: a tile too large for its warps spills; rows of 99 channels are not 16-byte aligned."""
     forward, _ = aot.norm_jobs(128, 32, "plain")

@@ -42,8 +42,8 @@ BUGS = {
     ),
     "stale dropout mask": (
         "group_norm_backward.py",
-        "first, stream, threshold",
-        "first, stream + 1, threshold",
+        "first, stream_id, threshold",
+        "first, stream_id + 1, threshold",
         "group_norm_silu and everything",
     ),
     "stale padding mask": ("group_norm_forward.py", "if BLOCK_HW != HW:", "if False:", "group_norm_silu and 7x5"),
