@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from kernels import adam_ema, ema
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, power_of_2
+from kernels.launch import norm_tiles, sum_blocks
 
 ARCHITECTURES = (80, 90, 100)
 # GroupNorm's (C, H = W) in the DDPM CIFAR-10 U-Net, 32 groups.
@@ -148,7 +148,7 @@ def flat_jobs() -> Iterator[Job]:
             f"C={channels}",
             "column_sums",
             sums,
-            {"C": channels, "BLOCK_N": 32, "BLOCK_C": min(32, power_of_2(channels))},
+            {"C": channels, **sum_blocks(channels)},
             4,
         )
 

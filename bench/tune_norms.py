@@ -1,19 +1,19 @@
-"""Which tiles are fastest for GroupNorm + SiLU on the GPU at hand: what kernels/launch.py chooses, beside others.
+"""Which tiles are fastest for GroupNorm + SiLU on the GPU at hand.
 
-    python bench/tune_norms.py                 # the shapes of the CIFAR-10 U-Net at batch 128; a table, and JSON
+    python bench/tune_norms.py             # a table: the rule of kernels/launch.py beside the best of its alternatives
+    python bench/tune_norms.py --write     # and the best ones into kernels/tuned.py
 
-Times are the device's own, of calls over buffers that are not in L2, as multiples of a device copy of the same bytes.
+Shapes are those of the CIFAR-10 U-Net. Times are the device's own, of calls over buffers that are not in L2, as
+multiples of a device copy of the same bytes.
 """
 
-import json
-import math
 import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -24,16 +24,20 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
+import kernels
 from bench.timing import rotations
-from fastdiff.hardware import environment
-from kernels import group_norm_silu as op  # noqa: F401  registers the operator
-from kernels.launch import NormTiles, norm_tiles, power_of_2
+from fastdiff.hardware import REPO, environment
+from kernels import launch
+from kernels.launch import NormTiles
 
 GROUPS, EPS = 32, 1e-6
-SHAPES = ((128, 32), (256, 32), (384, 32), (256, 16), (512, 16), (256, 8), (512, 8), (256, 4), (512, 4))
+SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512, 16), (256, 8), (512, 8), (256, 4),
+          (512, 4))  # fmt: skip
 DROPPING = ((128, 32), (256, 16), (256, 8), (256, 4))  # second norms of a block: shift and dropout
-WIDTHS = {32: (16, 32, 64), 16: (32, 64, 128), 8: (64, 128, 256), 4: (128, 256, 512)}  # by height
+WIDTHS = {32: (16, 32, 64), 16: (32, 64), 8: (64, 128), 4: (128, 256, 512)}  # channels of a tile, by its height
+GAIN = 0.98  # of the rule's time; what gains less is noise
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,17 @@ class Task:
     dropout: bool
 
     @property
-    def chosen(self) -> NormTiles:
-        return norm_tiles(self.channels, self.side**2, GROUPS, itemsize=2, backward=self.backward, dropout=self.dropout)
+    def key(self) -> tuple[int, int, int, bool, bool]:
+        """In NORM_TILES."""
+        return self.channels, self.side**2, GROUPS, self.backward, self.dropout
+
+    @property
+    def rule(self) -> NormTiles:
+        """What launch.py chooses where nothing is measured."""
+        with mock.patch.object(launch, "NORM_TILES", {}):
+            return launch.norm_tiles(
+                self.channels, self.side**2, GROUPS, itemsize=2, backward=self.backward, dropout=self.dropout
+            )
 
     @property
     def label(self) -> str:
@@ -55,62 +68,63 @@ class Task:
         return f"{self.channels} channels, {self.side}x{self.side}{', shift + dropout' if self.dropout else ''}, {what}"
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Tiles, and their time over that of a device copy."""
+
+    ratio: float
+    tiles: NormTiles
+
+
+TASKS = [Task(c, s, b, False) for c, s in SHAPES for b in (False, True)]
+TASKS += [Task(c, s, b, True) for c, s in DROPPING for b in (False, True)]
+
+
 def candidates(task: Task) -> Iterator[NormTiles]:
-    """The chosen tiles first, then others of all widths that are whole groups, at once or in chunks."""
-    yield task.chosen
-    rows = power_of_2(task.side**2)
-    for block_c in WIDTHS[task.side]:
-        per_group = task.channels // GROUPS
-        unit = math.lcm(per_group, 8)
-        own = block_c // unit * unit
-        if own == 0 or task.channels % own:
-            continue
-        base = NormTiles(own, block_c, power_of_2(own // per_group), rows, False, 4)
+    """The rule's tiles first, then others: whole images that fit in registers, and sweeps over chunks."""
+    yield task.rule
+    pixels, per_group = task.side**2, task.channels // GROUPS
+    for width in WIDTHS[task.side]:
+        own = launch._own_channels(task.channels, GROUPS, width)
+        block_c = launch.power_of_2(own)
         for warps in (4, 8, 16):
-            elements = rows * block_c / (32 * warps)
-            if 8 <= elements <= (32 if task.backward else 64):
-                yield replace(base, num_warps=warps)
+            if 8 <= pixels * block_c / (32 * warps) <= (32 if task.backward else 64):
+                yield launch._tiles(own, per_group, pixels, False, warps)
             for held in (8, 16):  # elements a thread of a chunk
                 chunk = warps * 32 * held // block_c
-                if task.side >= 16 and warps >= 8 and chunk < rows:
-                    yield replace(base, block_hw=chunk, looped=True, num_warps=warps)
+                if task.side >= 16 and chunk < pixels and not (task.dropout and held == 16):
+                    yield launch._tiles(own, per_group, chunk, True, warps)
 
 
 def calls(task: Task, tiles: NormTiles, copies: int, batch: int) -> list[Callable[[], object]]:
     """One call for each set of buffers."""
-    module = sys.modules["kernels.group_norm_silu"]
-    ops = torch.ops.fastdiff_kernels
-    made = []
-    shape = (batch, task.side, task.side, task.channels)
+    ops, shape = torch.ops.fastdiff_kernels, (batch, task.side, task.side, task.channels)
     weight, bias = torch.ones(task.channels, device="cuda"), torch.zeros(task.channels, device="cuda")
     seed = torch.ones(1, dtype=torch.int64, device="cuda") if task.dropout else None
-    shift = torch.randn(shape[0], task.channels, device="cuda").bfloat16() if task.dropout else None
-    p = 0.1 if task.dropout else 0.0
-    for _ in range(copies):
+    shift = torch.randn(batch, task.channels, device="cuda").bfloat16() if task.dropout else None
+    p, silu, stream = 0.1 if task.dropout else 0.0, True, 0
+
+    def make() -> Callable[[], object]:
         x, dy = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2) for _ in range(2))
-        tail = (GROUPS, EPS, True, p, 0)
-        forward = (x, weight, bias, shift, None, None, seed, *tail)
-        if task.backward:
-            _, mean, rstd = ops.group_norm_silu(*forward)
-            backward = (dy, x, weight, bias, shift, None, None, seed, mean, rstd, GROUPS, True, p, 0)
-            made.append(lambda a=backward: ops.group_norm_silu_backward(*a))
-        else:
-            made.append(lambda a=forward: ops.group_norm_silu(*a))
+        given: tuple[Tensor | None, ...] = (x, weight, bias, shift, None, None, seed)
+        if not task.backward:
+            return lambda: ops.group_norm_silu(*given, GROUPS, EPS, silu, p, stream)
+        _, mean, rstd = ops.group_norm_silu(*given, GROUPS, EPS, silu, p, stream)
+        return lambda: ops.group_norm_silu_backward(dy, *given, mean, rstd, GROUPS, silu, p, stream)
 
     def with_tiles(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with mock.patch.object(module, "norm_tiles", return_value=tiles):
+            with mock.patch.object(sys.modules["kernels.group_norm_silu"], "norm_tiles", return_value=tiles):
                 return call()
 
         return run
 
-    return [with_tiles(call) for call in made]
+    return [with_tiles(make()) for _ in range(copies)]
 
 
 def compile_one(work: tuple[Task, NormTiles]) -> None:
     """In another process: what it compiles is in Triton's cache."""
-    task, tiles = work
-    calls(task, tiles, 1, 1)[0]()
+    calls(*work, copies=1, batch=1)[0]()
     torch.cuda.synchronize()
 
 
@@ -122,7 +136,7 @@ def seconds(run: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         alive = [call() for call in run]  # so that none writes into memory that is still in the cache
     times = []
-    for _ in range(13):
+    for _ in range(23):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -133,39 +147,66 @@ def seconds(run: list[Callable[[], object]]) -> float:
     return statistics.median(times[3:])
 
 
-def main(out: Path = Path("tune_norms.json"), batch: int = 128, processes: int = os.cpu_count() or 1) -> int:
-    """Time the candidates of each shape.
+def measure(task: Task, batch: int) -> tuple[float, list[Timed]]:
+    """Seconds of the device copy, and all candidates, the rule's first."""
+    moved = batch * task.channels * task.side**2 * (6 if task.backward else 4)
+    copies = rotations(moved, torch.device("cuda"))
+    pairs = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
+    copy = seconds([lambda p=p: p[0].copy_(p[1]) for p in pairs])
+    del pairs
+    found = [Timed(seconds(calls(task, t, copies, batch)) / copy, t) for t in dict.fromkeys(candidates(task))]
+    torch.cuda.empty_cache()
+    return copy, found
+
+
+def source(results: dict[Task, list[Timed]], batch: int) -> str:
+    """The text of kernels/tuned.py."""
+    e = environment(torch.device("cuda"))
+    lines = [
+        '"""Tiles of GroupNorm + SiLU for bf16 and fp16, chosen by measurement: written by bench/tune_norms.py.',
+        "",
+        f"On an {e['device']}, torch {e['torch']}, triton {e['triton']}, {e['date']}, batch {batch}. Behind each row:",
+        "its time as a multiple of a device copy of the same bytes, and that of the rule in kernels/launch.py. Shapes",
+        "that are not here follow the rule.",
+        '"""',
+        "",
+        "# (channels, H * W, groups, backward, dropout): (channels and pixels of a program's tile or chunk, warps)",
+        "NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int]] = {",
+    ]
+    for task, found in results.items():
+        rule, best = found[0], min(found, key=lambda f: f.ratio)
+        if best.ratio < GAIN * rule.ratio:
+            value = (best.tiles.channels, best.tiles.block_hw, best.tiles.num_warps)
+            lines.append(f"    {task.key}: {value},  # {best.ratio:.2f}, the rule {rule.ratio:.2f}")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() or 1) -> int:
+    """Time the alternatives for each shape.
 
     Args:
-        out: where the JSON goes.
+        write: replace kernels/tuned.py.
         batch: images.
         processes: that compile at the same time.
     """
-    tasks = [Task(c, s, b, False) for c, s in SHAPES for b in (False, True)]
-    tasks += [Task(c, s, b, True) for c, s in DROPPING for b in (False, True)]
-    work = [(task, tiles) for task in tasks for tiles in dict.fromkeys(candidates(task))]
-    console = Console(width=150)
+    assert kernels.REGISTRY  # registers the operators
+    console = Console(width=130)
+    work = [(task, tiles) for task in TASKS for tiles in dict.fromkeys(candidates(task))]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(track(pool.map(compile_one, work), "compiling", len(work), console=console))
-    rows = []
-    for task in track(tasks, "timing", console=console):
-        elements = batch * task.channels * task.side**2
-        moved = elements * (6 if task.backward else 4)
-        copies = rotations(moved, torch.device("cuda"))
-        pairs = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
-        copy = seconds([lambda p=p: p[0].copy_(p[1]) for p in pairs])
-        del pairs
-        timed = [(seconds(calls(task, tiles, copies, batch)) / copy, tiles) for t, tiles in work if t == task]
-        rows += [{"task": task.label, "copy_us": copy * 1e6, "ratio": r, **asdict(tiles)} for r, tiles in timed]
-        torch.cuda.empty_cache()
-    out.write_text(json.dumps({"environment": environment(torch.device("cuda")), "rows": rows}, indent=1) + "\n")
-    table = Table("pass", "copy µs", "chosen", "best", "best tiles (channels x pixels, warps)")
-    for task in tasks:
-        mine = [row for row in rows if row["task"] == task.label]
-        best = min(mine, key=lambda row: row["ratio"])
-        tiles = f"{best['block_c']} x {best['block_hw']}{' looped' if best['looped'] else ''}, {best['num_warps']}"
-        table.add_row(task.label, f"{mine[0]['copy_us']:.0f}", f"{mine[0]['ratio']:.2f}", f"{best['ratio']:.2f}", tiles)
+        list(track(pool.map(compile_one, work, chunksize=4), "compiling", len(work), console=console))
+    results: dict[Task, list[Timed]] = {}
+    table = Table("pass", "copy, µs", "rule", "best", "best: channels x pixels, warps", "second", "third")
+    for task in track(TASKS, "timing", console=console):
+        copy, results[task] = measure(task, batch)
+        best = sorted(results[task], key=lambda f: f.ratio)[:3]
+        cells = [f"{f.ratio:.2f}: {f.tiles.channels} x {f.tiles.block_hw}, {f.tiles.num_warps}" for f in best]
+        rule = f"{results[task][0].ratio:.2f}"
+        table.add_row(task.label, f"{copy * 1e6:.1f}", rule, f"{best[0].ratio:.2f}", *cells)
     console.print(table)
+    if write:
+        path = REPO / "kernels" / "tuned.py"
+        path.write_text(source(results, batch))
+        console.print(f"wrote {path}")
     return 0
 
 

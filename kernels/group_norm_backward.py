@@ -4,7 +4,17 @@
 import triton
 import triton.language as tl
 
-from kernels.group_norm_math import affine, dropped, grad_z, group_sum, per_image, to_channels
+from kernels.group_norm_math import (
+    affine,
+    dropped,
+    grad_z,
+    group_sum,
+    load,
+    per_image,
+    store,
+    to_channels,
+    zero_outside,
+)
 
 
 @triton.jit
@@ -65,12 +75,12 @@ def backward_tile(
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
     rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
-    shift = per_image(shift_ptr, n, channel, ok, C)
+    centre = (per_image(shift_ptr, n, channel, ok, C) - mean) * rstd  # xhat = x * rstd + centre: one instruction
 
-    x = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=ok2, other=0.0).to(tl.float32)
-    dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-    xhat = ((x + shift[None, :]) - mean[None, :]) * rstd[None, :]
+    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
+    x, dy = load(x_ptr + at, ok2, whole), load(dy_ptr + at, ok2, whole)
+    dy = dropped(dy.to(tl.float32), seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
+    xhat = x.to(tl.float32) * rstd[None, :] + centre[None, :]
     gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
     a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
     _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
@@ -79,10 +89,10 @@ def backward_tile(
     m: tl.constexpr = HW * PER_GROUP
     mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
     mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
-    dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+    dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
+    store(dx_ptr + at, dx, ok2, whole)
     if dshift_ptr is not None:
-        dshift = tl.sum(tl.where(ok2, dx, 0.0), 0)
+        dshift = tl.sum(zero_outside(dx, ok2, whole), 0)
         tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)
 
 
@@ -122,6 +132,7 @@ def backward_loop(
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
     row = tl.arange(0, BLOCK_HW)  # [BHW]
+    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and HW % BLOCK_HW == 0
     base = n.to(tl.int64) * (HW * C)
     at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
@@ -137,8 +148,7 @@ def backward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x, dy = load(x_ptr + at, ok2, whole).to(tl.float32), load(dy_ptr + at, ok2, whole).to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
@@ -156,15 +166,14 @@ def backward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x, dy = load(x_ptr + at, ok2, whole).to(tl.float32), load(dy_ptr + at, ok2, whole).to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
-        dx = (gamma[None, :] * gz - mean_b[None, :] - xhat * mean_a[None, :]) * rstd[None, :]
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok2)
+        dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
+        store(dx_ptr + at, dx, ok2, whole)
         if dshift_ptr is not None:
-            sum_dx += tl.where(ok2, dx, 0.0)
+            sum_dx += zero_outside(dx, ok2, whole)
     if dshift_ptr is not None:
         dshift = tl.sum(sum_dx, 0)
         tl.store(dshift_ptr + n.to(tl.int64) * C + channel, dshift.to(dshift_ptr.dtype.element_ty), mask=ok)

@@ -4,7 +4,17 @@
 import triton
 import triton.language as tl
 
-from kernels.group_norm_math import activate, affine, dropped, group_sum, per_image, to_channels
+from kernels.group_norm_math import (
+    activate,
+    affine,
+    dropped,
+    load,
+    per_image,
+    store,
+    tile_group_sum,
+    to_channels,
+    zero_outside,
+)
 
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
@@ -40,25 +50,23 @@ def forward_tile(
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
     ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
     at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
-    u = tl.load(x_ptr + at, mask=ok2, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        u += per_image(shift_ptr, n, channel, ok, C)[None, :]  # 0 in padding channels
-        if BLOCK_HW != HW:
-            u = tl.where((pixel < HW)[:, None], u, 0.0)
+    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
+    x = load(x_ptr + at, ok2, whole)
+    shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
 
     # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
     m: tl.constexpr = HW * PER_GROUP
-    mean = group_sum(tl.sum(u, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
-    centred = u - to_channels(mean, local, PER_GROUP, BLOCK_G)[None, :]
-    if BLOCK_HW != HW:
-        centred = tl.where((pixel < HW)[:, None], centred, 0.0)
-    variance = group_sum(tl.sum(centred * centred, 0), local, PER_GROUP, BLOCK_G) / m
+    u = zero_outside(x.to(tl.float32) + shift[None, :], ok2, whole)
+    mean = tile_group_sum(u, local, PER_GROUP, BLOCK_G) / m  # [BG]
+    mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
+    centred = zero_outside(u - mean_c[None, :], ok2, whole)
+    variance = tile_group_sum(centred * centred, local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
     y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+    store(y_ptr + at, y, ok2, whole)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
@@ -98,6 +106,7 @@ def forward_loop(
     channel = first + local  # [BC]
     ok = (local < OWN) & (channel < C)  # [BC]
     row = tl.arange(0, BLOCK_HW)  # [BHW]
+    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and HW % BLOCK_HW == 0
     base = n.to(tl.int64) * (HW * C)
     shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
     m: tl.constexpr = HW * PER_GROUP
@@ -107,9 +116,9 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        total += tl.where(ok2, x + shift[None, :], 0.0)
-    mean = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m  # [BG]
+        x = load(x_ptr + at, ok2, whole).to(tl.float32)
+        total += zero_outside(x + shift[None, :], ok2, whole)
+    mean = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m  # [BG]
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
 
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
@@ -117,10 +126,10 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        centred = tl.where(ok2, (x + shift[None, :]) - mean_c[None, :], 0.0)
+        x = load(x_ptr + at, ok2, whole).to(tl.float32)
+        centred = zero_outside((x + shift[None, :]) - mean_c[None, :], ok2, whole)
         total += centred * centred
-    variance = group_sum(tl.sum(total, 0), local, PER_GROUP, BLOCK_G) / m
+    variance = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
@@ -129,10 +138,10 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = tl.load(x_ptr + at, mask=ok2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = load(x_ptr + at, ok2, whole).to(tl.float32)
         y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok2)
+        store(y_ptr + at, y, ok2, whole)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)

@@ -16,7 +16,7 @@ from torch.library import triton_op
 
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, power_of_2, runs_triton, traceable
+from kernels.launch import norm_tiles, runs_triton, sum_blocks, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
 from kernels.spec import Case, Inputs, KernelSpec
 
@@ -163,10 +163,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
         traceable(backward_loop)[grid](*args, SILU=silu, **constants)
     else:
         traceable(backward_tile)[grid](*args, SILU=silu, **constants)
-    block_c = min(32, power_of_2(c))
-    traceable(column_sums)[(-(-c // block_c),)](
-        part_weight, part_bias, dweight, dbias, n, C=c, BLOCK_N=32, BLOCK_C=block_c
-    )
+    blocks = sum_blocks(c)
+    traceable(column_sums)[(-(-c // blocks["BLOCK_C"]),)](part_weight, part_bias, dweight, dbias, n, C=c, **blocks)
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]
 
 

@@ -3,12 +3,14 @@
 Nothing here tunes at run time: the choices are arithmetic on shapes, so a user's start-up pays for no search.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, lcm
 from typing import Any
 
 import torch
 from triton import knobs
+
+from kernels.tuned import NORM_TILES
 
 # With TRITON_INTERPRET=1 in the environment before the first import of triton, `triton.jit` builds interpreted kernels.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
@@ -68,31 +70,47 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
                adaptive: bool = False) -> NormTiles:  # fmt: skip
     """Choose the tiles for x of shape (N, channels, H, W), pixels = H * W, itemsize bytes an element of x.
 
-    N only sets the number of programs; dropout and adaptive (scale or offset given) cost registers.
+    The shapes of the CIFAR-10 U-Net have been measured, see kernels/tuned.py; others follow a rule that comes close to
+    it. N only sets the number of programs; dropout and adaptive (scale or offset given) cost registers.
     """
-    per_group = channels // groups
     rows = power_of_2(pixels)
+    tuned = NORM_TILES.get((channels, pixels, groups, backward, dropout))
+    if tuned is not None and itemsize == 2 and not adaptive:
+        own, block_hw, num_warps = tuned
+        return _tiles(own, channels // groups, block_hw, block_hw < rows, num_warps)
+
+    # Narrow tiles, so that several programs share a multiprocessor and one computes while others wait for memory; but
+    # rows of whole 32-byte sectors.
+    width = max(16, 1024 // itemsize // isqrt(rows))
+    tile = _tiles(_own_channels(channels, groups, width), channels // groups, rows, False, 0)
+    tall = rows > 64 and itemsize == 2 and not backward and not (dropout and adaptive)
+    per_thread = TALL_ELEMENTS if tall else ELEMENTS
+    # In the backward a taller tile would need 64 elements of both x and dy a thread, or all of a multiprocessor.
+    if rows * tile.block_c <= (8192 if backward else MAX_WARPS * 32 * per_thread):
+        return replace(tile, num_warps=min(MAX_WARPS, max(4, rows * tile.block_c // (32 * per_thread))))
+    num_warps = 8 if rows <= 1024 else MAX_WARPS  # above 32x32 one program an SM, to stay within L2
+    chunk = num_warps * 32 * (LOOP_ELEMENTS_DROPOUT if dropout or itemsize > 2 else LOOP_ELEMENTS)
+    loop = _tiles(_own_channels(channels, groups, 2 * width), channels // groups, rows, True, num_warps)
+    return replace(loop, block_hw=min(rows, max(1, chunk // loop.block_c)))
+
+
+def _own_channels(channels: int, groups: int, width: int) -> int:
+    """Channels of a program: whole groups, a divisor of all if possible, padded to at most `width` if possible."""
+    per_group = channels // groups
     unit = min(channels, lcm(per_group, 8))
-    # Width falls with height (32 channels at 32x32, 64 at 16x16, 128 at 8x8): tiles of 8 to 32 k elements, whose rows
-    # still fill whole 32-byte sectors. x + dy of a 32x32x32 tile are 128 KiB: 2 programs an SM (34 MB on H100) are well
-    # within L2, the 3 that 80 registers allow (51 MB) just about: measure on a GPU.
-    width = max(16, 2048 // itemsize // isqrt(rows))
 
     def fits(k: int) -> bool:
         block = power_of_2(k * unit)
         return block <= width and block * power_of_2(k * unit // per_group) <= ONE_HOT
 
     units = -(-channels // unit)
-    own = min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
-    block_c, block_g = max(8, power_of_2(own)), power_of_2(own // per_group)
+    return min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
 
-    tall = rows > 64 and itemsize == 2 and not backward and not (dropout and adaptive)
-    per_thread = TALL_ELEMENTS if tall else ELEMENTS
-    # In the backward only 8x8 and smaller fit: at 16x16 the tile would need 64 elements of both x and dy a thread.
-    largest = 8192 if backward else MAX_WARPS * 32 * per_thread
-    if rows * block_c <= largest:
-        num_warps = min(MAX_WARPS, max(4, rows * block_c // (32 * per_thread)))
-        return NormTiles(own, block_c, block_g, rows, False, num_warps)
-    num_warps = 8 if rows <= 1024 else MAX_WARPS  # above 32x32 one program an SM, to stay within L2
-    chunk = num_warps * 32 * (LOOP_ELEMENTS_DROPOUT if dropout or itemsize > 2 else LOOP_ELEMENTS)
-    return NormTiles(own, block_c, block_g, min(rows, max(1, chunk // block_c)), True, num_warps)
+
+def _tiles(own: int, per_group: int, block_hw: int, looped: bool, num_warps: int) -> NormTiles:
+    return NormTiles(own, max(8, power_of_2(own)), power_of_2(own // per_group), block_hw, looped, num_warps)
+
+
+def sum_blocks(channels: int) -> dict[str, int]:
+    """Block sizes of the sums over the images: batches of up to 128 in one sweep, 64 bytes of each."""
+    return {"BLOCK_N": 128, "BLOCK_C": min(16, power_of_2(channels))}

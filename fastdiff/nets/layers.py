@@ -1,7 +1,7 @@
 """Layers of the U-Net. Activations are (N, C, H, W) in channels_last memory throughout."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,50 @@ def group_norm_silu(
         x = x + shift[:, :, None, None]
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.dropout((F.silu(y) if silu else y).to(x.dtype), dropout_p)
+
+
+class _Concatenation(torch.autograd.Function):
+    """See `concatenate`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels = [h.shape[1], skip.shape[1]]
+        return torch.cat([h, skip], 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # ty: ignore[incompatible-method-override]
+        return tuple(g.contiguous(memory_format=torch.channels_last) for g in gradient.split(ctx.channels, 1))
+
+
+def concatenate(h: Tensor, skip: Tensor) -> Tensor:
+    """Along the channels: (N, C1, H, W), (N, C2, H, W) -> (N, C1 + C2, H, W).
+
+    The gradients are tensors of their own. Autograd's would be slices of one, which every convolution that gets them
+    copies twice: for the gradients of its input and of its weight.
+    """
+    return _Concatenation.apply(h, skip)
+
+
+class _NearestUpsampling(torch.autograd.Function):
+    """See `upsample_nearest`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # ty: ignore[incompatible-method-override]
+        g = gradient
+        return g[..., ::2, ::2] + g[..., ::2, 1::2] + g[..., 1::2, ::2] + g[..., 1::2, 1::2]
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """Repeat each pixel in a square of 2 by 2: (N, C, H, W) -> (N, C, 2 H, 2 W).
+
+    The gradient is the plain sum of the four, which torch.compile makes one pass of; for that of F.interpolate it adds
+    to zeros, atomically.
+    """
+    return _NearestUpsampling.apply(x)
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -156,4 +200,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(upsample_nearest(x))

@@ -14,6 +14,7 @@ from fastdiff.nets.layers import (
     SelfAttention,
     TimeEmbedding,
     Upsample,
+    concatenate,
     group_norm_silu,
     zeroed,
 )
@@ -55,7 +56,7 @@ class UpStage(nn.Module):
     def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Takes one activation from the end of `skips` for each block."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, seed))
+            h = attention(block(concatenate(h, skips.pop()), embedding, seed))
         return h if self.upsample is None else self.upsample(h)
 
 

@@ -134,6 +134,9 @@ class TrainStep:
         self.loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
             torch.compile(self._loss, fullgraph=True) if compile else self._loss
         )
+        self.account: Callable[[Tensor, Tensor, Tensor, Tensor], None] = (
+            torch.compile(self._account, fullgraph=True) if compile else self._account
+        )
         self.metrics, self.count = Metrics.zeros(self.device), 0
         self.noise_levels = NoiseLevels(self.device)
         self._sums: Sums | None = None  # of the metrics, where they were read since the last step
@@ -227,8 +230,12 @@ class TrainStep:
                 self.ranks.sum_([every], "all-reduce of the loss")
                 self.update.reduce(self.ranks.sum_)
             loss = every.mean()
-        self.noise_levels.update(self.objective.schedule.log_snr(t), every)
         grad_norm = self.update.apply(grad_clip=self.grad_clip)
+        self.account(t, every, loss, grad_norm)
+
+    def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
+        """Add a step to the sums: t and losses (N,) of all its images, their mean loss and gradient norm (0-dim)."""
+        self.noise_levels.update(self.objective.schedule.log_snr(t), losses)
         self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
 
     def times(self, n: int, step: int) -> Tensor:

@@ -31,7 +31,7 @@ def test_no_argument_has_the_name_that_inductors_launcher_adds():
 def test_a_spill_and_a_narrow_access_are_noticed(compiled):
     """The counters count: a tile too large for its warps spills; rows of 99 channels are not 16-byte aligned."""
     forward, _ = aot.norm_jobs(128, 32, "plain")
-    crowded = aot.Job(forward.label, forward.kernel, forward.types, forward.constants, num_warps=4)
+    crowded = aot.Job(forward.label, forward.kernel, forward.types, forward.constants, num_warps=2)
     assert aot.build(crowded, 90).stack > 0
     odd = aot.Job(
         "odd", forward.kernel, forward.types, forward.constants | {"C": 99, "PER_GROUP": 3, "OWN": 24, "BLOCK_G": 8}, 16

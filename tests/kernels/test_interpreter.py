@@ -46,7 +46,12 @@ BUGS = {
         "first, stream_id + 1, threshold",
         "group_norm_silu and everything",
     ),
-    "stale padding mask": ("group_norm_forward.py", "if BLOCK_HW != HW:", "if False:", "group_norm_silu and 7x5"),
+    "stale padding mask": (
+        "group_norm_forward.py",
+        "zero_outside(u - mean_c[None, :], ok2, whole)",
+        "u - mean_c[None, :]",
+        "group_norm_silu and 7x5",
+    ),
     "forgotten images": (
         "group_norm_backward.py",
         "range(0, N, BLOCK_N)",
