@@ -1,6 +1,7 @@
 """The trainer's parts, put together as `training/train.py` does, for one benchmark each."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -44,8 +45,9 @@ def train_step(size: Size, *, kernels: str, compile: bool, graphs: bool = False)
     )  # fmt: skip
 
 
+@cache
 def our_step(size: Size) -> TrainStep:
-    """The step as `train_cifar.py` takes it by default on the size's device."""
+    """The step as `train_cifar.py` takes it by default on the size's device; one for all benchmarks, as it compiles."""
     fast = size.ours
     return train_step(size, kernels="triton" if fast else "torch", compile=fast, graphs=fast)
 

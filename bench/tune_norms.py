@@ -88,7 +88,7 @@ def candidates(task: Task) -> Iterator[NormTiles]:
         own = launch._own_channels(task.channels, GROUPS, width)
         block_c = launch.power_of_2(own)
         for warps in (4, 8, 16):
-            if 8 <= pixels * block_c / (32 * warps) <= (32 if task.backward else 64):
+            if 8 <= pixels * block_c / (32 * warps) <= 64:
                 yield launch._tiles(own, per_group, pixels, False, warps)
             for held in (8, 16):  # elements a thread of a chunk
                 chunk = warps * 32 * held // block_c
