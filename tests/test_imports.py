@@ -17,7 +17,9 @@ LAYERS = [
     ["fastdiff.interop"],
     [
         f"fastdiff.training.{name}"
-        for name in ("optim", "ema", "graphs", "checkpoint", "signals", "noise_levels", "distributed", "watch")
+        for name in (
+            "optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch",
+        )  # fmt: skip
     ],
     ["fastdiff.training.step", "fastdiff.evaluation"],
     ["fastdiff.training.evaluator"],

@@ -7,6 +7,7 @@ so it draws what the same work would draw uncaptured.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch.profiler import record_function
@@ -14,6 +15,13 @@ from torch.profiler import record_function
 from fastdiff.errors import UserError
 
 WARMUP = 3  # calls before the capture, which compile, allocate, and let cuDNN choose its algorithms
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For warm-up and capture of all graphs: autograd remembers the stream on which it first saw a weight, and cuBLAS
+    keeps a workspace (32 MiB on an H200) for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Captured:
@@ -43,8 +51,7 @@ class Captured:
         self.body, self.capture, self.what, self.generators = body, capture, what, tuple(generators)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        # One stream for warm-up and capture: autograd remembers the stream on which it first saw a weight.
-        self.stream = torch.cuda.Stream(device) if capture else None
+        self.stream = _side_stream(device) if capture else None
 
     @property
     def ready(self) -> bool:

@@ -27,6 +27,7 @@ from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
 from fastdiff.training.evaluator import Evaluator, draw_forward_noising
 from fastdiff.training.optim import learning_rate, make_update
+from fastdiff.training.saving import BackgroundSaver
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.step import TrainStep
 
@@ -79,6 +80,7 @@ class Trainer:
         self.noise_history: list[dict[str, Any]] = []  # the loss by noise level, since the row before
         self.best: dict[str, Any] | None = None
         self.evaluated: int | None = None  # the last step that was evaluated
+        self.saver = BackgroundSaver(run.checkpoints) if run is not None else None
         self.not_saved = False  # the last save failed: the next boundary tries again
         self.stopping = False  # all ranks know by now that a signal came
         self.train_step = TrainStep(
@@ -164,6 +166,16 @@ class Trainer:
             TrainingFailed: the loss or a gradient was not finite.
             Stopped: a signal came; all is saved.
         """
+        try:
+            self._loop()
+        except Stopped:
+            self._collect_save(wait=True)
+            raise
+        finally:
+            if self.saver is not None:
+                self.saver.close()
+
+    def _loop(self) -> None:
         config = self.config
         self.ranks.at(f"the start at step {self.step + 1:,}")
         self._check_ranks()
@@ -198,6 +210,7 @@ class Trainer:
                 self.train_step(images, self.step)
                 self.step += 1
                 self.stopping = bool(self.ranks.any(self.stop.signal is not None))  # on the host: no wait for a GPU
+                self._collect_save(wait=False)
                 if recorder is not None:
                     clock += recorder.after_step(self.step)  # what the profiler takes is no training time
                 if self._is_boundary():
@@ -322,13 +335,16 @@ class Trainer:
         return self.step * self.config.batch_size
 
     def _last_good(self) -> str:
+        if self.saver is not None:
+            self.saver.wait()
         saved = checkpoint.list_checkpoints(self.run.checkpoints)
         return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def save(self) -> None:
-        """Write a checkpoint, drop those that are no longer wanted, and bring the plots up to date.
+        """Begin to write a checkpoint and to drop those no longer wanted; bring the plots up to date.
 
-        Where the disk is full the run goes on, and tries again at the next boundary; a run that ends here fails.
+        The run's last is waited for. Where the disk is full the run goes on, and tries again at the next boundary; a
+        run that ends here fails.
 
         Raises:
             TrainingFailed: a number in it is not finite, or it is the run's last and could not be written.
@@ -336,6 +352,8 @@ class Trainer:
         if not self.ranks.is_main:
             return
         self.ranks.at(f"saving step {self.step:,}")
+        self._collect_save(wait=True)
+        self.not_saved = False
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -359,19 +377,34 @@ class Trainer:
                 f"a weight, average or moment is not finite at step {self.step:,}, which is not saved; "
                 f"{self._last_good()}. A lower --lr (now {self.config.lr:g}) or --precision fp32 may help."
             )
+        assert self.saver is not None
+        keep = {self.best["step"]} if self.best else set()
+        self.saver.save(self.step, state, keep_last=self.config.keep_last, keep_steps=keep)
+        if self._ends:
+            self._collect_save(wait=True)
+        self.plot()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether a save is the run's last."""
+        return self.stopping or self.stop.signal is not None or self.step == self.config.steps
+
+    def _collect_save(self, *, wait: bool) -> None:
+        """Learn how the save under way has ended, if it has.
+
+        Raises:
+            TrainingFailed: it was the run's last and could not be written.
+        """
+        if self.saver is None:
+            return
         try:
-            checkpoint.save(self.run.checkpoints, self.step, state)
+            self.saver.collect(wait=wait)
         except checkpoint.NotSaved as error:
             self.not_saved = True
             message = f"{error.strerror}; {self._last_good()}"
-            if self.stop.signal is not None or self.step == self.config.steps:
+            if self._ends:
                 raise TrainingFailed(f"{message}. Free some space and resume") from error
             self.progress.print(f"{message}. Training goes on, and the next {self.config.log_every} steps try again")
-            return
-        self.not_saved = False
-        keep = {self.best["step"]} if self.best else set()
-        checkpoint.prune(self.run.checkpoints, self.step, keep_last=self.config.keep_last, keep_steps=keep)
-        self.plot()
 
     def plot(self) -> None:
         """Draw loss, throughput and Frechet distance over the whole run, and the loss by noise level, also as rows."""

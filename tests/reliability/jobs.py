@@ -28,6 +28,7 @@ from fastdiff.reporting import pictures
 from fastdiff.reporting.run import open_run
 from fastdiff.training import checkpoint, train
 from fastdiff.training.optim import TorchUpdate
+from fastdiff.training.saving import BackgroundSaver
 from fastdiff.training.signals import StopRequest
 from fastdiff.training.step import TrainStep
 
@@ -126,9 +127,20 @@ def train_run(config: Config, resume: Path | None = None, hook: tuple | None = N
     """`train_cifar.py` on a config, without pictures; `hook` is a function of this file and its arguments."""
     train.Trainer.plot = lambda self: None
     pictures.plot_forward_noising = lambda *arguments: None
+    make = BackgroundSaver.__init__
+    BackgroundSaver.__init__ = lambda self, directory: (make(self, directory), _savers.append(self))[0]
     if hook is not None:
         hook[0](*hook[1:])
     return run_command(lambda: train.train(config, resume=resume))
+
+
+_savers: list[BackgroundSaver] = []
+
+
+def settle() -> None:
+    """Wait for the save that is under way."""
+    for saver in _savers:
+        saver.wait()
 
 
 def before_step(index: int, action: Callable[[TrainStep], None]) -> None:
@@ -192,9 +204,11 @@ def limit_files(first: int, last: int, limit: int, run: Path) -> None:
     """A hook: from step `first` to `last` no file can grow beyond `limit` bytes; then the run must still be good."""
 
     def full(_):
+        settle()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     def free(_):
+        settle()
         check_run(run, first)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -207,6 +221,7 @@ def fill_disk(first: int, last: int, left: int, run: Path) -> None:
     filler = run.parent.parent / "filler"
 
     def full(_):
+        settle()
         with filler.open("wb", buffering=0) as file:
             try:
                 while True:
@@ -217,6 +232,7 @@ def fill_disk(first: int, last: int, left: int, run: Path) -> None:
             file.truncate(file.tell() - left)
 
     def free(_):
+        settle()
         check_run(run, first)
         filler.unlink()
 
