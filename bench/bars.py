@@ -37,9 +37,6 @@ BARS: dict[str, Bar] = {
     "15": Bar("lower", 1.02, 1.005),  # step with loader over step on a constant batch
     "16": Bar("lower", 0.25, 0.1),  # evaluation over the training steps between two of them
     "guard": Bar("lower", 0.005, None, on_cpu=True),  # what notices numbers that are not finite, over a training step
-    "save": Bar(
-        "lower", 0.5, None, on_cpu=True
-    ),  # how long a checkpoint holds training up, over the whole of saving it
     "sampler": Bar("lower", 1.05, None, on_cpu=True),  # a sampler's network evaluation over the bare network's
 }
 

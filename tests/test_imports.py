@@ -7,6 +7,8 @@ import pytest
 
 import kernels
 
+# Of fastdiff.training, below the step and the evaluation.
+PARTS = ("optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch")
 # Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
 LAYERS = [
     ["kernels"],
@@ -15,12 +17,7 @@ LAYERS = [
     ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting"],
     ["fastdiff.nets"],
     ["fastdiff.interop"],
-    [
-        f"fastdiff.training.{name}"
-        for name in (
-            "optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch",
-        )  # fmt: skip
-    ],
+    [f"fastdiff.training.{name}" for name in PARTS],
     ["fastdiff.training.step", "fastdiff.evaluation"],
     ["fastdiff.training.evaluator"],
     ["fastdiff.training.trainer", "fastdiff.training.train"],
