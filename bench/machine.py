@@ -1,5 +1,7 @@
 """What the numbers were measured on, and what this machine can do at most."""
 
+import multiprocessing
+
 import torch
 
 from bench.timing import Stopwatch, Workload, interleave
@@ -27,3 +29,14 @@ def ceilings(device: torch.device, stopwatch: Stopwatch, *, budget: float, scale
     }
     times = interleave(work, stopwatch, queued=True, budget=budget)
     return {"bytes_s": 2 * n / times["copy"].median, "flops_s": 2 * side**3 / times["matmul"].median}
+
+
+def ceilings_apart(device: torch.device, *, budget: float) -> dict[str, float]:
+    """`ceilings`, measured in a process of its own, so that its memory does not count as this one's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_ceilings, (device.type, budget))
+
+
+def _ceilings(device: str, budget: float) -> dict[str, float]:
+    where = torch.device(device)
+    return ceilings(where, Stopwatch(where), budget=budget)

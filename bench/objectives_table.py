@@ -166,7 +166,7 @@ def draw(rows: list[dict], work: Path, out: Path) -> None:
     across = min(3, len(objectives))
     down = -(-len(objectives) // across)
     figure = Figure(figsize=(4.6 * across, 3.8 * down), dpi=110, layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
     samples = []
     for panel, objective in zip(panels, objectives, strict=False):
         mine = [row for row in rows if row["objective"] == objective]
@@ -177,7 +177,7 @@ def draw(rows: list[dict], work: Path, out: Path) -> None:
         panel.grid(alpha=0.25)
         best = min(mine, key=lambda row: row["value"])
         samples.append(np.load(work / objective / f"{best['sampler']}-{best['sampler_steps']}.npy"))
-    for panel in list(panels)[len(objectives) :]:
+    for panel in panels[len(objectives) :]:
         panel.set_visible(False)
     figure.supxlabel("network evaluations")
     figure.supylabel(rows[0]["metric"])

@@ -83,14 +83,14 @@ def _work(
         return Workload(lambda i: fn(**sets[i % copies]), bytes=moved)
     alive: deque[object] = deque(maxlen=copies)
     leaves = [_leaves(spec, s) for s in sets]
-    weight = torch.randn_like(sets[0]["x"])
+    weights = [torch.randn_like(s["x"]) for s in sets]
     if which == "forward":  # as in training: with what the backward will need
         return Workload(lambda i: alive.append(fn(**sets[i % copies]).detach()), bytes=moved)
     if which == "both":
 
         def both(i: int) -> None:
             y = fn(**sets[i % copies])
-            alive.append((y.detach(), torch.autograd.grad(y, leaves[i % copies], weight)))
+            alive.append((y.detach(), torch.autograd.grad(y, leaves[i % copies], weights[i % copies])))
 
         return Workload(both, bytes=moved)
     # A compiled backward may write into what the forward saved unless it is told that it will run again.
@@ -98,7 +98,9 @@ def _work(
         results = [fn(**s) for s in sets]
 
     def backward(i: int) -> None:
-        alive.append(torch.autograd.grad(results[i % copies], leaves[i % copies], weight, retain_graph=True))
+        alive.append(
+            torch.autograd.grad(results[i % copies], leaves[i % copies], weights[i % copies], retain_graph=True)
+        )
 
     return Workload(backward, bytes=moved)
 

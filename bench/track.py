@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,21 @@ def track_rows(train_rows: list[Row], eval_rows: list[Row], known: list[Row], no
     kept = {_key(row): row for row in known}
     rows: list[Row] = []
     evaluating = 0.0
-    last = before = (0, 0, 0.0)  # step, images, seconds: of the last evaluated step, and of the one before that
+    train_rows = list(train_rows)
+    speed: float | None = None
+    begun = 0  # training rows that belong to earlier evaluations
     for e in eval_rows:
         evaluating += e["seconds"]
-        logged = [row for row in train_rows if row["step"] <= e["step"]]
-        here = (logged[-1]["step"], logged[-1]["images"], logged[-1]["seconds"]) if logged else (0, 0, 0.0)
-        if here[0] > last[0]:
-            before, last = last, here
-        speed = (last[1] - before[1]) / (last[2] - before[2]) if last[0] > before[0] else None
+        ended = sum(row["step"] <= e["step"] for row in train_rows)
+        if ended > begun:
+            speed, steps, images = _speed(train_rows, begun, ended)
+            begun = ended
+        training = train_rows[ended - 1]["seconds"] if ended else 0.0
         row: Row = {
             "step": e["step"],
             "images": e["images"],
             "images_per_second": speed,
-            "step_ms": None if speed is None else 1e3 * (last[1] - before[1]) / (last[0] - before[0]) / speed,
+            "step_ms": None if speed is None else 1e3 * images / steps / speed,
             "share_of_ceiling": None,
             "ceiling_flops": None,
             "metric": e["metric"],
@@ -92,7 +95,7 @@ def track_rows(train_rows: list[Row], eval_rows: list[Row], known: list[Row], no
             "memory_peak_bytes": None,
             "memory_of": None,
             "seconds_evaluating": e["seconds"],
-            "seconds_total": last[2] + evaluating,
+            "seconds_total": training + evaluating,
         }
         if _key(row) in kept:
             measured = ("share_of_ceiling", "ceiling_flops", "memory_peak_bytes", "memory_of")
@@ -103,6 +106,17 @@ def track_rows(train_rows: list[Row], eval_rows: list[Row], known: list[Row], no
                 row["share_of_ceiling"] = speed * now.flops / now.ceiling
         rows.append(row)
     return rows
+
+
+def _speed(rows: list[Row], begun: int, ended: int) -> tuple[float, int, int]:
+    """Images a second in rows[begun:ended], the steps and the images since the row before.
+
+    Each row's own rate counts for its images: the first steps of a process, which compile, are in no row's time.
+    """
+    before = rows[begun - 1] if begun else {"step": 0, "images": 0}
+    images = [row["images"] - earlier["images"] for earlier, row in pairwise([before, *rows[begun:ended]])]
+    seconds = sum(n / row["images_per_second"] for n, row in zip(images, rows[begun:ended], strict=True))
+    return sum(images) / seconds, rows[ended - 1]["step"] - before["step"], sum(images)
 
 
 def _key(row: Row) -> tuple:
@@ -152,21 +166,15 @@ def main(arguments: list[str] | None = None) -> int:
     if config.features == "none":
         raise UserError("--features none leaves nothing to track; choose an extractor, or train with train_cifar.py.")
 
-    import torch
-
-    from bench.machine import ceilings
+    from bench.machine import ceilings_apart
     from bench.suite import network_flops
-    from bench.timing import Stopwatch
     from fastdiff.hardware import memory_peak, resolve_device
     from fastdiff.reporting.run import Run
     from fastdiff.training.train import train
 
     device = resolve_device(config.device)
-    ceiling = ceilings(device, Stopwatch(device), budget=4)["flops_s"]
+    ceiling = ceilings_apart(device, budget=4)["flops_s"]
     _, flops = network_flops(config.net)
-    if device.type == "cuda":  # what the product needed is none of the training's memory
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     print(f"{'ceiling':<10} {ceiling / 1e12:.4g} TFLOP/s, {flops / 1e9:.4g} GFLOP to train on an image")
 
     def after_evaluation(run: Run) -> None:

@@ -119,14 +119,16 @@ class Sample(_Topic):
         compiled = resolve_compile(config.compile, device)
         objective = make_objective(**config.diffusion)
         batch, steps = config.eval_batch_size, config.eval_steps
+        settings = SamplerSettings(config.eval_sampler, steps)
         batches = sample_batches(
-            torch.compile(model) if compiled else model, objective, (lead + steps_needed(config.profile)) * batch,
-            settings=SamplerSettings(config.eval_sampler, steps), batch_size=batch, seed=config.seed, device=device,
+            torch.compile(model, fullgraph=True) if compiled else model, objective,
+            (lead + steps_needed(config.profile)) * batch, settings=settings, batch_size=batch,
+            seed=config.seed, device=device,
             image_shape=(net.image_channels, net.image_size, net.image_size), bf16=bf16,
             graphs=config.graphs,
         )  # fmt: skip
         facts = {
-            "step": f"a batch of {batch} samples, {config.eval_sampler} with {steps} network evaluations",
+            "step": f"a batch of {batch} samples, {config.eval_sampler}, {settings.evaluations} network evaluations",
             "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
             "compile": "torch.compile" if compiled else "off",
             "graphs": "a CUDA graph of the sampling step" if config.graphs and cuda else "off",

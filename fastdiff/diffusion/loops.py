@@ -100,14 +100,30 @@ def transition(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tenso
     return alpha_ts, (sigma_t**2 - (alpha_ts * sigma_s) ** 2).clamp(min=0.0)
 
 
+def too_long(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
+    """Steps t -> s, (n,) each, that are no small steps of a differential equation, which would magnify x_t many times.
+
+    They begin at almost pure noise (the last time of cosine), or divide the ratio of noise to signal by more than 1000
+    (a grid of one or two steps down from sigma = 80).
+    """
+    return (alpha_t < 1e-3 * sigma_t) | (alpha_t * sigma_s < 1e-3 * sigma_t * alpha_s)
+
+
 def to_table(x: Tensor, *columns: Tensor) -> Tensor:
     """Columns (n,) of coefficients as the (n, m) table of a loop over x: in its dtype, on its device."""
-    return torch.stack(columns, 1).to(x.device, x.dtype)
+    return _upload(torch.stack(columns, 1).to(x.dtype), x.device)
 
 
 def to_times(x: Tensor, *columns: Tensor) -> Tensor:
     """Columns (n,) of network times as the (n, k) times of a loop over x: float64, on its device."""
-    return torch.stack(columns, 1).to(x.device, torch.float64)
+    return _upload(torch.stack(columns, 1).to(torch.float64), x.device)
+
+
+def _upload(columns: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it has still to do."""
+    if device.type == "cuda" and not columns.is_cuda:
+        columns = columns.pin_memory()
+    return columns.to(device, non_blocking=True)
 
 
 def clipping(denoise: Denoise, clip_x0: bool) -> Denoise:

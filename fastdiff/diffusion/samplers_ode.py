@@ -22,6 +22,7 @@ from fastdiff.diffusion.loops import (
     noise_like,
     to_table,
     to_times,
+    too_long,
 )
 from fastdiff.errors import UserError
 
@@ -145,7 +146,8 @@ def _run(
     to_x0 = churn.alpha_s - churn.alpha * scale
     # Lines 10 and 11, d replaced by (d + d') / 2: x0_hat by its mix with that at s, weighed by 1 / (2r).
     # In alpha / sigma it is the mean of the two.
-    mix = torch.where(churn.alpha < 1e-3 * churn.sigma, 0.5, churn.alpha_s / (2.0 * churn.alpha * scale))
+    long = too_long(churn.alpha, churn.sigma, churn.alpha_s, churn.sigma_s)
+    mix = torch.where(long, 0.5, churn.alpha_s / (2.0 * churn.alpha * scale))
 
     def step(t: Tensor, row: Tensor, state: State) -> tuple[State, Tensor]:
         (x,) = state

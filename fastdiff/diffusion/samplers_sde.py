@@ -28,6 +28,7 @@ from fastdiff.diffusion.loops import (
     step_ends,
     to_table,
     to_times,
+    too_long,
     transition,
 )
 from fastdiff.errors import UserError
@@ -96,25 +97,29 @@ def predictor_corrector(
     # Algorithms 4 and 5: epsilon = 2 alpha (r |z| / |g|)^2, where alpha = 1 - beta of the forward step into s (1 for
     # VE), |z| is sqrt(d) as the paper advises for small batches, and |g| is the mean over the batch.
     into_s = torch.cat([alpha_ts[1:], alpha_s[-1:]])
-    epsilon = 2.0 * into_s**2 * snr**2 * x_T[0].numel()
+    d = x_T[0].numel()
+    epsilon = 2.0 * into_s**2 * snr**2 * d
+    # The mean square of a score is at least d over the variance of what it is the score of (Cramer and Rao), here at
+    # most sigma^2 + alpha^2 for data in [-1, 1]. Without this floor a small |g|, far from the data, is a huge step.
+    least = d / (sigma_s**2 + alpha_s**2)
     denoise = clipping(denoise, clip_x0)
     n = len(ts) - 1 if sigma_s[-1] > 0 else len(ts) - 2  # the corrected steps
 
     def step(t: Tensor, row: Tensor, state: State) -> tuple[State, Tensor]:
         (x,) = state
-        a, b, c, to_x0, to_x, eps = row.unbind()
+        a, b, c, to_x0, to_x, eps, floor = row.unbind()
         x0 = denoise(x, t[0])
         x = a * x + b * x0 + c * noise_like(x, generator)
         for _ in range(int(corrector_steps)):
             g = to_x0 * denoise(x, t[1]) - to_x * x  # the score at s
-            size = eps / g.flatten(1).norm(dim=1).mean().square()
+            size = eps / g.flatten(1).norm(dim=1).mean().square().maximum(floor)
             x = x + size * g + (2.0 * size).sqrt() * noise_like(x, generator)
         return (x,), x0
 
     x = x_T
     if n > 0:
         times = to_times(x, ts[:n], ts[1 : n + 1])
-        columns = (from_x_t, from_x0, std, alpha_s / sigma_s**2, 1.0 / sigma_s**2, epsilon)
+        columns = (from_x_t, from_x0, std, alpha_s / sigma_s**2, 1.0 / sigma_s**2, epsilon, least)
         table = to_table(x, *[column[:n] for column in columns])
         x = loop(step, (x,), times, table, generator=generator, on_step=on_step)[0]
     if n < len(ts) - 1:  # down to sigma = 0
@@ -128,8 +133,7 @@ def _ends(
     scale: Tensor, var_ts: Tensor, alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of x_t, x0_hat and z in x_s = scale x_t + var_ts score + sqrt(var_ts) z, the two ends replaced."""
-    # Where alpha is a ten-thousandth (the last time of cosine) a step of the SDE would magnify x_t many times.
-    at_end = (alpha_t < 1e-3 * sigma_t) | (sigma_s == 0)
+    at_end = too_long(alpha_t, sigma_t, alpha_s, sigma_s) | (sigma_s == 0)
     share = var_ts / sigma_t**2
     from_x_t = torch.where(at_end, 0.0, scale - share)
     from_x0 = torch.where(at_end, alpha_s, alpha_t * share)

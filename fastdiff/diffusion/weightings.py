@@ -6,8 +6,8 @@ An objective converts it to a weight of its own error, so that one weighting is 
 logarithms, where no infinite SNR meets a zero.
 
 The exception is `uniform`, by tradition the plain error of whatever is predicted (L_simple for eps), so that it means
-another w for each objective: `snr` for eps and score, w = 1 for x0, SNR + 1 for v (Salimans & Ho 2022, section 4), and
-`edm` for edm.
+another w for each objective: `snr` for eps and score, w = 1 for x0, SNR + 1 for v (Salimans & Ho 2022, section 4),
+(1 + sqrt(SNR))^2 for flow, and `edm` for edm.
 
 The loss is a mean over the sampled noise levels: how often each is seen (--time-sampling and the schedule) is a weight
 too, and no weighting divides it out.
@@ -44,7 +44,10 @@ def edm(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
 
 
 def sigmoid(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = SNR sigmoid(2 - log-SNR), a soft min(SNR, e^2): sigmoid for the noise (Kingma & Gao 2023, section 5)."""
+    """w = SNR sigmoid(2 - log-SNR), a soft min(SNR, e^2): sigmoid for the noise (Kingma & Gao 2023, section 5).
+
+    The paper weighs the integral over log-SNR; here it is the mean over the sampled noise levels, see above.
+    """
     return log_snr + F.logsigmoid(SIGMOID_BIAS - log_snr)
 
 

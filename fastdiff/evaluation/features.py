@@ -52,7 +52,8 @@ class FeatureExtractor(nn.Module, ABC):
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise TypeError(f"expected images as uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # cuDNN's default would be TF32
+        now = torch.backends.cudnn
+        full = now.flags(now.enabled, now.benchmark, deterministic=now.deterministic, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), full:
             return self.extract(images)
 

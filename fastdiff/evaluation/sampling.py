@@ -48,7 +48,8 @@ class SamplerSettings:
         if self.steps < 1:
             raise UsageError(f"--steps is {self.steps}, but must be at least 1.")
         if self.eta and self.name != "ddim":
-            raise UsageError(f"--eta belongs to ddim; {self.name} has none.")
+            instead = f"; use --options eta={self.eta:g}" if "eta" in own_options(self.name) else ""
+            raise UsageError(f"--eta belongs to ddim, not to {self.name}{instead}.")
         if not 0.0 <= self.eta <= 1.0:
             raise UsageError(f"--eta is {self.eta}, but must lie in [0, 1] (0: deterministic, 1: as noisy as ddpm).")
         _check_options(self.name, self.extra)

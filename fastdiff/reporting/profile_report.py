@@ -69,7 +69,8 @@ def write_report(
 def append_uncaptured(directory: Path, profile: Profile) -> None:
     """Add the tables of `profile` to the summary of a captured step, whose replay has no ranges and no bandwidth."""
     heading = "## The same step uncaptured, which has ranges and bandwidth"
-    lines = [heading, "", *_categories(profile), "", *_ranges(profile), *_kernels(profile)]
+    # A captured step's activations lie in the graph's own memory, which no timeline shows.
+    lines = [heading, "", *_categories(profile), "", *_ranges(profile), _timeline(profile), "", *_kernels(profile)]
     summary = (directory / "summary.md").read_text()
     write_atomically(directory / "summary.md", (f"{summary}\n" + "\n".join(lines) + "\n").encode())
 
@@ -113,18 +114,22 @@ def _ranges(profile: Profile) -> list[str]:
 def _counts(profile: Profile, memory: tuple[str, int]) -> list[str]:
     if profile.gpu:
         launches = f"launches a step: {profile.launches:,.1f} calls, {profile.kernels:,.1f} kernels and copies"
-        syncs, timeline = "host syncs a step", "allocated at most, by the timeline"
+        syncs = "host syncs a step"
     else:
         launches = f"ops a step: {profile.kernels:,.1f}, of which {profile.launches:,.1f} are called by no other op"
         syncs = "tensors read by the host a step (each would wait, were it on a GPU)"
-        timeline = "allocated at most above what was there before, by the timeline"
-    peak = "not recorded" if profile.memory is None else f"{profile.memory / 2**20:,.1f} MiB"
     return [
         f"- {launches}",
         f"- {syncs}: {profile.syncs:.3g}",
-        f"- memory, {timeline}: {peak}",
+        _timeline(profile),
         f"- memory peak of the process, {memory[0]}: {memory[1] / 2**20:,.1f} MiB",
     ]
+
+
+def _timeline(profile: Profile) -> str:
+    above = "" if profile.gpu else " above what was there before"
+    peak = "not recorded" if profile.memory is None else f"{profile.memory / 2**20:,.1f} MiB"
+    return f"- memory, allocated at most{above}, by the timeline: {peak}"
 
 
 def _kernels(profile: Profile) -> list[str]:

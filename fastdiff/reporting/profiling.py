@@ -322,7 +322,8 @@ def _kernel_bytes(kernels: Sequence[Event], ops: Sequence[Event]) -> list[int | 
 def op_bytes(op: Event) -> int | None:
     """The bytes that an op must move, from its recorded inputs, where that is known; else None.
 
-    Triton kernels read or write each of their arguments once; our custom ops move what their SPEC says.
+    Triton kernels read or write each of their arguments once (at least: some do both in place); our custom ops move
+    what their SPEC says.
     """
     sizes = [_nbytes(shape, kind) for shape, kind in zip(op.shapes, op.types, strict=False)]
     if not any(sizes):

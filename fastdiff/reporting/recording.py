@@ -58,7 +58,7 @@ def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[i
 
 def record_run(
     directory: Path, *, steps: int, start: int, last: int | None, pauses: Sequence[int], device: torch.device,
-    title: str, facts: Mapping[str, str], say: Callable[[str], None],
+    title: str, facts: Mapping[str, str], say: Callable[[str], None], settle: Callable[[], object] = lambda: None,
 ) -> StepRecorder | nullcontext[None]:  # fmt: skip
     """A recorder of `steps` steps of a run, or nothing: for 0 steps, or if a run that goes on has its profile already.
 
@@ -79,7 +79,7 @@ def record_run(
     recorded = f"steps {first:,} to {first + steps - 1:,}"
     say(f"profile    {recorded} into {directory}")
     facts = {**facts, "recorded": recorded}
-    return StepRecorder(directory, steps=steps, begin=begin, device=device, title=title, facts=facts)
+    return StepRecorder(directory, steps=steps, begin=begin, device=device, title=title, facts=facts, settle=settle)
 
 
 class StepRecorder:
@@ -94,13 +94,15 @@ class StepRecorder:
         begin: after which step to start.
         title: of the report.
         facts: lines of the report beside those about the machine.
+        settle: called before the first step that is timed, to wait for what else runs in the background.
     """
 
     def __init__(
-        self, directory: Path, *, steps: int, begin: int, device: torch.device, title: str, facts: Mapping[str, str]
-    ) -> None:
+        self, directory: Path, *, steps: int, begin: int, device: torch.device, title: str, facts: Mapping[str, str],
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
         self.directory, self.steps, self.begin, self.device = directory, steps, begin, device
-        self.title, self.facts = title, facts
+        self.title, self.facts, self.settle = title, facts, settle
         self.plain_step, self.clock = 0.0, 0.0  # milliseconds; seconds
         self.profiler: profile | None = None
 
@@ -121,8 +123,9 @@ class StepRecorder:
         if done < 0 or done > steps_needed(self.steps):
             return 0.0
         if done == 0:
+            self.settle()
             self._wait()
-            self.clock = time.perf_counter()
+            entered = self.clock = time.perf_counter()  # what the device had still to do was training
         elif done == self.steps:
             self._wait()
             self.plain_step = 1e3 * (time.perf_counter() - self.clock) / self.steps

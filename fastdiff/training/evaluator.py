@@ -46,7 +46,7 @@ class Evaluator:
     ) -> None:
         self.config, self.objective, self.ema, self.distance, self.ranks = config, objective, ema, distance, ranks
         self.net = half_weights(ema.model) if bf16 else ema.model
-        self.model: Model = torch.compile(self.net) if compile else self.net
+        self.model: Model = torch.compile(self.net, fullgraph=True) if compile else self.net
         # Kept, so that each sampling step is captured once in a run; one for each of the two networks.
         self.loop, self.trajectory_loop = GraphLoop(), GraphLoop()
         size = config.net.image_size

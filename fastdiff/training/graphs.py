@@ -87,7 +87,7 @@ class Captured:
             # thread_local: a loader's own threads go on allocating and copying meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.body()
-        except RuntimeError as error:
+        except Exception as error:
             # Ending the capture of a body that failed raises an error of its own, which tells nothing.
             cause: BaseException = error
             while cause.__context__ is not None:

@@ -234,7 +234,7 @@ class Trainer:
         return record_run(
             self.run.path / "profile", steps=config.profile, start=self.step, last=config.steps, device=self.device,
             pauses=(config.save_every, config.eval_every), title=f"Training step, preset {config.preset}",
-            facts=facts, say=self.progress.print,
+            facts=facts, say=self.progress.print, settle=self.saver.wait if self.saver is not None else lambda: None,
         )  # fmt: skip
 
     def _is_boundary(self) -> bool:

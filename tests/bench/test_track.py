@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +21,15 @@ TINY = [
 
 def trained(*pairs, batch=64):
     """Training rows of (step, seconds so far)."""
-    return [{"step": step, "images": batch * step, "seconds": float(seconds)} for step, seconds in pairs]
+    return [
+        {
+            "step": step,
+            "images": batch * step,
+            "seconds": float(seconds),
+            "images_per_second": batch * (step - s) / (seconds - t),
+        }
+        for (s, t), (step, seconds) in pairwise([(0, 0), *pairs])
+    ]
 
 
 def evaluated(step, value, *, seconds=3.0, batch=64, **changes):
@@ -45,6 +54,13 @@ def test_a_row_holds_what_lies_between_two_evaluations():
     assert third["share_of_ceiling"] == pytest.approx(64e9 / 1e12)
     assert (third["memory_of"], third["memory_peak_bytes"]) == ("gpu allocated", 5000)
     assert second["share_of_ceiling"] is second["memory_peak_bytes"] is None
+
+
+def test_steps_that_no_clock_saw_do_not_make_it_faster():
+    """The first steps of a process compile: its first row counts their images, but not their time."""
+    rows = [{"step": 4, "images": 256, "seconds": 3.0, "images_per_second": 64.0}]  # 3 of 4 steps were timed
+    (row,) = track.track_rows(rows, [evaluated(4, 9.0)], [], None)
+    assert (row["images_per_second"], row["step_ms"]) == (64, 1000)
 
 
 def test_measurements_of_earlier_calls_are_kept_and_those_of_dropped_evaluations_are_not():
@@ -76,7 +92,7 @@ class Colours(FeatureExtractor):
 @pytest.fixture
 def quiet(monkeypatch):
     """A ceiling, and features, that cost no time."""
-    monkeypatch.setattr(machine, "ceilings", lambda *_, **__: {"bytes_s": 1e9, "flops_s": 1e12})
+    monkeypatch.setattr(machine, "ceilings_apart", lambda *_, **__: {"bytes_s": 1e9, "flops_s": 1e12})
     monkeypatch.setattr(train_module, "make_extractor", lambda *_, **__: Colours())
 
 

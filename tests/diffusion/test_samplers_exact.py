@@ -155,6 +155,32 @@ def test_predictor_corrector_has_the_moments_of_its_discretisation(schedule):
     assert abs(std - STD) < 0.05  # Langevin steps of this size are too wide by 1 / (1 - snr^2), 2.6%
 
 
+def test_predictor_corrector_with_small_langevin_steps_has_the_data_s_moments():
+    schedule = ALL["vp-sde"]
+    ts = schedule.grid(1000)
+    mean, std = gaussian_marginal(schedule, ts[0])
+    generator = torch.Generator().manual_seed(3)
+    x_T = mean + std * torch.randn(4, 1, 125, 200, dtype=torch.float64, generator=generator)
+    x = SAMPLERS["predictor-corrector"](
+        gaussian_denoise(schedule), schedule, x_T, ts, generator=generator, snr=0.02
+    )  # fmt: skip
+    assert abs(x.mean() - MEAN) < 4 * MEAN_ERROR
+    assert abs(x.std() - STD) < 4 * STD_ERROR
+
+
+@pytest.mark.parametrize("schedule", sorted(ALL))
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_one_and_two_steps_do_not_leave_the_data(name, schedule):
+    """Too narrow is what so few steps can be; they must not spread the noise."""
+    schedule = ALL[schedule]
+    for n in (1, 2):
+        generator = torch.Generator().manual_seed(5)
+        x_T = schedule.prior_std * torch.randn(2, 1, 50, 100, dtype=torch.float64, generator=generator)
+        x = SAMPLERS[name](gaussian_denoise(schedule), schedule, x_T, schedule.grid(n), generator=generator)
+        assert abs(x.mean() - MEAN) < 2 * STD
+        assert x.std() < 2 * STD
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "vp-sde", "edm", "flow"])
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_two_modes_get_their_weights_and_widths(name, schedule):

@@ -184,8 +184,12 @@ def test_euler_on_the_flow_schedule(n):
     torch.testing.assert_close(SAMPLERS["euler"](exact, schedule, noise(), ts).float(), x.float(), **FLOAT32)
 
 
+# Of 400 steps: about 4 times what is measured, and below what the sampler of the next lower order has.
+ODE_ERRORS = {"heun": 1e-4, "dpmpp-2m": 3e-4, "dpmpp-3m": 1e-5, "unipc": 1e-6}
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "edm", "flow"])
-@pytest.mark.parametrize("name", ["heun", "dpmpp-2m", "dpmpp-3m", "unipc"])
+@pytest.mark.parametrize("name", ODE_ERRORS)
 def test_the_probability_flow_by_torchdiffeq(name, schedule):
     """d(x / alpha) / d rho = (x / alpha - x0_hat) / rho, rho = sigma / alpha, for two modes: far from linear."""
     schedule = ALL[schedule]
@@ -199,7 +203,7 @@ def test_the_probability_flow_by_torchdiffeq(name, schedule):
     rho = (schedule.sigma(ts) / schedule.alpha(ts))[[0, -1]]
     expected = schedule.alpha(ts[-1]) * odeint(slope, x_T / schedule.alpha(ts[0]), rho, rtol=1e-9, atol=1e-9)[-1]
     x = SAMPLERS[name](exact, schedule, x_T.reshape(1, 1, 1, -1), ts).flatten()
-    torch.testing.assert_close(x, expected, rtol=0, atol={"heun": 5e-3, "dpmpp-2m": 5e-3}.get(name, 5e-4))
+    torch.testing.assert_close(x, expected, rtol=0, atol=ODE_ERRORS[name])
 
 
 def test_dpmpp_3m_is_of_third_order_where_the_library_s_is_of_second():
