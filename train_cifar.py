@@ -31,8 +31,11 @@ def defaults(arguments: list[str]) -> Config:
     if "--resume" in given:
         path = Path(given["--resume"]) / "config.json"
         try:
-            return Config.from_dict(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            values = json.loads(path.read_bytes())
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, not fields")
+            return Config.from_dict(values)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
             ) from error

@@ -98,7 +98,7 @@ class Folder:
         return hashlib.sha256(os.fsencode(name) + b"\0" + (self.path / name).read_bytes()).digest()
 
     def names(self) -> list[str]:
-        """All image files, sorted; other files and hidden ones are passed over."""
+        """All image files, sorted; other files, hidden ones, pipes and devices are passed over."""
         found, seen = [], set()
         with _reported(self.path):
             for directory, subfolders, files in os.walk(self.path, followlinks=True, onerror=_raise):
@@ -107,12 +107,19 @@ class Folder:
                     continue
                 seen.add(real)
                 inside = list(Path(directory).relative_to(self.path).parts)
-                found += ["/".join([*inside, file]) for file in files if _is_image([*inside, file])]
+                images = [file for file in files if _is_image([*inside, file]) and not _is_special(directory, file)]
+                found += ["/".join([*inside, file]) for file in images]
         return sorted(found)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path]]:
         """(name, file) of each; the file is read where it is decoded."""
         return ((name, self.path / name) for name in names)
+
+
+def _is_special(directory: str, file: str) -> bool:
+    """A pipe or device, which may be read without end; a link that leads nowhere is none, and is complained of."""
+    path = os.path.join(directory, file)
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _raise(error: OSError) -> None:
@@ -177,7 +184,8 @@ class Archive(ABC):
 
 
 class _ShortHeaders(tarfile.TarInfo):
-    """Refuses extended headers (long names, pax records) too large for any name: tarfile reads them into memory."""
+    """Refuses what tarfile reads into memory, however large: extended headers (long names, pax records) that are too
+    long for any name, and the maps of sparse files."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -185,6 +193,12 @@ class _ShortHeaders(tarfile.TarInfo):
         if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes, more than {MAX_HEADER_BYTES}")
         return header
+
+    def _no_sparse(self, *_: Any) -> Any:
+        """A sparse file's map may be of any length, and tarfile reads it at once."""
+        raise RuntimeError("it has sparse files, which are not read")  # not a ReadError, which tarfile replaces
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _no_sparse
 
 
 class Tar(Archive):

@@ -36,8 +36,12 @@ def acquire(run: Path) -> int:
             f"{run}: cannot be locked ({error.strerror}); put runs on a file system that supports flock"
         ) from error
     started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}, since {started}\n".encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{run / 'lock'}: cannot be written ({error.strerror}); free some space") from error
     return descriptor
 
 

@@ -59,13 +59,25 @@ def create_run(root: str | os.PathLike = "working", *, config: dict) -> Run:
         raise UserError(
             f"{root}: cannot make a run directory here ({error.strerror}); choose a folder that you can write to"
         ) from error
-    lock = locking.acquire(path)
+    lock = None
     try:
+        lock = locking.acquire(path)
         write_atomically(path / "config.json", text.encode())
-        return Run(path, json.loads(text), lock)
-    except BaseException:
-        os.close(lock)
+        run = Run(path, json.loads(text), lock)
+        sync(root)
+        return run
+    except BaseException as error:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    free = shutil.disk_usage(path.parent).free
+    return UserError(f"{path}: cannot be written ({error.strerror}; {free:,} bytes are free); free some space")
 
 
 def open_run(path: str | os.PathLike) -> Run:
@@ -84,8 +96,10 @@ def open_run(path: str | os.PathLike) -> Run:
     lock = locking.acquire(path)
     try:
         return Run(path, config, lock)
-    except BaseException:
+    except BaseException as error:
         os.close(lock)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
 
 
@@ -164,6 +178,12 @@ class Run:
         self._store([row for row in self._rows() if row["step"] <= step and not drop(row)])
         self._close_writer()
         self._purge_step = step + 1  # the next writer tells TensorBoard to forget events from here on
+
+    def sync(self) -> None:
+        """Have the disk confirm the rows so far, so that no checkpoint that follows is ahead of them."""
+        for file in (self._jsonl, self._csv):
+            if file is not None:
+                file.sync()
 
     def close(self) -> None:
         """Closes the files and frees the lock. Closing twice does nothing more."""
@@ -248,6 +268,14 @@ class _Lines:
                 self._path, f"{free:,}", f"{len(data) - whole:,}",
             )  # fmt: skip
         self._waiting = data[whole:]
+
+    def sync(self) -> None:
+        """Have the disk confirm what was written; a full disk has said so already."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
 
     def close(self) -> None:
         """Write what waits, if that is possible now, and close the file. Closing twice does nothing more."""

@@ -236,7 +236,9 @@ def _read(path: Path) -> Checkpoint:
         )
         if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise _absent_or_unreadable(path / "manifest.json", error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"manifest.json is missing or unreadable ({type(error).__name__})") from error
     if _manifest_sha256(manifest) != expected_sha256:
         hint = "" if version == FORMAT else f"; its format is {version}, this version reads {FORMAT}"
@@ -261,10 +263,8 @@ def _read_part(file: Path, expected: dict[str, Any]) -> Any:
         if size != expected["bytes"]:
             raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
         content = file.read_bytes()
-    except FileNotFoundError as error:
-        raise Damaged(f"{name} is missing") from error
     except OSError as error:
-        raise Damaged(f"{name} cannot be read: {error.strerror}") from error
+        raise _absent_or_unreadable(file, error) from error
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise Damaged(f"{name} does not match its SHA-256")
     try:
@@ -272,8 +272,18 @@ def _read_part(file: Path, expected: dict[str, Any]) -> Any:
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        if "memory" in str(error):  # torch's own, as RuntimeError
+            raise
         # Its checksum is right, so it was made so: by another program, or to do harm.
         raise Damaged(f"{name} holds other things than tensors ({type(error).__name__})") from error
+
+
+def _absent_or_unreadable(file: Path, error: OSError) -> Exception:
+    """Whether a file is not there, which another checkpoint may make good, or only cannot be read now: passing over it
+    would throw good training away."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return Damaged(f"{file.name} is missing")
+    return UserError(f"{file} cannot be read ({error.strerror}); make it readable and try again.")
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:

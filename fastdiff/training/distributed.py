@@ -69,8 +69,13 @@ class Ranks:
         """
         resolved = resolve_device(device)
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(resolved)
+        if missing := [name for name in names if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start the ranks by "
+                "torchrun."
+            )
         rank, size, local_rank, on_host = (int(os.environ[name]) for name in names)
         if resolved.type == "cuda":
             gpus = torch.cuda.device_count()

@@ -85,15 +85,15 @@ class TorchUpdate:
         parts = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
-    def apply(self, *, grad_clip: float) -> Tensor:
+    def apply(self, *, grad_clip: float, good: Tensor | None = None) -> Tensor:
         """Update weights and averages; returns the global gradient norm before clipping, 0-dim.
 
-        With `skip_nonfinite` or `graphs` nothing changes where the norm is not finite: the device itself passes over
-        the update.
+        With `skip_nonfinite` or `graphs` nothing changes where the norm is not finite, or `good`, bool 0-dim, is false:
+        the device itself passes over the update.
         """
         with record_function("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip, foreach=True)
-            good = norm.isfinite() if self.guarded else None
+            good = _finite(norm, good) if self.guarded else None
             if good is not None:
                 # As torch.amp's GradScaler does: at 1, fused Adam leaves weights, moments and its count alone.
                 setattr(self.adam, "found_inf", (~good).float())  # noqa: B010
@@ -188,15 +188,16 @@ class FusedUpdate:
         sum_([flat.total for flat in self.flats])
 
     @torch.no_grad()
-    def apply(self, *, grad_clip: float) -> Tensor:
+    def apply(self, *, grad_clip: float, good: Tensor | None = None) -> Tensor:
         """Update weights, averages and bf16 copies; returns the global gradient norm before clipping, 0-dim.
 
-        Where the norm is not finite nothing changes: the device itself passes over the update.
+        Where the norm is not finite, or `good`, bool 0-dim, is false, nothing changes: the device itself passes over
+        the update.
         """
         with record_function("optimizer"):
             norms = [torch.linalg.vector_norm(flat.total, dtype=torch.float32) for flat in self.flats]
             norm = torch.linalg.vector_norm(torch.stack(norms))
-            good = norm.isfinite()
+            good = _finite(norm, good)
             self.step += good
             clip = (grad_clip / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
             clip = torch.where(good, clip, 0.0)  # at which the kernel writes nothing
@@ -278,6 +279,10 @@ class _Flat:
             torch.as_strided(buffer, p.shape, p.stride(), offset)
             for p, offset in zip(self.parameters, self.offsets, strict=True)
         ]
+
+
+def _finite(norm: Tensor, good: Tensor | None) -> Tensor:
+    return norm.isfinite() if good is None else norm.isfinite() & good
 
 
 def _adamw(parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:

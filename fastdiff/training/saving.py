@@ -1,6 +1,7 @@
 """Checkpoints beside the training: a snapshot is taken at once, then a thread hashes and writes it."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.training import checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class BackgroundSaver:
@@ -38,7 +41,10 @@ class BackgroundSaver:
 
     def _write(self, step: int, state: dict[str, Any], keep_last: int, keep_steps: set[int]) -> None:
         checkpoint.save(self.directory, step, state)
-        checkpoint.prune(self.directory, step, keep_last=keep_last, keep_steps=keep_steps)
+        try:
+            checkpoint.prune(self.directory, step, keep_last=keep_last, keep_steps=keep_steps)
+        except OSError as error:  # the next save tries again
+            log.warning("%s: older checkpoints cannot be removed (%s)", self.directory, error.strerror)
 
     def collect(self, *, wait: bool) -> bool:
         """Whether no save is under way; raises what the last one raised, once.

@@ -16,9 +16,10 @@ class Stopped(Exception):
 class StopRequest:
     """Within `with StopRequest() as stop`, SIGINT and SIGTERM set `stop.signal` instead of ending the process.
 
-    A second signal ends it at once, with the exit code 128 + its number, whatever the main thread does: Python runs
-    handlers between two bytecodes of the main thread, so not before a long call into C is over (a step, an fsync of a
-    checkpoint). The number of each signal is also written to a pipe (`signal.set_wakeup_fd`), which a thread reads.
+    A second signal ends it at once, with the exit code 128 + its number. Python runs handlers between two bytecodes of
+    the main thread, so not before a long call into C is over (a step, an fsync of a checkpoint). The number of each
+    signal is therefore also written to a pipe (`signal.set_wakeup_fd`), which a thread reads; only a call into C that
+    keeps the interpreter's lock, as no long one of PyTorch's does, delays that too.
     The previous handlers come back afterwards.
 
     Args:

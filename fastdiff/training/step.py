@@ -230,7 +230,7 @@ class TrainStep:
                 self.ranks.sum_([every], "all-reduce of the loss")
                 self.update.reduce(self.ranks.sum_)
             loss = every.mean()
-        grad_norm = self.update.apply(grad_clip=self.grad_clip)
+        grad_norm = self.update.apply(grad_clip=self.grad_clip, good=loss.isfinite())
         self.account(t, every, loss, grad_norm)
 
     def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:

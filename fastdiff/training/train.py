@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
@@ -26,6 +27,7 @@ from fastdiff.training.distributed import Ranks
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.trainer import Trainer
 
+OWN_FLAGS = ("device", "data_root")  # which may differ from rank to rank
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
 
 
@@ -58,6 +60,8 @@ def train(
                 f"and --accumulate is {config.accumulate}."
             )
         set_backends(ranks.device, deterministic=config.deterministic)
+        flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
+        ranks.check_equal(**flags, torch=torch.__version__)
         run, saved = None, None
         if resume is not None and ranks.is_main:
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))

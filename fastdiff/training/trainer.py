@@ -124,7 +124,7 @@ class Trainer:
         def unfinished(row: dict[str, Any]) -> bool:
             """Rows of the checkpoint's own step that it does not count: a last partial mean, a later evaluation."""
             if row["kind"] == "train":
-                return row["step"] == saved.step and saved.step % self.config.log_every != 0
+                return row["step"] == saved.step and self.last_log[0] != saved.step
             return row["step"] == saved.step and self.evaluated != saved.step
 
         if self.ranks.is_main:
@@ -278,7 +278,8 @@ class Trainer:
     def _check_ranks(self) -> None:
         """Raise TrainingFailed unless all ranks have the same weights: each makes every update by itself."""
         if self.ranks.size > 1:
-            sums = torch.stack([p.detach().double().sum() for p in self.model.parameters()]).tolist()
+            sums = torch.stack([p.detach().double().sum() for p in self.model.parameters()])
+            sums = [float.hex(s) for s in sums.tolist()]  # NaN is the same as NaN, and another error's
             if any(each != sums for each in self.ranks.gather(sums, "the comparison of weights")):
                 raise TrainingFailed(
                     f"the ranks' weights differ after {self.step:,} steps; nothing was saved, and {self._last_good()}. "
@@ -379,6 +380,7 @@ class Trainer:
             )
         assert self.saver is not None
         keep = {self.best["step"]} if self.best else set()
+        self.run.sync()
         self.saver.save(self.step, state, keep_last=self.config.keep_last, keep_steps=keep)
         if self._ends:
             self._collect_save(wait=True)

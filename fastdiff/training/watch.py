@@ -141,7 +141,7 @@ class _Hub(threading.Thread):
             except TimeoutError:
                 return False  # no welcome comes, of which every rank complains
             for hello in connection.receive() or []:
-                if hello.get("token") != self.token:  # a stranger, such as a port scanner
+                if not isinstance(hello, dict) or hello.get("token") != self.token:  # a stranger: a port scanner
                     connection.close()
                 else:
                     rank = _Rank(connection, hello["pid"], hello["host"], time.monotonic())
@@ -230,12 +230,21 @@ class _Hub(threading.Thread):
                 rank.connection.send(message)
 
 
+def _listen(address: str, backlog: int) -> socket.socket:
+    """Within a host on its loopback; else on all networks, as a host may know its own name as that of its loopback."""
+    if address == "127.0.0.1":
+        return socket.create_server((address, 0), backlog=backlog)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=both)
+
+
 class Watch:
     """This rank's part: reports to the hub, and ends this process when the hub says so or is gone.
 
     Args:
         rank, size: this process among all.
-        address: where rank 0's host is reached; rank 0 listens there.
+        address: where rank 0's host is reached; on 127.0.0.1 it listens there alone.
         share: gives every rank the value that rank 0 calls it with; called once.
         timeout: seconds without progress after which a rank has hung.
 
@@ -254,7 +263,7 @@ class Watch:
         self._place, self._since, self._waiting = "the start", time.monotonic(), False
         self._main = threading.get_ident()
         self._hub_place = "the start"
-        listener = socket.create_server((address, 0), backlog=size) if rank == 0 else None
+        listener = _listen(address, size) if rank == 0 else None
         port, token = share((listener.getsockname()[1], secrets.token_hex(16)) if listener is not None else None)
         self._hub = _Hub(listener, size, token=token, timeout=timeout) if listener is not None else None
         if self._hub is not None:

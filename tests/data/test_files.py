@@ -87,6 +87,31 @@ def test_links_in_a_folder_are_followed_but_loops_are_not(tmp_path, pets):
         open_files(linked).fingerprint()
 
 
+def test_pipes_and_devices_in_a_folder_are_passed_over(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"an image")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    folder = open_files(tmp_path)
+    assert folder.names() == ["a.png"]
+    assert folder.fingerprint()
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+def test_sparse_members_are_refused_before_their_maps_are_read(tmp_path, user_error, version):
+    path = tmp_path / "sparse.tar.gz"
+    major, minor = version.split(".")
+    headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1"}
+    if version == "1.0":
+        headers = {"GNU.sparse.major": major, "GNU.sparse.minor": minor, "GNU.sparse.realsize": "1"}
+    elif version == "0.0":
+        headers = {"GNU.sparse.size": "1", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "1"}
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.png")
+        member.size, member.pax_headers = 512, headers
+        archive.addfile(member, io.BytesIO(b"1\n0\n1\n".ljust(512, b"\0")))
+    user_error(open_files(path).names, "sparse.tar.gz", "sparse files, which are not read")
+
+
 def add(archive: tarfile.TarFile, name: str, kind=tarfile.REGTYPE, link="", data=b"data") -> None:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, link

@@ -70,6 +70,9 @@ def tiny_config(tmp_path):
     return make
 
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(3600))
+
+
 def counts(fast: int, slow: int):
     """Parametrizes a test by `count`: `fast` always, `slow` with --slow."""
-    return pytest.mark.parametrize("count", [fast, pytest.param(slow, marks=pytest.mark.slow)])
+    return pytest.mark.parametrize("count", [fast, pytest.param(slow, marks=SLOW)])

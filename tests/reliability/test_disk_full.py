@@ -49,7 +49,7 @@ def check(tmp_path, run, config, hook, left):
 def test_a_full_tmpfs(tiny_config, tmp_path, small_disk, promise, count):
     with promise("Disk full (tmpfs): training goes on, nothing that was saved is harmed", "byte offsets") as p:
         for index in range(count):
-            left = jobs.random_source("tmpfs", index).randrange(0, 60_000)
+            left = jobs.random_source("tmpfs", index).randrange(0, 1_150_000)  # of a checkpoint of 1.2 MB
             root = small_disk / f"runs-{index}"
             with p.case(f"{left} bytes left"):
                 config = tiny_config(root, save_every=5, keep_last=2)
@@ -64,7 +64,8 @@ def test_files_that_cannot_grow(tiny_config, tmp_path, promise, count):
         "Disk full (file size limit): training goes on, nothing that was saved is harmed", "byte offsets"
     ) as p:
         for index in range(count):
-            limit = jobs.random_source("limit", index).randrange(8_000, 60_000)  # the log is a file, too
+            # Up to the checkpoint's largest file; the log is one, too.
+            limit = jobs.random_source("limit", index).randrange(8_000, 650_000)
             root = tmp_path / f"runs-{index}"
             with p.case(f"limit of {limit} bytes"):
                 config = tiny_config(root, save_every=5, keep_last=2)

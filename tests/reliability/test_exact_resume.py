@@ -6,19 +6,22 @@ from fastdiff.training import checkpoint
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 
-EDGES = (6, 7)  # the 7th batch of 8 ends the first epoch of 50 images
+EDGES = (6, 7, 25)  # the 7th batch of 8 ends the first epoch of 50 images; the 25th ends the fourth, and itself
+STEPS = 36
 
 
-@counts(fast=3, slow=20)
+@counts(fast=4, slow=20)
 def test_a_resumed_run_is_the_unbroken_one(tiny_config, tmp_path, promise, count):
     log = tmp_path / "log"
-    assert jobs.finish(jobs.start(jobs.train_run, tiny_config("whole"), log=log)) == 0, log.read_text()
+    changes = {"steps": STEPS, "accumulate": 2}
+    whole_config = tiny_config("whole", **changes)
+    assert jobs.finish(jobs.start(jobs.train_run, whole_config, log=log)) == 0, log.read_text()
     whole = tmp_path / "whole" / "1"
     random = jobs.random_source("resume")
-    stops = [*EDGES, *random.sample([s for s in range(1, 20) if s not in EDGES] + [21], count - len(EDGES))]
+    stops = [*EDGES, *random.sample([s for s in range(1, 26) if s not in EDGES], count - len(EDGES))]
     with promise("Exact resume: weights, averages, optimizer, histories and the next losses bit-equal", "stops") as p:
         for stop in stops:
-            config = tiny_config(f"stopped-{stop}")
+            config = tiny_config(f"stopped-{stop}", **changes)
             run = tmp_path / f"stopped-{stop}" / "1"
             with p.case(f"stop after step {stop}"):
                 process = jobs.start(jobs.train_run, config, None, (jobs.stop_after, stop), log=log)
@@ -27,13 +30,13 @@ def test_a_resumed_run_is_the_unbroken_one(tiny_config, tmp_path, promise, count
                 assert jobs.finish(jobs.start(jobs.train_run, config, run, log=log)) == 0, log.read_text()
                 assert jobs.same_state(jobs.saved(run), jobs.saved(whole))
                 assert jobs.rows(run) == jobs.rows(whole)
-                assert len(jobs.rows(run)) == 30
+                assert len(jobs.rows(run)) == STEPS
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_deterministic_runs_resume_bit_for_bit(tiny_config, tmp_path, promise):
     """Compiled, fused and captured, as runs are there by default; all at once, as compilation takes the time."""
-    stops = (2, EDGES[1], 13)  # before the capture, at the end of an epoch, in the middle
+    stops = (2, 7, 13)  # before the capture, at the end of an epoch, in the middle
     options = {"device": "cuda", "loader": "resident", "deterministic": True}
     logs = {name: tmp_path / f"log-{name}" for name in ("whole", *stops)}
 

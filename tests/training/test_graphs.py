@@ -116,7 +116,7 @@ def gradient(monkeypatch, **options):
             if flat.half is not None:
                 flat.half.copy_(flat.parameter)
 
-    def apply(*, grad_clip):
+    def apply(*, grad_clip, good):
         if options.get("kernels") == "triton":
             views = {p: v for f in update.flats for p, v in zip(f.parameters, f._views(f.total), strict=True)}
             seen.extend(views[p].detach().clone() for p in train_step.parameters)

@@ -194,6 +194,34 @@ def test_gradients_in_another_layout_than_the_weights_give_the_same_update():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_s_times_can_be_told_again():
+    train_step, seen = make_step(), []
+    real = train_step.objective.loss
+
+    def loss(model, x0, t, eps, **cond):
+        seen.append(t)
+        return real(model, x0, t, eps, **cond)
+
+    object.__setattr__(train_step.objective, "loss", loss)
+    for step in (0, 7):
+        train_step(batch(step), step)
+        assert torch.equal(seen[-1], train_step.times(16, step))
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_bad_loss_alone_is_passed_over_too(kernels):
+    train_step = make_step(kernels=kernels)
+    train_step.update.guarded = True  # as with skip_nonfinite
+    train_step(batch(0), 0)
+    before = copy.deepcopy([*train_step.parameters, *train_step.update.ema.model.parameters()])
+    train_step.update.begin(lr=1e-3)
+    train_step.update.add([torch.ones_like(w) for w in train_step.update.weights.values()])
+    train_step.update.apply(grad_clip=1.0, good=torch.tensor(False))
+    after = [*train_step.parameters, *train_step.update.ema.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 PLAIN = dataclasses.replace(SMALL, dropout=0.0)
 
 
