@@ -330,16 +330,15 @@ PRESETS: dict[str, Config] = {
         sigma_data=0.75,  # digits have a mean of -0.38 and a standard deviation of 0.70
     ),
     "v-cosine": Config(preset="v-cosine", objective="v", schedule="cosine", eval_sampler="dpmpp-2m", eval_steps=25),
-    "edm": Config(preset="edm", objective="edm", schedule="edm", weighting="edm", eval_sampler="heun", eval_steps=18),
+    "edm": Config(preset="edm", objective="edm", weighting="edm", eval_sampler="heun", eval_steps=18),
     "flow": Config(
         preset="flow",
         objective="flow",
-        schedule="flow",
         time_sampling="logit-normal",
         eval_sampler="heun",
         eval_steps=25,
     ),
-    "score-vp": Config(preset="score-vp", objective="score", schedule="vp-sde", eval_sampler="dpmpp-2m", eval_steps=25),
+    "score-vp": Config(preset="score-vp", objective="score", eval_sampler="dpmpp-2m", eval_steps=25),
     "score-ve": Config(preset="score-ve", objective="score", schedule="ve-sde", eval_sampler="heun", eval_steps=25),
 }
 

@@ -78,7 +78,7 @@ def backward_tile(
     centre = (per_image(shift_ptr, n, channel, ok, C) - mean) * rstd  # xhat = x * rstd + centre: one instruction
 
     whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
-    x, dy = load(x_ptr + at, ok2, whole), load(dy_ptr + at, ok2, whole)
+    x, dy = load(x_ptr + at, ok2, whole, ""), load(dy_ptr + at, ok2, whole, "")
     dy = dropped(dy.to(tl.float32), seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
     xhat = x.to(tl.float32) * rstd[None, :] + centre[None, :]
     gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
@@ -148,7 +148,8 @@ def backward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x, dy = load(x_ptr + at, ok2, whole).to(tl.float32), load(dy_ptr + at, ok2, whole).to(tl.float32)
+        x = load(x_ptr + at, ok2, whole, "evict_last").to(tl.float32)
+        dy = load(dy_ptr + at, ok2, whole, "evict_last").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)
@@ -166,7 +167,8 @@ def backward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x, dy = load(x_ptr + at, ok2, whole).to(tl.float32), load(dy_ptr + at, ok2, whole).to(tl.float32)
+        x = load(x_ptr + at, ok2, whole, "evict_first").to(tl.float32)
+        dy = load(dy_ptr + at, ok2, whole, "evict_first").to(tl.float32)
         dy = dropped(dy, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         xhat = x * rstd[None, :] + centre[None, :]
         gz = grad_z(xhat, dy, gamma, beta, SILU)

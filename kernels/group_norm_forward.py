@@ -51,7 +51,7 @@ def forward_tile(
     ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
     at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
     whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
-    x = load(x_ptr + at, ok2, whole)
+    x = load(x_ptr + at, ok2, whole, "")
     shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
 
     # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
@@ -116,7 +116,7 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole).to(tl.float32)
+        x = load(x_ptr + at, ok2, whole, "evict_last").to(tl.float32)
         total += zero_outside(x + shift[None, :], ok2, whole)
     mean = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m  # [BG]
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
@@ -126,7 +126,7 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole).to(tl.float32)
+        x = load(x_ptr + at, ok2, whole, "evict_last").to(tl.float32)
         centred = zero_outside((x + shift[None, :]) - mean_c[None, :], ok2, whole)
         total += centred * centred
     variance = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m
@@ -138,7 +138,7 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole).to(tl.float32)
+        x = load(x_ptr + at, ok2, whole, "evict_first").to(tl.float32)
         y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         store(y_ptr + at, y, ok2, whole)

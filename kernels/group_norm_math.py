@@ -40,12 +40,16 @@ COMPILED: tl.constexpr = tl.constexpr(not INTERPRETED)  # the interpreter knows 
 
 
 @triton.jit
-def load(ptr, ok, WHOLE: tl.constexpr):
-    """A tile; zeros where not `ok`, which is ignored if the tile is WHOLE."""
+def load(ptr, ok, WHOLE: tl.constexpr, EVICT: tl.constexpr):
+    """A tile; zeros where not `ok`, which is ignored if the tile is WHOLE.
+
+    EVICT tells L2 what to keep: "evict_last" what another sweep reads again, "evict_first" what nobody does; "" leaves
+    it to L2.
+    """
     if WHOLE:
-        return tl.load(ptr)
+        return tl.load(ptr, eviction_policy=EVICT)
     else:
-        return tl.load(ptr, mask=ok, other=0.0)
+        return tl.load(ptr, mask=ok, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int]] = {
     (128, 1024, 32, True, False): (16, 1024, 8),  # 2.08, the rule 2.66
     (256, 1024, 32, True, False): (64, 32, 8),  # 1.98, the rule 2.36
     (384, 1024, 32, False, False): (24, 256, 16),  # 2.09, the rule 2.62
-    (384, 1024, 32, True, False): (48, 64, 16),  # 2.91, the rule 3.59
     (128, 256, 32, False, False): (32, 256, 8),  # 1.33, the rule 1.37
     (256, 256, 32, True, False): (32, 256, 4),  # 1.66, the rule 1.79
     (512, 256, 32, True, False): (32, 256, 4),  # 1.60, the rule 1.81

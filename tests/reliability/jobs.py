@@ -123,10 +123,14 @@ def saved(run: Path) -> dict:
     return state
 
 
-def train_run(config: Config, resume: Path | None = None, hook: tuple | None = None) -> int:
-    """`train_cifar.py` on a config, without pictures; `hook` is a function of this file and its arguments."""
-    train.Trainer.plot = lambda self: None
-    pictures.plot_forward_noising = lambda *arguments: None
+def train_run(config: Config, resume: Path | None = None, hook: tuple | None = None, *, plots: bool = False) -> int:
+    """`train_cifar.py` on a config; `hook` is a function of this file and its arguments.
+
+    Without `plots` it draws no curves, which would take most of a short run's time.
+    """
+    if not plots:
+        train.Trainer.plot = lambda self: None
+        pictures.plot_forward_noising = lambda *arguments: None
     make = BackgroundSaver.__init__
     BackgroundSaver.__init__ = lambda self, directory: (make(self, directory), _savers.append(self))[0]
     if hook is not None:
@@ -153,6 +157,11 @@ def before_step(index: int, action: Callable[[TrainStep], None]) -> None:
         return real(self, images, step)
 
     TrainStep.__call__ = call
+
+
+def train_whole(config: Config, hook: tuple) -> int:
+    """All that `train_cifar.py` does."""
+    return train_run(config, None, hook, plots=True)
 
 
 def stop_after(steps: int) -> None:

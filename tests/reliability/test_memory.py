@@ -13,7 +13,7 @@ from tests.reliability.conftest import counts
 @pytest.mark.timeout(3600)  # 2,000 steps take longer than other tests may
 @counts(fast=100, slow=2000)
 def test_it_stays(tiny_config, tmp_path, promise, count):
-    """The network of `quick` in the long run, a tiny one in the short; both evaluate and save several times."""
+    """Both evaluate and save several times; the long run with the network of `quick`, distances and all plots."""
     changes = {
         "steps": count + 1,
         "eval_every": count // 10,
@@ -24,12 +24,14 @@ def test_it_stays(tiny_config, tmp_path, promise, count):
     config = tiny_config(**changes)
     if count == 2000:
         config = dataclasses.replace(
-            PRESETS["quick"], **changes, run_root=str(tmp_path / "working"), features="none", eval_steps=4,
-            grid_samples=16, eval_at_start=False, device="cpu",
+            PRESETS["quick"], **changes, run_root=str(tmp_path / "working"), data_root=str(tmp_path / "data"),
+            eval_samples=32, eval_batch_size=32, eval_steps=4, grid_samples=16, eval_at_start=False, device="cpu",
         )  # fmt: skip
     log, result = tmp_path / "log", tmp_path / "memory.json"
     warm, end = count // 4 + 5, count
-    process = jobs.start(jobs.train_run, config, None, (jobs.watch_memory, (warm, end), result), log=log)
+    hook = (jobs.watch_memory, (warm, end), result)
+    given = (jobs.train_whole, config, hook) if count == 2000 else (jobs.train_run, config, None, hook)
+    process = jobs.start(*given, log=log)
     assert jobs.finish(process, 3600) == 0, log.read_text()[-3000:]
     before, after = json.loads(result.read_text())
     with promise("Memory: the host's grows by less than 20 MB after warm-up", f"steps of {config.preset}") as p:
