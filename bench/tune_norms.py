@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -159,9 +160,8 @@ def measure(task: Task, batch: int) -> tuple[float, list[Timed]]:
     return copy, found
 
 
-def source(results: dict[Task, list[Timed]], batch: int) -> str:
-    """The text of kernels/tuned.py."""
-    e = environment(torch.device("cuda"))
+def source(results: dict[Task, list[Timed]], batch: int, e: dict[str, Any]) -> str:
+    """The text of kernels/tuned.py; e is the environment."""
     lines = [
         '"""Tiles of GroupNorm + SiLU for bf16 and fp16, chosen by measurement: written by bench/tune_norms.py.',
         "",
@@ -205,7 +205,7 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
     console.print(table)
     if write:
         path = REPO / "kernels" / "tuned.py"
-        path.write_text(source(results, batch))
+        path.write_text(source(results, batch, environment(torch.device("cuda"))))
         console.print(f"wrote {path}")
     return 0
 

@@ -41,7 +41,7 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_objective_changes_by_one_flag(preset, objective):
     if (preset, objective) == ("flow", "edm"):  # whose times are no longer in [0, 1]
-        with pytest.raises(UserError, match="--time-sampling logit-normal .* is sigma; choose log-normal"):
+        with pytest.raises(UserError, match=r"--time-sampling logit-normal .* is sigma; choose log-normal"):
             dataclasses.replace(PRESETS[preset], objective=objective)
         return
     config = dataclasses.replace(PRESETS[preset], objective=objective)

@@ -1,0 +1,44 @@
+"""Choosing tiles by measurement: what is tried, and what is written."""
+
+import dataclasses
+
+import pytest
+
+from bench import tune_norms
+from kernels import launch, tuned
+
+
+@pytest.mark.parametrize("task", tune_norms.TASKS, ids=lambda task: task.label)
+def test_what_is_tried_covers_the_channels_with_whole_groups_and_fits_in_registers(task):
+    found = list(tune_norms.candidates(task))
+    assert found[0] == task.rule
+    for tiles in found:
+        assert task.channels % tiles.channels == 0
+        assert tiles.channels % (task.channels // tune_norms.GROUPS) == 0
+        assert tiles.looped == (tiles.block_hw < task.side**2)
+        assert tiles.block_hw * tiles.block_c <= 64 * 32 * tiles.num_warps
+
+
+def test_what_is_written_is_what_is_chosen(monkeypatch):
+    first, second = tune_norms.TASKS[:2]
+    better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2)
+    results = {
+        first: [tune_norms.Timed(2.0, first.rule), tune_norms.Timed(1.5, better)],
+        second: [tune_norms.Timed(2.0, second.rule), tune_norms.Timed(1.99, better)],  # no more than noise
+    }
+    environment = {"device": "GPU", "torch": "2", "triton": "3", "date": "today"}
+    written: dict = {}
+    exec(tune_norms.source(results, 128, environment), written)
+    monkeypatch.setattr(launch, "NORM_TILES", written["NORM_TILES"])
+    assert written["NORM_TILES"].keys() == {first.key}
+    c, pixels, groups, backward, dropout = first.key
+    options = {"itemsize": 2, "backward": backward, "dropout": dropout}
+    assert launch.norm_tiles(c, pixels, groups, **options) == better
+    assert launch.norm_tiles(c, pixels, groups, **(options | {"itemsize": 4})) != better  # measured in 16 bits
+
+
+def test_the_committed_tiles_are_among_those_that_are_tried():
+    by_key = {task.key: task for task in tune_norms.TASKS}
+    for key, (channels, pixels, warps) in tuned.NORM_TILES.items():
+        tried = {(t.channels, t.block_hw, t.num_warps) for t in tune_norms.candidates(by_key[key])}
+        assert (channels, pixels, warps) in tried
