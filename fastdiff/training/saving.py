@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.training import checkpoint
+from fastdiff.training.watch import SAVING_THREAD
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class BackgroundSaver:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=SAVING_THREAD)
         self._saving: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], *, keep_last: int, keep_steps: set[int]) -> None:

@@ -36,6 +36,7 @@ INTERVAL = 0.5  # seconds between two reports of a rank
 GATHER = 0.2  # seconds to wait for other ranks' failures and deaths, of which one may be the cause
 JOIN = 60.0  # seconds in which all ranks must have reached the hub
 LONGEST = 2**16  # bytes of a message
+SAVING_THREAD = "checkpoint"  # how the names of the threads begin that write checkpoints
 
 
 class _Connection:
@@ -368,7 +369,12 @@ class Watch:
                 self._connection.send(self._report(now) | {"signal": int(got or 0)})
 
     def _report(self, now: float) -> dict[str, Any]:
-        frame = _where(sys._current_frames().get(self._main))
+        frames = sys._current_frames()
+        frame = _where(frames.get(self._main))
+        for thread in threading.enumerate():
+            if frame.startswith("saving.py:") and thread.name.startswith(SAVING_THREAD):  # for which the main one waits
+                frame = f"{frame}, for {_where(frames.get(thread.ident or 0))}"
+                break
         return {
             "place": self._place,
             "frame": frame,
