@@ -19,6 +19,8 @@ from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.loops import Denoise, check_grid
 from fastdiff.errors import UserError
 
+NOISE = -12.0  # a log-SNR below which there is nothing but noise: at -infinity the angle is only 0.0025 larger
+
 
 def log_likelihood(
     denoise: Denoise,
@@ -38,7 +40,7 @@ def log_likelihood(
         denoise: `denoise(x_t, t) -> x0_hat`, differentiable in x_t.
         x: (N, ...) what to measure, taken to be at the time ts[-1].
         ts: descending grid from the noisy end to a time above 0, where log p is infinitely steep: ts[-1] is usually
-            schedule.t_min. A grid of `schedule.grid(n)` without its last time will do.
+            schedule.t_min, as in `likelihood_grid`.
         probes: random sign vectors v of the estimate v^T J v; its error falls as 1 / sqrt(probes).
         generator: draws the probes, on the device of x.
 
@@ -83,6 +85,15 @@ def log_likelihood(
     prior = -0.5 * (x_T / schedule.prior_std).square().flatten(1).sum(1)
     prior = prior - dims * (0.5 * math.log(2.0 * math.pi) + math.log(schedule.prior_std))
     return prior + growth + dims * math.log(float(k[-1] / k[0])), x_T
+
+
+def likelihood_grid(schedule: Schedule, n: int) -> Tensor:
+    """Times of n steps for `log_likelihood`, (n + 1,) float64: from t_max to t_min, even in log-SNR above NOISE."""
+    t_max, t_min = (torch.tensor(t, dtype=torch.float64) for t in (schedule.t_max, schedule.t_min))
+    first = max(float(schedule.log_snr(t_max)), NOISE)
+    ts = schedule.t_of_log_snr(torch.linspace(first, float(schedule.log_snr(t_min)), n + 1, dtype=torch.float64))
+    ts[0], ts[-1] = t_max, t_min
+    return ts
 
 
 def bits_per_dim(log_p: Tensor, dims: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, log_likelihood
+from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UserError
 from tests.diffusion.truths import (
     ALL,
@@ -18,15 +18,6 @@ from tests.diffusion.truths import (
 )
 
 
-def grid(schedule, n):
-    """n times from the noisiest (or a log-SNR of -12 and then no signal at all) to t_min."""
-    if schedule.alpha(time(schedule.t_max)) > 0:
-        return schedule.grid(n, spacing="log-snr")[:-1]
-    last = float(schedule.log_snr(time(schedule.t_min)))
-    inner = schedule.t_of_log_snr(torch.linspace(-12.0, last, n, dtype=torch.float64))
-    return torch.cat([time([schedule.t_max]), inner])
-
-
 def normal_log_density(x, mean, std):
     return (-0.5 * ((x - mean) / std) ** 2 - math.log(math.sqrt(2 * math.pi)) - torch.log(std)).flatten(1).sum(1)
 
@@ -38,7 +29,7 @@ def images(n=2):
 @pytest.mark.parametrize("schedule", sorted(ALL))
 def test_gaussian_data_against_the_closed_form(schedule):
     schedule, x = ALL[schedule], images()
-    ts = grid(schedule, 150)
+    ts = likelihood_grid(schedule, 150)
     log_p, x_T = log_likelihood(gaussian_denoise(schedule), schedule, x, ts)
     # The latent and the Jacobian of the exact flow, under the prior that the sampler starts from.
     z = gaussian_flow(schedule, x, ts[-1], ts[0])
@@ -55,7 +46,7 @@ def test_gaussian_data_against_the_closed_form(schedule):
 
 def test_two_modes_against_their_density():
     schedule, x = ALL["vp-sde"], torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(40, 1, 1, 1)
-    ts = grid(schedule, 400)
+    ts = likelihood_grid(schedule, 400)
     log_p, _ = log_likelihood(mixture_denoise(schedule), schedule, x, ts)
     truth = mixture_log_terms(schedule, x, ts[-1])[0].logsumexp(0).flatten()
     assert float((log_p - truth).abs().max()) < 0.02
@@ -139,3 +130,10 @@ def test_bad_requests_are_named():
         log_likelihood(gaussian_denoise(schedule), schedule, images(), schedule.grid(3))
     with pytest.raises(UserError, match="probes is 0"):
         log_likelihood(gaussian_denoise(schedule), schedule, images(), schedule.grid(3)[:-1], probes=0)
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_the_grid_goes_from_one_end_to_the_other(name):
+    ts = likelihood_grid(ALL[name], 40)
+    assert (len(ts), float(ts[0]), float(ts[-1])) == (41, ALL[name].t_max, ALL[name].t_min)
+    assert (ts.diff() < 0).all()

@@ -95,6 +95,37 @@ def test_graphs_change_no_image(run, tmp_path, precision):
     assert (tmp_path / "--graphs.png").read_bytes() == (tmp_path / "--no-graphs.png").read_bytes()
 
 
+def test_likelihood_prints_one_json_line_and_is_deterministic(run, capsys):
+    common = ("likelihood", "--checkpoint", run, "--n", 5, "--steps", 4, "--batch-size", 2)
+    found = []
+    for seed in (0, 0, 1):
+        assert call(*common, "--seed", seed) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]["bits_per_dim"] != found[2]["bits_per_dim"]
+    assert (found[0]["images"], found[0]["steps"], found[0]["data"], found[0]["step"]) == (5, 4, "images-train", 2)
+    assert 4 < found[0]["bits_per_dim"] < 40  # uniform noise has 8, an untrained network more
+    assert 0 < found[0]["standard_error"] < 5
+
+
+def test_likelihood_agrees_with_the_closed_form(run, monkeypatch, capsys):
+    """For the denoiser of standard normal data, log p is that of the normal distribution itself."""
+    from fastdiff.diffusion.objectives import Objective
+
+    def denoise(self, model, x_t, t, **cond):
+        a, s = self.schedule.alpha(t), self.schedule.sigma(t)
+        return (a / (a**2 + s**2)).to(x_t.dtype) * x_t
+
+    monkeypatch.setattr(Objective, "denoise", denoise)
+    assert call("likelihood", "--checkpoint", run, "--n", 40, "--steps", 30) == 0
+    bits = json.loads(capsys.readouterr().out)["bits_per_dim"]
+    with np.load(run.parents[1] / "images.npz") as file:
+        x = (file["images"] / 127.5 - 1).astype(np.float64)
+    square = (x**2).mean() + 1 / (12 * 127.5**2)  # with the dequantisation's
+    expected = 0.5 * (square + np.log(2 * np.pi)) / np.log(2) + np.log2(127.5)
+    assert bits == pytest.approx(expected, abs=0.01)
+
+
 def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys):
     pytest.importorskip("efficientnet_lite_pytorch")
     arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--steps", 2, "--sampler", "ddpm", "--feature-size", 32,
