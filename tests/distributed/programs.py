@@ -41,6 +41,21 @@ def train(config: dict, resume: str | None = None, fault: dict | None = None) ->
     return train_run(Config.from_dict(config), Path(resume) if resume else None)
 
 
+def other_flags(config: dict, **changes) -> int:
+    """Train, but rank 1 was started with other flags."""
+    return train(config | (changes if os.environ["RANK"] == "1" else {}))
+
+
+def other_objective(config: dict) -> int:
+    """Rank 1 learns to predict something else."""
+    return other_flags(config, objective="v")
+
+
+def other_intervals(config: dict) -> int:
+    """Rank 1 saves at other steps."""
+    return other_flags(config, save_every=7)
+
+
 def other_weights(config: dict) -> int:
     """Train, but rank 1 changes a weight by itself."""
     if os.environ["RANK"] == "1":

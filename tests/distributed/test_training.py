@@ -56,6 +56,18 @@ def test_two_ranks_have_the_loss_curve_of_one(tiny_config, run_ranks, tmp_path, 
         assert_as_accurate(curves[parts], curves[1, 1], exact, f"the losses of {parts[0]} ranks")
 
 
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [("other_objective", "rank 1 has another --objective (v) than rank 0 (eps)"),
+     ("other_intervals", "rank 1 has another --save-every (7) than rank 0 (5)")],
+)  # fmt: skip
+def test_ranks_with_other_flags_end_at_once(tiny_config, run_ranks, tmp_path, program, named):
+    ended = run_ranks(program, tiny_config())
+    assert ended.codes == [1, 1], ended.outputs
+    assert ended.errors == [f"error: {named}; make them equal."]
+    assert not (tmp_path / "working").exists()
+
+
 def test_rank_0_alone_writes_and_one_rank_can_go_on(tiny_config, run_ranks, tmp_path):
     ended = run_ranks("train", tiny_config(), timeout=200)
     assert ended.codes == [0, 0], ended.outputs
