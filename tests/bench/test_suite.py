@@ -131,9 +131,7 @@ def test_only_a_whole_run_is_one(repo):
 
 def norm_with_an_extra_copy(**inputs):
     x = inputs.pop("x")
-    for _ in range(4):
-        x = x.clone()
-    return REGISTRY["group_norm_silu"].reference(x, **inputs)
+    return REGISTRY["group_norm_silu"].reference(x.clone(), **inputs)
 
 
 def measured_kernel(op):
@@ -185,11 +183,11 @@ def test_a_planted_slowdown_is_flagged(tmp_path, capsys, measure, good, bad):
         results = ratios_only(measure(good))
         replace(results, environment=results.environment | {"device": "first"}).write(before)
         ratios_only(measure(planted)).write(after)
-        return compare.main(before, after, tolerance=0.3)
+        return compare.main(before, after, tolerance=0.1)
 
     # A busy machine may disturb one measurement in a direction that looks like a slowdown, but not three.
     assert any(compared(good) == 0 for _ in range(3)), capsys.readouterr().out
-    assert compared(bad) == 1
+    assert any(compared(bad) == 1 for _ in range(2))
     assert "/ ours" in capsys.readouterr().out
 
 
