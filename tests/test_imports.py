@@ -8,7 +8,9 @@ import pytest
 import kernels
 
 # Of fastdiff.training, below the step and the evaluation.
-PARTS = ("optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch")
+PARTS = (
+    "optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch", "processes",
+)  # fmt: skip
 # Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
 LAYERS = [
     ["kernels"],
@@ -20,7 +22,7 @@ LAYERS = [
     [f"fastdiff.training.{name}" for name in PARTS],
     ["fastdiff.training.step", "fastdiff.evaluation"],
     ["fastdiff.training.evaluator"],
-    ["fastdiff.training.trainer", "fastdiff.training.train"],
+    ["fastdiff.training.trainer", "fastdiff.training.run_state", "fastdiff.training.train"],
     ["fastdiff.cli"],
     ["fastdiff.__main__", "train_cifar"],
 ]  # fmt: skip

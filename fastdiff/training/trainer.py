@@ -14,7 +14,7 @@ from fastdiff.config import PRESETS, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
-from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.errors import TrainingFailed
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.hardware import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
 from fastdiff.nets.unet import UNet
@@ -22,7 +22,7 @@ from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.reporting.run import DISK_FULL, Run, write_atomically
-from fastdiff.training import checkpoint
+from fastdiff.training import checkpoint, run_state
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
 from fastdiff.training.evaluator import Evaluator, draw_forward_noising
@@ -90,7 +90,7 @@ class Trainer:
             ranks=ranks,
         )  # fmt: skip
         if resumed is not None:
-            self._restore(resumed)
+            run_state.restore(self, resumed)
         self.evaluator = Evaluator(
             config, self.objective, self.ema, distance, ranks=ranks, bf16=self.bf16, compile=compiled
         )
@@ -102,33 +102,6 @@ class Trainer:
         """The run directory, which only rank 0 has."""
         assert self._run is not None
         return self._run
-
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        state = saved.state
-        if state["data_sha256"] != self.image_set.sha256:
-            raise UserError(
-                f"--data {self.config.data} holds other images than the run was trained on ({self.image_set.name}); "
-                "restore them, or start a new run."
-            )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"], updates=saved.step)
-        self.update.load_state_dict(state["optimizer"])
-        self.train_step.load_metrics_state(state["metrics"])
-        if "noise_levels" in state:  # which runs of the first version have not counted
-            self.train_step.noise_levels.load_state_dict(state["noise_levels"])
-            self.noise_history = state["noise_history"]
-        self.step, self.seconds, self.last_log = saved.step, state["seconds"], tuple(state["last_log"])
-        self.loss_history, self.fid_history, self.best = state["loss_history"], state["fid_history"], state["best"]
-        self.evaluated = state["evaluated"]
-
-        def unfinished(row: dict[str, Any]) -> bool:
-            """Rows of the checkpoint's own step that it does not count: a last partial mean, a later evaluation."""
-            if row["kind"] == "train":
-                return row["step"] == saved.step and self.last_log[0] != saved.step
-            return row["step"] == saved.step and self.evaluated != saved.step
-
-        if self.ranks.is_main:
-            self.run.truncate(saved.step, drop=unfinished)
 
     def _describe(self, compiled: bool) -> None:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
@@ -355,22 +328,7 @@ class Trainer:
         self.ranks.at(f"saving step {self.step:,}")
         self._collect_save(wait=True)
         self.not_saved = False
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.update.state_dict(),
-            "metrics": self.train_step.metrics_state(),
-            "noise_levels": self.train_step.noise_levels.state_dict(),
-            "noise_history": self.noise_history,
-            "seconds": self.seconds,
-            "last_log": self.last_log,
-            "loss_history": self.loss_history,
-            "fid_history": self.fid_history,
-            "best": self.best,
-            "evaluated": self.evaluated,
-            "data_sha256": self.image_set.sha256,
-            "config": self.config.to_dict(),
-        }
+        state = run_state.collect(self)
         # Finite losses and gradients may still overflow in the update of the last step.
         numbers = [t for t in checkpoint.tensors(state) if t.is_floating_point()]
         if not torch.stack([t.isfinite().all().to(self.device) for t in numbers]).all():

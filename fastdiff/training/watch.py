@@ -24,12 +24,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from fastdiff.errors import UserError
+from fastdiff.training.processes import kill_all, listen, where
 from fastdiff.training.signals import StopRequest
 
 INTERVAL = 0.5  # seconds between two reports of a rank
@@ -216,7 +216,7 @@ class _Hub(threading.Thread):
         """Name the cause, have all others leave, and leave; those that do not answer are killed on their hosts."""
         _say(cause)
         self._tell({"end": code, "kill": kill})
-        _kill(kill or [])
+        kill_all(kill or [])
         deadline = time.monotonic() + 2
         others = [rank for number, rank in self.ranks.items() if number != 0]
         # Not before they have read it: what a closed connection still holds may be lost.
@@ -229,15 +229,6 @@ class _Hub(threading.Thread):
         for number, rank in self.ranks.items():
             if not (rank.left or rank.ended) and not (number == 0 and "end" in message):
                 rank.connection.send(message)
-
-
-def _listen(address: str, backlog: int) -> socket.socket:
-    """Within a host on its loopback; else on all networks, as a host may know its own name as that of its loopback."""
-    if address == "127.0.0.1":
-        return socket.create_server((address, 0), backlog=backlog)
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 class Watch:
@@ -264,7 +255,7 @@ class Watch:
         self._place, self._since, self._waiting = "the start", time.monotonic(), False
         self._main = threading.get_ident()
         self._hub_place = "the start"
-        listener = _listen(address, size) if rank == 0 else None
+        listener = listen(address, size) if rank == 0 else None
         port, token = share((listener.getsockname()[1], secrets.token_hex(16)) if listener is not None else None)
         self._hub = _Hub(listener, size, token=token, timeout=timeout) if listener is not None else None
         if self._hub is not None:
@@ -352,14 +343,14 @@ class Watch:
                 if "goodbye" in message:
                     return
                 if "end" in message:
-                    _kill(message["kill"] or [])
+                    kill_all(message["kill"] or [])
                     self._leave(message["end"])
                 if "signal" in message and self.stop is not None and self.stop.signal is None:
                     self.stop.signal = signal.Signals(message["signal"])
                 self._hub_place = message.get("hub", self._hub_place)
             if self.judged and now - heard > self.timeout + 2 * INTERVAL:
                 host, pid = self._hub_process
-                _kill([(host, pid)])
+                kill_all([(host, pid)])
                 self._leave(1, f"rank 0 has hung in {self._hub_place} and does not answer for {now - heard:.0f} s")
             if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
                 self._leave(1, "torchrun is gone")
@@ -370,10 +361,10 @@ class Watch:
 
     def _report(self, now: float) -> dict[str, Any]:
         frames = sys._current_frames()
-        frame = _where(frames.get(self._main))
+        frame = where(frames.get(self._main))
         for thread in threading.enumerate():
             if frame.startswith("saving.py:") and thread.name.startswith(SAVING_THREAD):  # for which the main one waits
-                frame = f"{frame}, for {_where(frames.get(thread.ident or 0))}"
+                frame = f"{frame}, for {where(frames.get(thread.ident or 0))}"
                 break
         return {
             "place": self._place,
@@ -393,25 +384,3 @@ class Watch:
 
 def _say(cause: str) -> None:
     os.write(2, f"error: {cause}\n".encode())  # not by print: the main thread may hang within one
-
-
-def _kill(processes: list[tuple[str, int]]) -> None:
-    """Kill those of this host that do not answer: torchrun would wait 30 s for them."""
-    for host, pid in processes:
-        if host == socket.gethostname() and pid != os.getpid():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _where(frame: FrameType | None) -> str:
-    """The innermost function of this repository that a thread is in, as `step.py:120 in _body`."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    innermost = frame
-    while frame is not None and not (
-        frame.f_code.co_filename.startswith(root + os.sep) and "site-packages" not in frame.f_code.co_filename
-    ):
-        frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
-        return ""
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
