@@ -123,15 +123,14 @@ def test_unipc_down_to_0(order):
     [("euler", diffusers.EulerDiscreteScheduler), ("euler-ancestral", diffusers.EulerAncestralDiscreteScheduler)],
 )
 def test_euler_and_euler_ancestral(name, scheduler):
-    """These keep x / alpha."""
-    ts = LINEAR.grid(20)
+    """These keep x / alpha, of which float32 loses all too much where alpha is small: hence not from t = 1000."""
+    ts = torch.arange(600, -1, -30, dtype=torch.float64)
     scheduler = on_grid(scheduler(), ts)
     generator, x = seeded(), noise() / LINEAR.alpha(ts[0])
     for i, index in enumerate(scheduler.timesteps):
         eps = eps_network(x.double() * LINEAR.alpha(ts[i]), index)
         x = scheduler.step(eps, index, x.double(), generator=generator).prev_sample
-    # x / alpha starts at about 150, of which float32 keeps 1e-5.
-    torch.testing.assert_close(ours(name, ts), x.double(), rtol=5e-5, atol=5e-5)
+    torch.testing.assert_close(ours(name, ts), x.double(), **FLOAT32)
 
 
 def test_euler_on_edm_s_own_schedule():
