@@ -19,7 +19,10 @@ SNAPSHOT, WRITE = "snapshot, while training waits", "hash and write, in the back
 
 
 def _guard(size: Size) -> Comparison:
-    """The sums of a step with all that looks for numbers that are not finite, run eagerly: a captured step has less."""
+    """The sums of a step, which leave out and count what is not finite, run eagerly: a captured step launches less.
+
+    The update's own look, two operations on the gradient's norm, is not in it.
+    """
 
     def build() -> dict[str, Workload]:
         batch, step = constant_batch(size), our_step(size)

@@ -163,7 +163,7 @@ def measure(task: Task, batch: int) -> tuple[float, list[Timed]]:
 def source(results: dict[Task, list[Timed]], batch: int, e: dict[str, Any]) -> str:
     """The text of kernels/tuned.py; e is the environment."""
     lines = [
-        '"""Tiles of GroupNorm + SiLU for bf16 and fp16, chosen by measurement: written by bench/tune_norms.py.',
+        '"""Tiles of GroupNorm + SiLU for 16-bit x, chosen by measurement in bf16: written by bench/tune_norms.py.',
         "",
         f"On an {e['device']}, torch {e['torch']}, triton {e['triton']}, {e['date']}, batch {batch}. Behind each row:",
         "its time as a multiple of a device copy of the same bytes, and that of the rule in kernels/launch.py. Shapes",

@@ -54,13 +54,12 @@ class NormTiles:
     num_warps: int
 
 
-# Elements that one thread of a one-tile kernel holds, as float32. Counted by bench/aot.py: 64 of bf16 x compile to at
-# most 128 registers without a spill on sm_80, sm_90 and sm_100, and 128 spill; 32 where x and dy are held, where x is
-# fp32, where dropout and AdaGN come together (64 spill 8 to 24 bytes on sm_100), and for 8x8 and smaller, where 80
-# registers in place of 128 let more programs share a multiprocessor.
+# Elements that one thread of a one-tile kernel holds, as float32: 64 of bf16 x take about 100 registers, and 128 some
+# 170, with which one or two programs share a multiprocessor; 32 where x and dy are held, where x is fp32, where dropout
+# and AdaGN come together, and for 8x8 and smaller, where 64 registers let eight programs share one.
 TALL_ELEMENTS, ELEMENTS = 64, 32
-# Elements of a chunk a thread in the looped kernels: two accumulators and two inputs of 16 stay under 128 registers, so
-# that two programs of 8 warps share a multiprocessor; Philox needs registers too (171 with 16, 106 with 8).
+# Elements of a chunk a thread in the looped kernels: 16 take 80 registers in the backward, so that three programs of 8
+# warps share a multiprocessor; Philox needs registers too (128 with 16, 94 with 8).
 LOOP_ELEMENTS, LOOP_ELEMENTS_DROPOUT = 16, 8
 MAX_WARPS = 16
 ONE_HOT = 4096  # entries of the [groups, channels] membership matrix, a few a thread

@@ -1,4 +1,4 @@
-"""Tiles of GroupNorm + SiLU for bf16 and fp16, chosen by measurement: written by bench/tune_norms.py.
+"""Tiles of GroupNorm + SiLU for 16-bit x, chosen by measurement in bf16: written by bench/tune_norms.py.
 
 On an NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, 2026-11-26, batch 128. Behind each row:
 its time as a multiple of a device copy of the same bytes, and that of the rule in kernels/launch.py. Shapes

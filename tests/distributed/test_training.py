@@ -9,8 +9,10 @@ from fastdiff.config import Config
 from fastdiff.data.datasets import load_dataset
 from fastdiff.data.loaders import batch_plan
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.errors import UserError
 from fastdiff.nets.unet import UNet
 from fastdiff.training import checkpoint
+from fastdiff.training.distributed import Ranks
 from fastdiff.training.optim import learning_rate
 from fastdiff.training.step import step_seed
 from tests.distributed.conftest import TINY
@@ -130,3 +132,11 @@ def test_a_mistake_of_rank_0_alone_ends_all(tiny_config, run_ranks, tmp_path):
     assert ended.codes == [1, 1], ended.outputs
     assert len(ended.errors) == 1
     assert str(tmp_path / "nothing") in ended.errors[0]
+
+
+def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
+    """Each would train a run of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but .*LOCAL_WORLD_SIZE is not set; start the ranks"):
+        Ranks.launched("cpu", timeout=10)

@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff.nets.layers import GroupNorm, ResidualBlock, TimeEmbedding, group_norm_silu
+from fastdiff.nets.layers import (
+    GroupNorm,
+    ResidualBlock,
+    TimeEmbedding,
+    concatenate,
+    group_norm_silu,
+    upsample_nearest,
+)
 from fastdiff.nets.unet import UNet, UNetConfig
 from tests.numerics import assert_as_accurate
 
@@ -197,3 +204,22 @@ def test_the_fused_network_is_as_accurate_as_pytorchs(device, config):
     eager, fused_ = outcome(plain, x, t, bf16=True), outcome(ours, x, t, bf16=True)
     for name, value in truth.items():
         assert_as_accurate(fused_[name], eager[name], value, name)
+
+
+def test_concatenation_gives_gradients_of_their_own_in_channels_last():
+    parts = [torch.randn(2, c, 4, 4).to(memory_format=torch.channels_last).requires_grad_() for c in (8, 16)]
+    weight = torch.randn(2, 24, 4, 4).to(memory_format=torch.channels_last)
+    y = concatenate(*parts)
+    assert torch.equal(y, torch.cat(parts, 1))
+    gradients = torch.autograd.grad(y, parts, weight)
+    assert all(torch.equal(g, w) for g, w in zip(gradients, weight.split([8, 16], 1), strict=True))
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients)
+
+
+def test_upsampling_and_its_gradient_are_interpolates():
+    x = torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    y, expected = upsample_nearest(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(y, expected)
+    weight = torch.randn(y.shape)
+    (mine,), (theirs,) = (torch.autograd.grad(out, x, weight) for out in (y, expected))
+    assert torch.equal(mine, theirs)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -137,3 +138,12 @@ def test_too_many_steps_are_refused_before_the_first(config, tmp_path):
     assert (tmp_path / "plain" / "1" / "metrics.jsonl").read_text() == ""
     with pytest.raises(UserError, match="--profile"):
         dataclasses.replace(config, profile=-1)
+
+
+def test_what_the_device_had_still_to_do_is_training_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepRecorder, "_wait", lambda self: time.sleep(0.2))
+    with recorder(tmp_path / "profile") as r:
+        assert r.after_step(3) < 0.1  # before the first step that is timed
+        r.after_step(4)
+        r.after_step(5)
+    assert r.plain_step >= 100  # milliseconds: the wait of 0.2 s is of the two timed steps

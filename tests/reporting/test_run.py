@@ -373,3 +373,13 @@ def test_write_atomically_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_at_the_start_is_one_line_and_leaves_no_directory(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdiff.reporting.run.write_atomically", full)
+    with pytest.raises(UserError, match=r"No space left on device; [\d,]+ bytes are free.; free some space"):
+        create_run(tmp_path / "working", config={})
+    assert list((tmp_path / "working").iterdir()) == []

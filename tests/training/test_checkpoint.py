@@ -131,3 +131,20 @@ def test_a_crash_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path
     checkpoint.recover(tmp_path)
     assert os.listdir(tmp_path) == ["step-1"]
     assert checkpoint.load_latest(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, name):
+    """Passing over it would in the end delete the newest good checkpoint."""
+    checkpoint.save(tmp_path, 1, state())
+    checkpoint.save(tmp_path, 2, state())
+    real = type(tmp_path).read_bytes
+
+    def read(path):
+        if path.name == name and path.parent.name == "step-2":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", read)
+    with pytest.raises(UserError, match=f"{name} cannot be read .Input/output error"):
+        checkpoint.load_latest(tmp_path)

@@ -109,6 +109,18 @@ def test_resuming_in_new_processes_is_bit_equal_too(tiny_config, tmp_path, train
     assert_same_run(tmp_path / "whole" / "1", run)
 
 
+@pytest.mark.parametrize(("before", "after", "expected"), [(10, 7, [10, 20, 21, 28, 30]), (7, 10, [7, 14, 30])])
+def test_rows_are_kept_as_the_checkpoint_counts_them_whatever_the_next_interval(
+    tiny_config, tmp_path, before, after, expected
+):
+    run = tmp_path / "working" / "1"
+    train(tiny_config(steps=20, log_every=before, save_every=20))
+    train(tiny_config(log_every=after, save_every=20), resume=run)
+    assert [row["step"] for row in rows_of(run)] == expected
+    history = [step for step, _ in checkpoint.load_latest(run / "checkpoints").state["loss_history"]]
+    assert history == [step for step in expected if step != 30 or after == 10]
+
+
 def test_rows_after_the_checkpoint_are_written_again_once(tiny_config, tmp_path):
     train(tiny_config())
     run = tmp_path / "working" / "1"
