@@ -3,8 +3,8 @@
     python bench/aot.py                     writes bench/results/aot.md
     python bench/aot.py --sm 90 --print     to the terminal, one architecture
 
-Two promises are checked: no kernel spills (stack 0), and every access of x, y, dx, dy (for the flat kernels: of
-every buffer) moves 16 bytes a thread. Exits 1 if one is broken.
+Two promises are checked: no kernel spills (stack 0), and every access of x, y, dx, dy and other images (for the flat
+kernels: of every buffer) moves 16 bytes a thread. Exits 1 if one is broken.
 """
 
 import argparse
@@ -46,7 +46,10 @@ UNET_SHAPES = (
     (256, 4),
     (512, 4),
 )
-# What a call site switches on: SiLU alone, nothing (attention's norm), the time embedding, dropout, AdaGN, everything.
+# (C, H = W) of its skip concatenations -> channels of the first part.
+CONCATENATIONS = {(256, 32): 128, (384, 32): 256, (384, 16): 256, (512, 16): 256, (512, 8): 256, (512, 4): 256}
+# What a call site switches on: SiLU alone, nothing (attention's norm), the time embedding, dropout, AdaGN, everything;
+# and for add_group_norm_silu a residual with a bias, where there is a concatenation with the skip too.
 VARIANTS = {
     "plain": (),
     "none": ("none",),
@@ -55,8 +58,12 @@ VARIANTS = {
     "shift+dropout": ("shift", "seed"),
     "adagn": ("scale", "offset"),
     "all": ("shift", "scale", "offset", "seed"),
+    "add": ("shift", "residual"),
+    "add, none": ("shift", "residual", "none"),
 }
 WIDE = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # pointers whose every access must be 16 bytes
+WIDE_SUM = {"residual_ptr", "u_ptr", "du_ptr"}  # and of add_group_norm_silu
+WIDE_SKIP = {"skip_ptr", "dskip_ptr"}
 
 
 @dataclass(frozen=True)
@@ -105,15 +112,22 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
                            dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
         kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
-        types = dict.fromkeys(WIDE, f"*{dtype}")
+        summed, c_x = "residual" in options, channels
+        if summed:
+            c_x = CONCATENATIONS.get((channels, side), channels)
+        wide = WIDE | (WIDE_SUM if summed else set()) | (WIDE_SKIP if c_x < channels else set())
+        types = dict.fromkeys(wide, f"*{dtype}")
         types |= {
             f"{name}_ptr": f"*{dtype}"
             for name in ("shift", "scale", "offset", "dshift", "dscale", "doffset")
             if name.removeprefix("d") in options
         }
         types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
-        types |= {"stream_id": "i32", "threshold": "i32"} | ({"seed_ptr": "*i64"} if "seed" in options else {})
-        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "HW": side * side,
+        if summed:  # the biases of convolutions are rows of float32; in the backward they are in u already
+            types["shift_ptr"], types["dshift_ptr"] = ("constexpr" if backward else "*fp32"), "*fp32"
+        types |= dict.fromkeys(("affine_row", "shift_row", "stream_id", "threshold"), "i32")
+        types |= {"seed_ptr": "*i64"} if "seed" in options else {}
+        constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "C_X": c_x, "HW": side * side,
                      "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
                      "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
         yield Job(
@@ -156,7 +170,9 @@ def flat_jobs() -> Iterator[Job]:
 def all_jobs() -> list[Job]:
     """Every kernel at every shape of the U-Net, with every combination of options that a call site uses."""
     jobs = [job for channels, side in UNET_SHAPES for variant in VARIANTS for job in norm_jobs(channels, side, variant)]
-    jobs += [job for shape in ((384, 32), (128, 16)) for job in norm_jobs(*shape, "all", dtype="fp32")]
+    jobs += [
+        job for shape in ((384, 32), (128, 16)) for v in ("all", "add") for job in norm_jobs(*shape, v, dtype="fp32")
+    ]
     jobs += list(norm_jobs(128, 64, "shift+dropout"))
     return jobs + list(flat_jobs())
 
@@ -244,7 +260,11 @@ def build(job: Job, sm: int) -> Row:
     programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 163_840 // max(shared, 1), 32)
     passed = [name for name in fn.arg_names if types[name] != "constexpr"]
     scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr"}
-    main = WIDE if WIDE & set(passed) else {name for name in passed if name.endswith("_ptr")} - scalars
+    main = (
+        WIDE | WIDE_SUM | WIDE_SKIP
+        if WIDE & set(passed)
+        else {name for name in passed if name.endswith("_ptr")} - scalars
+    )
     widths = (
         _accesses(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main})
         if job.kernel != "column_sums"

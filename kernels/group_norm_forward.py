@@ -7,8 +7,10 @@ import triton.language as tl
 from kernels.group_norm_math import (
     activate,
     affine,
+    at,
     dropped,
     load,
+    load_sum,
     per_image,
     store,
     tile_group_sum,
@@ -19,21 +21,27 @@ from kernels.group_norm_math import (
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
 def forward_tile(
-    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    shift_ptr,  # (N, C) or None
+    x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
+    residual_ptr,  # (N, HW, C_X) like x, or None
+    skip_ptr,  # (N, HW, C - C_X) like x, or None
+    weight_ptr,  # (N, C), rows affine_row apart
+    bias_ptr,  # (N, C), the same
+    shift_ptr,  # (N, C_X), rows shift_row apart, or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
     seed_ptr,  # (1,) int64 or None: no dropout
     y_ptr,  # (N, HW, C) like x
+    u_ptr,  # (N, HW, C) like x: what was normalised; or None
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
+    affine_row,
+    shift_row,
     stream_id,
     threshold,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     C: tl.constexpr,
+    C_X: tl.constexpr,
     HW: tl.constexpr,
     PER_GROUP: tl.constexpr,
     OWN: tl.constexpr,
@@ -49,24 +57,27 @@ def forward_tile(
     ok = (local < OWN) & (channel < C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
     ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
-    at = n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])  # [BHW, BC]; 64 bits: N HW C may pass 2^31
+    here = at(n, pixel, channel, HW, C)  # [BHW, BC]
     whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
-    x = load(x_ptr + at, ok2, whole, "")
-    shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
+    shift = per_image(shift_ptr, n, shift_row, channel, ok & (channel < C_X))  # [BC]
+    u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole, "")
+    if u_ptr is not None:
+        u = u.to(u_ptr.dtype.element_ty).to(tl.float32)  # the backward will see it rounded
+        store(u_ptr + here, u, ok2, whole)
 
     # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
     m: tl.constexpr = HW * PER_GROUP
-    u = zero_outside(x.to(tl.float32) + shift[None, :], ok2, whole)
+    u = zero_outside(u, ok2, whole)
     mean = tile_group_sum(u, local, PER_GROUP, BLOCK_G) / m  # [BG]
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
     centred = zero_outside(u - mean_c[None, :], ok2, whole)
     variance = tile_group_sum(centred * centred, local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
     y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
     y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-    store(y_ptr + at, y, ok2, whole)
+    store(y_ptr + here, y, ok2, whole)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
@@ -77,21 +88,27 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
 def forward_loop(
-    x_ptr,  # (N, HW, C) bf16, fp16 or fp32
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    shift_ptr,  # (N, C) or None
+    x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
+    residual_ptr,  # (N, HW, C_X) like x, or None
+    skip_ptr,  # (N, HW, C - C_X) like x, or None
+    weight_ptr,  # (N, C), rows affine_row apart
+    bias_ptr,  # (N, C), the same
+    shift_ptr,  # (N, C_X), rows shift_row apart, or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
     seed_ptr,  # (1,) int64 or None: no dropout
     y_ptr,  # (N, HW, C) like x
+    u_ptr,  # (N, HW, C) like x: what was normalised; or None
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
+    affine_row,
+    shift_row,
     stream_id,
     threshold,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     C: tl.constexpr,
+    C_X: tl.constexpr,
     HW: tl.constexpr,
     PER_GROUP: tl.constexpr,
     OWN: tl.constexpr,
@@ -107,17 +124,22 @@ def forward_loop(
     ok = (local < OWN) & (channel < C)  # [BC]
     row = tl.arange(0, BLOCK_HW)  # [BHW]
     whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and HW % BLOCK_HW == 0
-    base = n.to(tl.int64) * (HW * C)
-    shift = per_image(shift_ptr, n, channel, ok, C)  # [BC]
+    shift = per_image(shift_ptr, n, shift_row, channel, ok & (channel < C_X))  # [BC]
     m: tl.constexpr = HW * PER_GROUP
 
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole, "evict_last").to(tl.float32)
-        total += zero_outside(x + shift[None, :], ok2, whole)
+        u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole,
+                     "evict_last")  # fmt: skip
+        if u_ptr is not None:
+            u = u.to(u_ptr.dtype.element_ty).to(tl.float32)
+            store(u_ptr + at(n, pixel, channel, HW, C), u, ok2, whole)
+        total += zero_outside(u, ok2, whole)
+    if u_ptr is not None:  # the next sweeps read what this one has added up; other threads may have written it
+        tl.debug_barrier()
+        x_ptr, shift = u_ptr, tl.zeros_like(shift)
     mean = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m  # [BG]
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
 
@@ -125,23 +147,22 @@ def forward_loop(
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole, "evict_last").to(tl.float32)
+        x = load(x_ptr + at(n, pixel, channel, HW, C), ok2, whole, "evict_last").to(tl.float32)
         centred = zero_outside((x + shift[None, :]) - mean_c[None, :], ok2, whole)
         total += centred * centred
     variance = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
     gamma *= to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]: y needs gamma * rstd only
     for i in range(0, HW, BLOCK_HW):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
-        at = base + (pixel[:, None] * C + channel[None, :])
-        x = load(x_ptr + at, ok2, whole, "evict_first").to(tl.float32)
+        here = at(n, pixel, channel, HW, C)
+        x = load(x_ptr + here, ok2, whole, "evict_first").to(tl.float32)
         y = activate((x + shift[None, :]) - mean_c[None, :], gamma, beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-        store(y_ptr + at, y, ok2, whole)
+        store(y_ptr + here, y, ok2, whole)
 
     group = tl.arange(0, BLOCK_G)
     in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)

@@ -3,7 +3,7 @@
 
 For image n, channel c of group g, pixel p (HW of them), with m = HW * channels per group:
 
-    u     = x + shift[n, c]                                      what is normalised
+    u     = cat(x + residual + shift[n, c], skip)                what is normalised; each but x is optional
     mean  = sum_g u / m          rstd = 1 / sqrt(sum_g (u - mean)^2 / m + eps)
     xhat  = (u - mean) * rstd
     gamma = weight * (1 + scale[n, c])      beta = bias * (1 + scale[n, c]) + offset[n, c]
@@ -14,6 +14,8 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
 
     B[n, c] = sum_p gz           A[n, c] = sum_p gz * xhat       all other sums come from these two
     dx      = (gamma * gz - sum_g(gamma * B) / m - xhat * sum_g(gamma * A) / m) * rstd
+    du     += dx above, where u leaves the kernel and has a gradient of its own; its channels are those of x, whose
+              gradient is residual's too, and those of skip
     dshift  = sum_p dx           doffset = B                     dscale = weight * A + bias * B
     dweight = sum_n (1 + scale) * A                              dbias = sum_n (1 + scale) * B
 
@@ -103,21 +105,76 @@ def to_channels(v, local, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def per_image(ptr, n, channel, ok, C: tl.constexpr):
-    """Row n of an optional (N, C) tensor as float32 [BC]; zeros where the tensor was not given."""
+def per_image(ptr, n, row, channel, ok):
+    """Row n of an optional (N, C) tensor as float32 [BC], zeros where the tensor was not given; `row` elements lie
+    between two rows, 0 where all images share one."""
     if ptr is None:
         return tl.zeros(channel.shape, tl.float32)
     else:
-        return tl.load(ptr + n.to(tl.int64) * C + channel, mask=ok, other=0.0).to(tl.float32)
+        return tl.load(ptr + n.to(tl.int64) * row + channel, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C: tl.constexpr):
+def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C: tl.constexpr):
     """gamma and beta [BC]: the learned affine map with the image's own scale and offset (AdaGN) folded in."""
-    one_plus = 1.0 + per_image(scale_ptr, n, channel, ok, C)
-    gamma = tl.load(weight_ptr + channel, mask=ok, other=0.0).to(tl.float32) * one_plus
-    beta = tl.load(bias_ptr + channel, mask=ok, other=0.0).to(tl.float32) * one_plus
-    return gamma, beta + per_image(offset_ptr, n, channel, ok, C)
+    one_plus = 1.0 + per_image(scale_ptr, n, C, channel, ok)
+    gamma = per_image(weight_ptr, n, affine_row, channel, ok) * one_plus
+    beta = per_image(bias_ptr, n, affine_row, channel, ok) * one_plus
+    return gamma, beta + per_image(offset_ptr, n, C, channel, ok)
+
+
+@triton.jit
+def load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok, HW: tl.constexpr, C: tl.constexpr,
+             C_X: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+    """cat(x + residual + shift, skip) [BHW, BC] as float32: x has C_X channels, skip the C - C_X others."""
+    channel = first + local
+    in_x = at(n, pixel, channel, HW, C_X)
+    in_skip = at(n, pixel, channel - C_X, HW, C - C_X)
+    if skip_ptr is None:
+        u = load_terms(x_ptr + in_x, residual_ptr, in_x, ok, WHOLE, EVICT)
+    elif C_X % OWN == 0:  # the seam lies between two programs
+        if first < C_X:
+            u = load_terms(x_ptr + in_x, residual_ptr, in_x, ok, WHOLE, EVICT)
+        else:
+            u = load(skip_ptr + in_skip, ok, WHOLE, EVICT).to(tl.float32)
+    else:
+        u = load_terms(x_ptr + in_x, residual_ptr, in_x, ok & (channel < C_X)[None, :], False, EVICT)
+        u += load(skip_ptr + in_skip, ok & (channel >= C_X)[None, :], False, EVICT).to(tl.float32)
+    return u + shift[None, :]
+
+
+@triton.jit
+def load_terms(x_at, residual_ptr, offset, ok, WHOLE: tl.constexpr, EVICT: tl.constexpr):
+    """x + residual."""
+    u = load(x_at, ok, WHOLE, EVICT).to(tl.float32)
+    if residual_ptr is not None:
+        u += load(residual_ptr + offset, ok, WHOLE, EVICT).to(tl.float32)
+    return u
+
+
+@triton.jit
+def store_parts(dx_ptr, dskip_ptr, v, n, pixel, first, local, ok, HW: tl.constexpr, C: tl.constexpr, C_X: tl.constexpr,
+                OWN: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """The inverse of the concatenation: the channels of v [BHW, BC] that are x's to dx, the others to dskip."""
+    channel = first + local
+    in_x = at(n, pixel, channel, HW, C_X)
+    in_skip = at(n, pixel, channel - C_X, HW, C - C_X)
+    if dskip_ptr is None:
+        store(dx_ptr + in_x, v, ok, WHOLE)
+    elif C_X % OWN == 0:
+        if first < C_X:
+            store(dx_ptr + in_x, v, ok, WHOLE)
+        else:
+            store(dskip_ptr + in_skip, v, ok, WHOLE)
+    else:
+        store(dx_ptr + in_x, v, ok & (channel < C_X)[None, :], False)
+        store(dskip_ptr + in_skip, v, ok & (channel >= C_X)[None, :], False)
+
+
+@triton.jit
+def at(n, pixel, channel, HW: tl.constexpr, C: tl.constexpr):
+    """Offsets [BHW, BC] of pixels and channels of image n in (N, HW, C); 64 bits, as N HW C may pass 2^31."""
+    return n.to(tl.int64) * (HW * C) + (pixel[:, None] * C + channel[None, :])
 
 
 @triton.jit

@@ -24,30 +24,36 @@ def copy(inputs: Inputs, device: torch.device, wide: bool = False) -> Inputs:
 def outcome(
     spec: KernelSpec, fn: Callable[..., Any], inputs: Inputs, weight: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Call `fn`, and backward from the sum of its result times `weight` -> results, what it wrote, every gradient."""
+    """Call `fn`, and backward from the sum of its results times weights -> results, what it wrote, every gradient.
+
+    The weights are drawn, exact in every dtype that is compared; `weight` is another one for an op with one result.
+    """
     names = [name for name in spec.differentiable if inputs.get(name) is not None]
     for name in names:
         inputs[name].requires_grad_()
-    y = fn(**inputs)
+    results = fn(**inputs)
     if spec.mutates:
         return {name: inputs[name] for name in spec.mutates if inputs[name] is not None}
-    assert weight is not None
-    y.backward(weight.to(device=y.device, dtype=y.dtype))
-    return {"y": y.detach()} | {f"d{name}": inputs[name].grad for name in names}
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [_weight(y.shape, generator).to(y.device, y.dtype) for y in results]
+    if weight is not None:
+        weights = [weight.to(results[0].device, results[0].dtype)]
+    torch.autograd.backward(results, weights)
+    values = dict(zip(("y", "u"), (y.detach() for y in results), strict=False))
+    return values | {f"d{name}": inputs[name].grad for name in names}
+
+
+def _weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    return weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
 
 
 def check(spec: KernelSpec, inputs: Inputs, device: torch.device, *, fn: Callable[..., Any] | None = None) -> None:
     """Assert the tolerance rule on everything that the op returns, writes or differentiates."""
-    weight = None
-    if not spec.mutates:
-        shape = next(iter(inputs.values())).shape
-        generator = torch.Generator().manual_seed(1)
-        weight = torch.randn(shape, generator=generator).bfloat16()  # exact in every dtype compared
-        if len(shape) == 4:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-    fused = outcome(spec, fn or spec.op, copy(inputs, device), weight)
-    eager = outcome(spec, spec.reference, copy(inputs, device), weight)
-    exact = outcome(spec, spec.reference, copy(inputs, device, wide=True), weight)
+    fused = outcome(spec, fn or spec.op, copy(inputs, device))
+    eager = outcome(spec, spec.reference, copy(inputs, device))
+    exact = outcome(spec, spec.reference, copy(inputs, device, wide=True))
     assert fused.keys() == exact.keys()
     for name, value in fused.items():
         assert value.dtype == eager[name].dtype

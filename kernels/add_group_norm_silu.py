@@ -1,0 +1,126 @@
+"""group_norm_silu of a sum that no kernel has formed yet: a residual connection, a bias, a skip concatenation.
+
+    u = cat(x + residual + shift, skip)            y = silu(group_norm(u))
+
+A residual block ends in an addition, and the block after it begins with a norm and with the other branch, which both
+read the sum. Here the norm forms it, as fused residual norms of language models do: the terms are read once and u is
+written once, for whoever else needs it. The gradient that comes back to u from there is added in the backward kernel
+itself, so that no sum of gradients takes a pass of its own either. For n elements of bf16 and a residual:
+
+    forward    add 6 n, norm 4 n  ->  8 n bytes            backward   norm 6 n, add 6 n  ->  8 n
+
+`skip` saves the writing and splitting of a concatenation in the same way. The kernels are group_norm_silu's.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.group_norm_silu import (
+    DTYPES,
+    Activation,
+    check,
+    check_layout,
+    draw_affine,
+    forward_op,
+    vectors_of,
+)
+from kernels.group_norm_silu import reference as norm_reference
+from kernels.spec import Case, Inputs, KernelSpec
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
+              residual: Tensor | None = None, skip: Tensor | None = None, shift: Tensor | None = None,
+              activation: Activation = "silu") -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in plain PyTorch, step by step in x's dtype; differentiable, any device, any strides."""
+    u = x if shift is None else x + shift.to(x.dtype)[..., None, None]
+    u = u if residual is None else u + residual
+    u = u if skip is None else torch.cat([u, skip], 1)
+    return norm_reference(u, weight, bias, num_groups, eps, activation=activation), u
+
+
+def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
+                        residual: Tensor | None = None, skip: Tensor | None = None, shift: Tensor | None = None,
+                        activation: Activation = "silu") -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> y = act(group_norm(u)) and u = cat(x + residual + shift, skip), both differentiable once in every argument.
+
+    x           (N, C1, H, W) in torch.channels_last, bf16, fp16 or fp32 (float64 too on a CPU); N may be 0
+    weight      (C,) and bias (C,), or both (N, C); see `group_norm_silu`. C = C1 + C2
+    num_groups  any divisor of C; a group may have members in both x and skip
+    eps         added to the variance
+    residual    (N, C1, H, W) like x
+    skip        (N, C2, H, W) in x's dtype, channels_last
+    shift       (N, C1) or (C1,), any floating dtype
+    activation  "silu" or "none"
+
+    Both results are (N, C, H, W) in x's dtype, channels_last. The sum is formed in float32 and rounded once; statistics
+    are those of the rounded u. Under autocast nothing is cast.
+
+    On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
+
+    Raises ValueError for shapes, strides or values outside the above, TypeError for dtypes.
+    """
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1]) if x.dim() == 4 else 0
+    check(x, channels, weight, bias, num_groups, shift, None, None, activation, 0.0, None, 0)
+    for name, v in (("residual", residual), ("skip", skip)):
+        if v is None:
+            continue
+        shape = x.shape if name == "residual" else (x.shape[0], v.shape[1], *x.shape[2:])
+        if tuple(v.shape) != tuple(shape) or v.device != x.device:
+            raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, got {tuple(v.shape)} on {v.device}")
+        if v.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {v.dtype}")
+        check_layout(name, v)
+    y, u, _, _ = forward_op(x, residual, skip, *vectors_of(x.shape[0], weight, bias, shift), None, None, None,
+                            num_groups, eps, activation == "silu", 0.0, 0, True)  # fmt: skip
+    return y, u
+
+
+def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int = 0, extras: tuple[str, ...] = (),
+          rows: bool = False, **plain) -> Case:  # fmt: skip
+    """Standard-normal terms; weights are exact in bf16, so that only arithmetic is compared."""
+
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        def image(channels: int) -> Tensor:
+            v = torch.randn(n, channels, h, w, generator=generator).bfloat16()
+            return v.to(dtype).to(memory_format=torch.channels_last)
+
+        inputs: Inputs = {"x": image(c)} | draw_affine(generator, (n, c + c_skip) if rows else (c + c_skip,))
+        inputs |= {"num_groups": groups}
+        if "residual" in extras:
+            inputs["residual"] = image(c)
+        if c_skip:
+            inputs["skip"] = image(c_skip)
+        if "shift" in extras:
+            inputs["shift"] = (torch.randn(n, c, generator=generator) / 2).to(dtype)
+        return inputs | plain
+
+    return Case(name, make)
+
+
+def _min_bytes(inputs: Inputs) -> tuple[int, int]:
+    """The terms in, y and u out; u, dy and du in, a gradient of each image but the residual, which shares x's, out."""
+    terms = [inputs[name].nbytes for name in ("x", "residual", "skip") if name in inputs]
+    total = inputs["x"].nbytes + (inputs["skip"].nbytes if "skip" in inputs else 0)
+    vectors = sum(inputs[name].nbytes for name in ("weight", "bias", "shift") if name in inputs)
+    return sum(terms) + 2 * total + vectors, 4 * total + 2 * vectors
+
+
+SPEC = KernelSpec(
+    name="add_group_norm_silu",
+    op=add_group_norm_silu,
+    reference=reference,
+    cases=(
+        _case("residual", 2, 128, 8, 8, 32, extras=("residual",)),
+        _case("everything at once", 2, 64, 6, 6, 12, c_skip=32, extras=("residual", "shift"), rows=True),
+        _case("12 channels a group, a seam inside one", 2, 64, 16, 16, 8, c_skip=32, extras=("residual",)),
+        _case("attention's norm", 1, 64, 16, 16, 32, extras=("residual", "shift"), activation="none", eps=1e-6),
+        _case("7x5 pixels, odd channels", 3, 20, 7, 5, 11, c_skip=13, extras=("shift",)),
+        _case("one pixel, one image", 1, 64, 1, 1, 2, c_skip=32, extras=("residual",)),
+        _case("a bias alone", 2, 48, 5, 5, 4, extras=("shift",)),
+        _case("looped forward and backward", 1, 96, 20, 24, 1, c_skip=32, extras=("residual", "shift")),
+        _case("no images", 0, 32, 4, 4, 8, c_skip=32, extras=("residual",)),
+    ),
+    dtypes=DTYPES,
+    min_bytes=_min_bytes,
+    differentiable=("x", "weight", "bias", "residual", "skip", "shift"),
+)
