@@ -115,7 +115,7 @@ def calls(task: Task, tiles: NormTiles, copies: int, batch: int) -> list[Callabl
 
     def with_tiles(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with mock.patch.object(sys.modules["kernels.group_norm_silu"], "norm_tiles", return_value=tiles):
+            with mock.patch.object(sys.modules["kernels.group_norm_launch"], "norm_tiles", return_value=tiles):
                 return call()
 
         return run

@@ -14,14 +14,15 @@ itself, so that no sum of gradients takes a pass of its own either. For n elemen
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
+from kernels.group_norm_launch import backward, forward, image, statistics, vector_like
 from kernels.group_norm_silu import (
     DTYPES,
     Activation,
     check,
     check_layout,
     draw_affine,
-    forward_op,
     vectors_of,
 )
 from kernels.group_norm_silu import reference as norm_reference
@@ -36,6 +37,63 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: flo
     u = u if residual is None else u + residual
     u = u if skip is None else torch.cat([u, skip], 1)
     return norm_reference(u, weight, bias, num_groups, eps, activation=activation), u
+
+
+@triton_op("fastdiff_kernels::add_group_norm_silu", mutates_args={})
+def _forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Tensor, bias: Tensor,
+             shift: Tensor | None, num_groups: int, eps: float,
+             silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, u, and mean and rstd (N, groups) for the backward."""
+    y, u, mean, rstd = forward(x, residual, skip, weight, bias, shift, None, None, None, num_groups, eps, silu, 0.0, 0,
+                               with_sum=True)  # fmt: skip
+    assert u is not None
+    return y, u, mean, rstd
+
+
+@triton_op("fastdiff_kernels::add_group_norm_silu_backward", mutates_args={})
+def _backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
+              mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
+              c_x: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dskip, dweight, dbias, dshift of x = u, whose first c_x channels are the forward's x; an empty tensor for
+    skip or shift if it was not given."""
+    dx, dskip, dweight, dbias, dshift, *_ = backward(dy, du, x, weight, bias, shift, None, None, None, mean, rstd,
+                                                     num_groups, silu, 0.0, 0, c_x, summed=True)  # fmt: skip
+    grads = (dx, dskip, dweight, dbias, dshift)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]
+
+
+@_forward.register_fake
+def _(x, residual, skip, weight, bias, shift, num_groups, eps, silu):
+    c = x.shape[1] + (0 if skip is None else skip.shape[1])
+    return image(x, c), image(x, c), statistics(x, num_groups), statistics(x, num_groups)
+
+
+@_backward.register_fake
+def _(dy, du, x, weight, bias, shift, mean, rstd, num_groups, silu, c_x):
+    dskip = image(x, x.shape[1] - c_x) if c_x < x.shape[1] else x.new_empty(0)
+    return image(x, c_x), dskip, *(vector_like(v, x) for v in (weight, bias, shift))
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, skip, weight, bias, shift, num_groups, _, silu = inputs
+    _, u, mean, rstd = output
+    ctx.save_for_backward(u, weight, bias, shift, mean, rstd)
+    ctx.plain = (num_groups, silu, int(x.shape[1]))
+    ctx.given = (residual is not None, skip is not None, shift is not None)
+    ctx.set_materialize_grads(False)  # where u has no other use it has no gradient, not one of zeros
+
+
+def _autograd(ctx, dy, du, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
+    u, *rest = ctx.saved_tensors
+    has_residual, has_skip, has_shift = ctx.given
+    # Autograd may hand over an expanded or NCHW gradient, or none where only the other result was used.
+    dy, du = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (dy, du))
+    dx, dskip, dweight, dbias, dshift = _backward(torch.zeros_like(u) if dy is None else dy, du, u, *rest, *ctx.plain)
+    images = dx, dx if has_residual else None, dskip if has_skip else None
+    return *images, dweight, dbias, dshift if has_shift else None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
@@ -70,8 +128,8 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
         if v.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {v.dtype}")
         check_layout(name, v)
-    y, u, _, _ = forward_op(x, residual, skip, *vectors_of(x.shape[0], weight, bias, shift), None, None, None,
-                            num_groups, eps, activation == "silu", 0.0, 0, True)  # fmt: skip
+    vectors = vectors_of(x.shape[0], weight, bias, shift)
+    y, u, _, _ = _forward(x, residual, skip, *vectors, num_groups, eps, activation == "silu")
     return y, u
 
 

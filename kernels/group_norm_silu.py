@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
-from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, runs_triton, sum_blocks, traceable
-from kernels.philox import dropout_factor_torch, threshold_of
+from kernels.group_norm_launch import backward, forward, image, statistics, vector_like
+from kernels.launch import runs_triton
+from kernels.philox import dropout_factor_torch
 from kernels.spec import Case, Inputs, KernelSpec
 
 Activation = Literal["silu", "none"]
@@ -48,223 +47,53 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: flo
     return y
 
 
-def _wide(v: Tensor) -> Tensor:
-    """The dtype of the statistics: float32, or float64 for float64 input (CPU only)."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
-def _sum(x: Tensor, residual: Tensor | None, skip: Tensor | None, shift: Tensor | None) -> Tensor:
-    """cat(x + residual + shift, skip), in the dtype of the statistics."""
-    u = _wide(x) if residual is None else _wide(x) + residual
-    if shift is not None:
-        u = u + shift[:, :, None, None]
-    return u if skip is None else torch.cat([u, _wide(skip)], 1)
-
-
-def _by_group(u: Tensor, num_groups: int) -> Tensor:
-    """(N, C, H, W) -> (N, groups, m)."""
-    return u.reshape(u.shape[0], num_groups, u.shape[1] // num_groups * u.shape[2] * u.shape[3])
-
-
-def _affine(weight: Tensor, bias: Tensor, scale: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gamma and beta, (1 or N, C)."""
-    one_plus = 1.0 if scale is None else 1 + _wide(scale)
-    gamma, beta = (_wide(v).reshape(-1, v.shape[-1]) * one_plus for v in (weight, bias))
-    return gamma, beta if offset is None else beta + offset
-
-
-def _channels_last(v: Tensor, dtype: torch.dtype) -> Tensor:
-    return v.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _forward_cpu(x, residual, skip, weight, bias, shift, scale, offset, seed, num_groups, eps, silu, dropout_p,
-                 stream, with_sum):  # fmt: skip
-    total = _sum(x, residual, skip, shift)
-    summed = _channels_last(total, x.dtype).clone() if with_sum else x.new_empty(0)
-    u = _by_group(_wide(summed) if with_sum else total, num_groups)
-    mean = u.mean(-1, keepdim=True)
-    rstd = (u - mean).square().mean(-1, keepdim=True).add(eps).rsqrt()
-    gamma, beta = _affine(weight, bias, scale, offset)
-    z = ((u - mean) * rstd).reshape(total.shape) * gamma[:, :, None, None] + beta[:, :, None, None]
-    y = z * torch.sigmoid(z) if silu else z
-    if seed is not None:
-        y = y * dropout_factor_torch(seed, y.shape, stream, dropout_p)
-    return _channels_last(y, x.dtype), summed, mean.squeeze(-1), rstd.squeeze(-1)
-
-
-def _backward_cpu(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p, stream,
-                  c_x, summed):  # fmt: skip
-    """The formulas of group_norm_math.py, in tensors."""
-    gz = _wide(dy)
-    if seed is not None:
-        gz = gz * dropout_factor_torch(seed, x.shape, stream, dropout_p)
-    u = _by_group(_sum(x, None, None, None if summed else shift), num_groups)
-    xhat = ((u - mean[..., None]) * rstd[..., None]).reshape(x.shape)
-    gamma, beta = _affine(weight, bias, scale, offset)
-    if silu:
-        z = xhat * gamma[:, :, None, None] + beta[:, :, None, None]
-        s = torch.sigmoid(z)
-        gz = gz * (s * (1 + z * (1 - s)))
-    a, b = (gz * xhat).sum((2, 3)), gz.sum((2, 3))  # (N, C)
-    one_plus = 1.0 if scale is None else 1 + _wide(scale)
-
-    def group_mean(v: Tensor) -> Tensor:  # (N, C) -> (N, C, 1, 1)
-        per_group = v.shape[1] // num_groups
-        sums = v.reshape(v.shape[0], num_groups, per_group).sum(-1) / (per_group * x.shape[2] * x.shape[3])
-        return sums.repeat_interleave(per_group, 1)[:, :, None, None]
-
-    dx = gamma[:, :, None, None] * gz - group_mean(gamma * b) - xhat * group_mean(gamma * a)
-    dx = dx * rstd.repeat_interleave(x.shape[1] // num_groups, 1)[:, :, None, None]
-    if du is not None:
-        dx = dx + du
-
-    def affine_gradient(v: Tensor, like: Tensor) -> Tensor:  # (N, C) -> (C,) or (N, C)
-        return (one_plus * v if like.dim() == 2 else (one_plus * v).sum(0)).to(like.dtype)
-
-    plain_weight, plain_bias = _affine(weight, bias, None, None)
-    return (
-        _channels_last(dx, x.dtype) if c_x == x.shape[1] else _channels_last(dx[:, :c_x], x.dtype).clone(),
-        x.new_empty(0) if c_x == x.shape[1] else _channels_last(dx[:, c_x:], x.dtype).clone(),
-        affine_gradient(a, weight),
-        affine_gradient(b, bias),
-        x.new_empty(0) if shift is None else dx[:, :c_x].sum((2, 3)).to(shift.dtype),
-        x.new_empty(0) if scale is None else (plain_weight * a + plain_bias * b).to(scale.dtype),
-        x.new_empty(0) if offset is None else b.clone().to(offset.dtype),
-    )
-
-
-def _statistics(x: Tensor, num_groups: int) -> Tensor:
-    return torch.empty(x.shape[0], num_groups, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _image(like: Tensor, channels: int) -> Tensor:
-    """Uninitialised (N, channels, H, W) in channels_last memory."""
-    n, _, height, width = like.shape
-    return like.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
-
-
-def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool):
-    """Whether the image is looped over, the grid, and the constants that both kernels of a pass take."""
-    n, pixels = x.shape[0], int(x.shape[2]) * int(x.shape[3])
-    tiles = norm_tiles(channels, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout,
-                       adaptive=adaptive)  # fmt: skip
-    constants = {"C": channels, "HW": pixels, "PER_GROUP": channels // num_groups, "OWN": tiles.channels,
-                     "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw,
-                     "num_warps": tiles.num_warps}  # fmt: skip
-    return tiles.looped, (n * -(-channels // tiles.channels),), constants
-
-
-def _row(v: Tensor | None) -> int:
-    """Elements from one image's row to the next one's; a vector (C,) is every image's."""
-    return v.stride(0) if v is not None and v.dim() == 2 else 0
-
-
 @triton_op("fastdiff_kernels::group_norm_silu", mutates_args={})
-def forward_op(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Tensor, bias: Tensor,
-               shift: Tensor | None, scale: Tensor | None, offset: Tensor | None, seed: Tensor | None, num_groups: int,
-               eps: float, silu: bool, dropout_p: float, stream: int,
-               with_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y; u = cat(x + residual + shift, skip), or an empty tensor; mean and rstd (N, groups) for the backward."""
-    if not runs_triton(x):
-        return _forward_cpu(x, residual, skip, weight, bias, shift, scale, offset, seed, num_groups, eps, silu,
-                            dropout_p, stream, with_sum)  # fmt: skip
-    c_x = int(x.shape[1])
-    c = c_x + (int(skip.shape[1]) if skip is not None else 0)
-    y, u = _image(x, c), _image(x, c) if with_sum else None
-    mean, rstd = _statistics(x, num_groups), _statistics(x, num_groups)
-    if y.numel() == 0:
-        return y, x.new_empty(0) if u is None else u, mean.zero_(), rstd.zero_()
-    switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
-    looped, grid, constants = _meta(x, c, num_groups, backward=False, **switches)
-    args = (x, residual, skip, weight, bias, shift, scale, offset, seed, y, u, mean, rstd, _row(weight), _row(shift),
-            stream, threshold_of(dropout_p))  # fmt: skip
-    if looped:
-        traceable(forward_loop)[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
-    else:
-        traceable(forward_tile)[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
-    return y, x.new_empty(0) if u is None else u, mean, rstd
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scale: Tensor | None, offset: Tensor | None,
+             seed: Tensor | None, num_groups: int, eps: float, silu: bool, dropout_p: float,
+             stream: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y like x, and mean and rstd (N, groups) for the backward."""
+    y, _, mean, rstd = forward(x, None, None, weight, bias, shift, scale, offset, seed, num_groups, eps, silu,
+                               dropout_p, stream, with_sum=False)  # fmt: skip
+    return y, mean, rstd
 
 
 @triton_op("fastdiff_kernels::group_norm_silu_backward", mutates_args={})
-def _backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
-              scale: Tensor | None, offset: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor,
-              num_groups: int, silu: bool, dropout_p: float, stream: int, c_x: int,
-              summed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x is u if `summed`, when the shift is in it already; c_x of its channels are those of the forward's x.
-
-    -> dx, dskip, dweight, dbias, dshift, dscale, doffset; an empty tensor for each that was not given.
-    """
-    if not runs_triton(x):
-        return _backward_cpu(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
-                             dropout_p, stream, c_x, summed)  # fmt: skip
-    n, c = x.shape[0], int(x.shape[1])
-    dx, dskip = _image(x, c_x), _image(x, c - c_x) if c_x < c else None
-    dweight, dbias = (torch.empty(v.shape, device=x.device, dtype=v.dtype) for v in (weight, bias))
-    rows = [None if v is None else torch.empty(v.shape, device=x.device, dtype=v.dtype) for v in (shift, scale, offset)]
-    dshift, dscale, doffset = rows
-    grads = [dx, dskip, dweight, dbias, *rows]
-    if x.numel() == 0:
-        return tuple(x.new_empty(0) if g is None else g.zero_() for g in grads)  # ty: ignore[invalid-explicit-return]
-    switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
-    looped, grid, constants = _meta(x, c, num_groups, backward=True, **switches)
-    part_weight, part_bias = dweight, dbias
-    if weight.dim() == 1:
-        # Two allocations, not two views of one: Inductor would copy each view back into its base after the kernel.
-        part_weight, part_bias = (torch.empty(n, c, device=x.device, dtype=torch.float32) for _ in range(2))
-    args = (dy, du, x, weight, bias, None if summed else shift, scale, offset, seed, mean, rstd, dx, dskip, part_weight,
-            part_bias, dshift, dscale, doffset, _row(weight), _row(shift), stream, threshold_of(dropout_p))  # fmt: skip
-    if looped:
-        traceable(backward_loop)[grid](*args, SILU=silu, C_X=c_x, **constants)
-    else:
-        traceable(backward_tile)[grid](*args, SILU=silu, C_X=c_x, **constants)
-    if weight.dim() == 1:
-        blocks = sum_blocks(c)
-        traceable(column_sums)[(-(-c // blocks["BLOCK_C"]),)](part_weight, part_bias, dweight, dbias, n, C=c, **blocks)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scale: Tensor | None,
+              offset: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
+              dropout_p: float, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dweight, dbias, dshift, dscale, doffset; an empty tensor for each of the last three that was not given."""
+    dx, _, *rest = backward(dy, None, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
+                            dropout_p, stream, c_x=int(x.shape[1]), summed=False)  # fmt: skip
+    return tuple(x.new_empty(0) if g is None else g for g in (dx, *rest))  # ty: ignore[invalid-explicit-return]
 
 
-@forward_op.register_fake
-def _(x, residual, skip, weight, bias, shift, scale, offset, seed, num_groups, eps, silu, dropout_p, stream, with_sum):
-    c = x.shape[1] + (0 if skip is None else skip.shape[1])
-    u = _image(x, c) if with_sum else x.new_empty(0)
-    return _image(x, c), u, _statistics(x, num_groups), _statistics(x, num_groups)
+@_forward.register_fake
+def _(x, weight, bias, shift, scale, offset, seed, num_groups, eps, silu, dropout_p, stream):
+    return image(x, x.shape[1]), statistics(x, num_groups), statistics(x, num_groups)
 
 
 @_backward.register_fake
-def _(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p, stream, c_x,
-      summed):  # fmt: skip
-    rest = x.shape[1] - c_x
-    vectors = (weight, bias, shift, scale, offset)
-    return (
-        _image(x, c_x), _image(x, rest) if rest else x.new_empty(0),
-        *(x.new_empty(0) if v is None else torch.empty(v.shape, device=x.device, dtype=v.dtype) for v in vectors),
-    )  # fmt: skip
+def _(dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p, stream):
+    return image(x, x.shape[1]), *(vector_like(v, x) for v in (weight, bias, shift, scale, offset))
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, skip, weight, bias, shift, scale, offset, seed, num_groups, _, silu, dropout_p, stream, summed = inputs
-    _, u, mean, rstd = output
-    ctx.save_for_backward(u if summed else x, weight, bias, shift, scale, offset, seed, mean, rstd)
-    ctx.plain = (num_groups, silu, dropout_p, stream, int(x.shape[1]), summed)
-    ctx.given = (residual is not None, skip is not None)
-    ctx.set_materialize_grads(False)  # where u has no other use it has no gradient, not one of zeros
+    x, weight, bias, shift, scale, offset, seed, num_groups, _, silu, dropout_p, stream = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, shift, scale, offset, seed, mean, rstd)
+    ctx.plain = (num_groups, silu, dropout_p, stream)
 
 
-def _autograd(ctx, dy, du, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
+def _autograd(ctx, dy, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
     *tensors, mean, rstd = ctx.saved_tensors
     shift, scale, offset = tensors[3:6]
-    has_residual, has_skip = ctx.given
-    # Autograd may hand over an expanded or NCHW gradient, or none where only the other output was used.
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous(memory_format=torch.channels_last)
-    summed = ctx.plain[-1]
-    du = du.contiguous(memory_format=torch.channels_last) if summed and du is not None else None
-    dx, dskip, dweight, dbias, *rows = _backward(dy, du, *tensors, mean, rstd, *ctx.plain)
-    rows = (g if v is not None else None for g, v in zip(rows, (shift, scale, offset), strict=True))
-    images = dx, dx if has_residual else None, dskip if has_skip else None
-    return *images, dweight, dbias, *rows, None, None, None, None, None, None, None
+    dy = dy.contiguous(memory_format=torch.channels_last)  # autograd may hand over an expanded or NCHW gradient
+    dx, dweight, dbias, dshift, dscale, doffset = _backward(dy, *tensors, mean, rstd, *ctx.plain)
+    given = (g if v is not None else None for g, v in ((dshift, shift), (dscale, scale), (doffset, offset)))
+    return dx, dweight, dbias, *given, None, None, None, None, None, None
 
 
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
@@ -299,8 +128,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     rows = [v if v is None else v.contiguous() for v in (scale, offset)]  # halves of a chunk() are strided
     if dropout_p == 0:
         seed = None
-    y, _, _, _ = forward_op(x, None, None, *vectors, *rows, seed, num_groups, eps, activation == "silu", dropout_p,
-                            stream, False)  # fmt: skip
+    y, _, _ = _forward(x, *vectors, *rows, seed, num_groups, eps, activation == "silu", dropout_p, stream)
     return y
 
 
