@@ -1,7 +1,8 @@
 """Layers of the U-Net. Activations are (N, C, H, W) in channels_last memory throughout."""
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,64 @@ class GroupNorm(nn.GroupNorm):
     fused = False
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution whose bias, if `fused`, is left to the norm or the sum that reads the result."""
+
+    fused = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        return self._conv_forward(input, self.weight, None if self.fused else self.bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose bias, if `fused`, is left to the norm or the sum that reads the result."""
+
+    fused = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C_in) -> (..., C_out)."""
+        return F.linear(input, self.weight, None if self.fused else self.bias)
+
+
+class Pending(NamedTuple):
+    """An activation as the terms whose sum it is: the next norm adds them as it reads them, so that takes no pass.
+
+    branch      (N, C, H, W), what a layer gave
+    shortcut    (N, C, H, W) around it, or None
+    bias        (C,) or (N, C) that the layer left out; None if it is in `branch`
+    """
+
+    branch: Tensor
+    shortcut: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def whole(x: Pending) -> Tensor:
+    """The sum, where no norm reads it first."""
+    if x.bias is not None:
+        total = x.branch + x.bias[..., None, None]
+        return (total if x.shortcut is None else total + x.shortcut).to(x.branch.dtype)
+    return x.branch if x.shortcut is None else x.shortcut + x.branch
+
+
+class Shared(NamedTuple):
+    """What all layers need in one forward pass.
+
+    vectors     by the module's number: those of its `vectors()`, (C,) or a row for each image (N, C); of a residual
+                block then its projection of the time embedding (N, c_out)
+    seed        (1,) int64 of the fused kernel's dropout; see `group_norm_silu`
+    """
+
+    vectors: Sequence[Sequence[Tensor]]
+    seed: Tensor | None = None
+
+
 def group_norm_silu(
     x: Tensor,
     norm: GroupNorm,
+    weight: Tensor,
+    bias: Tensor,
     *,
     silu: bool = True,
     shift: Tensor | None = None,
@@ -30,12 +86,13 @@ def group_norm_silu(
 ) -> Tensor:
     """GroupNorm of x + shift, SiLU unless `silu` is false, dropout: (N, C, H, W) -> (N, C, H, W), in the dtype of x.
 
-    Every norm of the network comes through here, so that one line chooses its implementation. Statistics are float32
-    under autocast too.
+    Every norm of the network comes through here or through `add_norm_silu`, so that one line chooses its
+    implementation. Statistics are float32 under autocast too.
 
     Args:
         x: (N, C, H, W), in channels_last memory.
-        norm: weight, bias, groups and eps.
+        norm: groups, eps and implementation.
+        weight, bias: the norm's, (C,), or with the fused kernel (N, C).
         shift: (N, C), added to every pixel first.
         dropout_p: probability that an element is set to 0, in [0, 1).
         seed, stream: fix the fused kernel's dropout mask: (1,) int64, needed for dropout_p > 0, and one number for each
@@ -43,13 +100,29 @@ def group_norm_silu(
     """
     if norm.fused:
         return kernels.group_norm_silu(
-            x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift,
+            x, weight, bias, norm.num_groups, norm.eps, shift=shift,
             activation="silu" if silu else "none", dropout_p=dropout_p, seed=seed, stream=stream,
         )  # fmt: skip
     if shift is not None:
         x = x + shift[:, :, None, None]
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    y = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
     return F.dropout((F.silu(y) if silu else y).to(x.dtype), dropout_p)
+
+
+def add_norm_silu(
+    x: Pending, norm: GroupNorm, weight: Tensor, bias: Tensor, *, skip: Tensor | None = None, silu: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Form the sum that x is, with the channels of `skip` after its own, and its norm: -> norm and sum, (N, C, H, W).
+
+    The arguments are those of `group_norm_silu`.
+    """
+    if norm.fused:
+        return kernels.add_group_norm_silu(
+            x.branch, weight, bias, norm.num_groups, norm.eps, residual=x.shortcut, skip=skip, shift=x.bias,
+            activation="silu" if silu else "none",
+        )  # fmt: skip
+    total = whole(x) if skip is None else concatenate(whole(x), skip)
+    return group_norm_silu(total, norm, weight, bias, silu=silu), total
 
 
 class _Concatenation(torch.autograd.Function):
@@ -131,73 +204,134 @@ class ResidualBlock(nn.Module):
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
         c_embedding: width of the time embedding.
         dropout: probability, in [0, 1).
-        stream: sets the block's dropout masks apart from those of the others; one number for each.
+        number: of the module, in `Shared`; also sets its dropout masks apart from those of the others.
     """
 
     def __init__(
-        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float, stream: int = 0
-    ) -> None:
+        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float, number: int = 0
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm_1 = GroupNorm(groups, c_in, eps)
-        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv_1 = Conv2d(c_in, c_out, 3, padding=1)
         self.embedding = nn.Linear(c_embedding, c_out)
         self.norm_2 = GroupNorm(groups, c_out, eps)
-        self.dropout, self.stream = dropout, stream
-        self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.dropout, self.number = dropout, number
+        self.conv_2 = zeroed(Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor, seed: Tensor | None = None) -> Tensor:
-        """x: (N, c_in, H, W); embedding: (N, c_embedding), already through SiLU. Returns (N, c_out, H, W).
+    def vectors(self) -> list[Tensor]:
+        """(C,) parameters of what norms do: weight and bias of both, and the bias that is left to the next one."""
+        bias = _bias(self.conv_2)
+        if isinstance(self.shortcut, Conv2d):
+            bias = bias + _bias(self.shortcut)
+        return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, bias]
 
-        seed: (1,) int64 of the fused kernel's dropout; see `group_norm_silu`.
-        """
-        h, shift = group_norm_silu(x, self.norm_1), self.embedding(embedding)
-        if self.norm_2.fused:  # its kernel adds the convolution's bias too, which is then not a pass of its own
-            h, shift = F.conv2d(h, self.conv_1.weight, padding=1), shift + self.conv_1.bias
-        else:
-            h = self.conv_1(h)
-        dropout_p = self.dropout if self.training else 0.0
-        h = group_norm_silu(h, self.norm_2, shift=shift, dropout_p=dropout_p, seed=seed, stream=self.stream)
-        return self.shortcut(x) + self.conv_2(h)
+    def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
+        """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
+        weight_1, bias_1, weight_2, bias_2, bias, shift = shared.vectors[self.number]
+        h, total = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
+        h = group_norm_silu(
+            self.conv_1(h), self.norm_2, weight_2, bias_2, shift=shift,
+            dropout_p=self.dropout if self.training else 0.0, seed=shared.seed, stream=self.number,
+        )  # fmt: skip
+        return Pending(self.conv_2(h), self.shortcut(total), bias if self.conv_2.fused else None), total
+
+
+def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[Tensor]:
+    """What the time embedding (N, E), already through SiLU, adds to each block's activations: (N, c_out).
+
+    Of fused blocks with the bias that their first convolution leaves out, and by one matrix product for all.
+    """
+    if not blocks[0].conv_1.fused:
+        return [block.embedding(embedding) for block in blocks]
+    weight = torch.cat([block.embedding.weight for block in blocks])
+    bias = torch.cat([_bias(block.embedding) + _bias(block.conv_1) for block in blocks])
+    return F.linear(embedding, weight, bias).split([block.embedding.out_features for block in blocks], 1)
+
+
+def as_rows(vectors: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
+    """Vectors (C,) spread to rows (n, C), views of one tensor: their gradients, one row an image, are added up at once.
+
+    With a vector each norm would add up its own, two launches for 51 norms and another for each convolution's bias.
+    """
+    flat = [v for group in vectors for v in group]
+    rows = iter(torch.cat(flat).expand(n, -1).split([len(v) for v in flat], 1))
+    return [[next(rows) for _ in group] for group in vectors]
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
+    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W).
 
-    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+    Args:
+        number: of the module, in `Shared`.
+    """
+
+    def __init__(self, channels: int, *, groups: int, eps: float, number: int = 0) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.out = zeroed(Linear(channels, channels))
+        self.number = number
 
-    def forward(self, x: Tensor) -> Tensor:
+    def vectors(self) -> list[Tensor]:
+        """(C,) parameters of what norms do: weight and bias of its own, and the bias that is left to the next one."""
+        return [self.norm.weight, self.norm.bias, _bias(self.out)]
+
+    def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
-        n, c, height, width = x.shape
-        h = group_norm_silu(x, self.norm, silu=False).permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
-        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        weight, bias, out_bias = shared.vectors[self.number]
+        h, total = add_norm_silu(x, self.norm, weight, bias, silu=False)
+        n, c, height, width = h.shape
+        q, k, v = self.qkv(h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)).chunk(3, dim=-1)
         h = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + h.reshape(n, height, width, c).permute(0, 3, 1, 2)
+        h = h.reshape(n, height, width, c).permute(0, 3, 1, 2)
+        return Pending(h, total, out_bias if self.out.fused else None)
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
+    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2).
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        number: of the module, in `Shared`.
+    """
+
+    def __init__(self, channels: int, *, number: int = 0) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
+        self.number = number
 
-    def forward(self, x: Tensor) -> Tensor:
+    def vectors(self) -> list[Tensor]:
+        """The bias, (C,), that is left to the next norm."""
+        return [_bias(self.conv)]
+
+    def forward(self, x: Tensor, shared: Shared) -> Pending:
         """Padded on the right and at the bottom only, as TensorFlow's SAME padding did in DDPM's code."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        (bias,) = shared.vectors[self.number]
+        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), bias=bias if self.conv.fused else None)
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W).
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        number: of the module, in `Shared`.
+    """
+
+    def __init__(self, channels: int, *, number: int = 0) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.number = number
 
-    def forward(self, x: Tensor) -> Tensor:
+    def vectors(self) -> list[Tensor]:
+        """The bias, (C,), that is left to the next norm."""
+        return [_bias(self.conv)]
+
+    def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W)."""
-        return self.conv(upsample_nearest(x))
+        (bias,) = shared.vectors[self.number]
+        return Pending(self.conv(upsample_nearest(whole(x))), bias=bias if self.conv.fused else None)

@@ -8,14 +8,20 @@ from torch import Tensor, nn
 
 from fastdiff.config import UNetConfig
 from fastdiff.nets.layers import (
+    Conv2d,
     Downsample,
     GroupNorm,
+    Linear,
+    Pending,
     ResidualBlock,
     SelfAttention,
+    Shared,
     TimeEmbedding,
     Upsample,
-    concatenate,
-    group_norm_silu,
+    add_norm_silu,
+    as_rows,
+    time_shifts,
+    whole,
     zeroed,
 )
 
@@ -27,37 +33,41 @@ class DownStage(nn.Module):
 
     Args:
         blocks: residual blocks.
-        attention: one module for each block.
+        attention: one module for each block, an identity where there is none.
         downsample: None on the last level.
     """
 
-    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], downsample: nn.Module | None) -> None:
+    def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], downsample: Downsample | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
 
-    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor]) -> Tensor:
-        """Appends every activation to `skips`, for the way up."""
+    def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
+        """Appends what each block and the downsampling were given to `skips`, for the way up."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(h, embedding, seed))
-            skips.append(h)
+            h, given = block(h, shared)
+            skips.append(given)
+            if isinstance(attention, SelfAttention):
+                h = attention(h, shared)
         if self.downsample is not None:
-            h = self.downsample(h)
-            skips.append(h)
+            skips.append(whole(h))
+            h = self.downsample(skips[-1], shared)
         return h
 
 
 class UpStage(nn.Module):
     """One level on the way up: residual blocks, each fed one skip connection, then an upsampling (None on the last)."""
 
-    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], upsample: nn.Module | None) -> None:
+    def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], upsample: Upsample | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
 
-    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Takes one activation from the end of `skips` for each block."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(concatenate(h, skips.pop()), embedding, seed))
-        return h if self.upsample is None else self.upsample(h)
+            h, _ = block(h, shared, skips.pop())
+            if isinstance(attention, SelfAttention):
+                h = attention(h, shared)
+        return h if self.upsample is None else self.upsample(h, shared)
 
 
 class UNet(nn.Module):
@@ -76,40 +86,40 @@ class UNet(nn.Module):
         groups, eps, dropout = config.norm_groups, config.norm_eps, config.dropout
         widths = [config.channels * m for m in config.channel_mult]
         c_embedding = 4 * config.channels
-        streams = itertools.count()
+        numbers = itertools.count(1)  # 0: conv_in and norm_out
 
-        def block(c_in: int, c_out: int) -> nn.Module:
+        def block(c_in: int, c_out: int) -> ResidualBlock:
             return ResidualBlock(
-                c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout, stream=next(streams)
-            )
+                c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout, number=next(numbers)
+            )  # fmt: skip
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.image_size // 2**level in config.attention_resolutions:
-                return SelfAttention(channels, groups=groups, eps=eps)
+                return SelfAttention(channels, groups=groups, eps=eps, number=next(numbers))
             return nn.Identity()
 
         self.time = TimeEmbedding(config.channels)
-        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.conv_in = Conv2d(config.image_channels, config.channels, 3, padding=1)
 
         c, skips = config.channels, [config.channels]  # channels now, and of every activation that is kept
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             ins = [c, *[width] * (config.blocks_per_level - 1)]
-            downsample = Downsample(width) if level < len(widths) - 1 else None
+            downsample = Downsample(width, number=next(numbers)) if level < len(widths) - 1 else None
             blocks = [block(c_in, width) for c_in in ins]
             self.down.append(DownStage(blocks, [attention(width, level) for _ in ins], downsample))
             skips += [width] * (len(ins) + (downsample is not None))
             c = width
 
         self.middle_1 = block(c, c)
-        self.middle_attention = SelfAttention(c, groups=groups, eps=eps)
+        self.middle_attention = SelfAttention(c, groups=groups, eps=eps, number=next(numbers))
         self.middle_2 = block(c, c)
 
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             ins = [c, *[width] * config.blocks_per_level]
             blocks = [block(c_in + skips.pop(), width) for c_in in ins]
-            upsample = Upsample(width) if level > 0 else None
+            upsample = Upsample(width, number=next(numbers)) if level > 0 else None
             self.up.append(UpStage(blocks, [attention(width, level) for _ in ins], upsample))
             c = width
 
@@ -118,15 +128,35 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def use_kernels(self, kind: str) -> "UNet":
-        """Run the norms by the fused Triton kernel (`triton`; on a CPU its PyTorch reference) or by PyTorch (`torch`).
+        """Run the norms by the fused Triton kernels (`triton`; on a CPU by their PyTorch references) or by PyTorch.
 
-        Weights, their names and the result up to rounding stay the same; dropout draws other masks. Returns the network
-        itself.
+        The fused ones (else `kind` is `torch`) also add biases and residuals and read skip connections. Weights, their
+        names and the result up to rounding stay the same; dropout draws other masks. Returns the network itself.
         """
         for module in self.modules():
-            if isinstance(module, GroupNorm):
+            if isinstance(module, GroupNorm | Conv2d | Linear):
                 module.fused = {"triton": True, "torch": False}[kind]
         return self
+
+    def _vectors(self) -> list[list[Tensor]]:
+        """(C,) parameters of what norms do, by the number of the module; number 0 is this one, with weight and bias of
+        the last norm and the bias that the first convolution leaves to the first norm."""
+        assert self.conv_in.bias is not None
+        modules = [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
+        modules.sort(key=lambda m: m.number)
+        return [[self.norm_out.weight, self.norm_out.bias, self.conv_in.bias], *(m.vectors() for m in modules)]
+
+    def _shared(self, t: Tensor, n: int) -> Shared:
+        fused = self.norm_out.fused
+        vectors, seed = self._vectors(), None
+        if fused and torch.is_grad_enabled():
+            vectors = as_rows(vectors, n)
+        if fused and self.training and self.config.dropout > 0:
+            seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
+        blocks = [m for m in self.modules() if isinstance(m, ResidualBlock)]
+        for block, shift in zip(blocks, time_shifts(blocks, F.silu(self.time(t))), strict=True):
+            vectors[block.number].append(shift)
+        return Shared(vectors, seed)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict from noised images.
@@ -138,15 +168,16 @@ class UNet(nn.Module):
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
-        embedding = F.silu(self.time(t))
-        seed = None
-        if self.training and self.config.dropout > 0 and self.norm_out.fused:
-            seed = torch.randint(2**63 - 1, (1,), device=x.device)  # one for all masks, so one small kernel
-        h = self.conv_in(x)
-        skips = [h]
+        shared = self._shared(t, len(x))
+        weight, bias, in_bias = shared.vectors[0]
+        h = Pending(self.conv_in(x), bias=in_bias if self.conv_in.fused else None)
+        skips: list[Tensor] = []
         for stage in self.down:
-            h = stage(h, embedding, seed, skips)
-        h = self.middle_2(self.middle_attention(self.middle_1(h, embedding, seed)), embedding, seed)
+            h = stage(h, shared, skips)
+        h, given = self.middle_1(h, shared)
+        skips.append(given)
+        h, _ = self.middle_2(self.middle_attention(h, shared), shared)
         for stage in self.up:
-            h = stage(h, embedding, seed, skips)
-        return self.conv_out(group_norm_silu(h, self.norm_out))
+            h = stage(h, shared, skips)
+        h, _ = add_norm_silu(h, self.norm_out, weight, bias)
+        return self.conv_out(h)

@@ -93,8 +93,9 @@ def test_group_norm_silu_is_the_composition():
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 8, 5, 3).to(memory_format=torch.channels_last)
-    assert torch.equal(group_norm_silu(x, norm), F.silu(norm(x)))
-    assert torch.equal(group_norm_silu(x, norm, silu=False), norm(x))
+    affine = norm.weight, norm.bias
+    assert torch.equal(group_norm_silu(x, norm, *affine), F.silu(norm(x)))
+    assert torch.equal(group_norm_silu(x, norm, *affine, silu=False), norm(x))
 
 
 def test_the_time_embedding_is_ddpms():
