@@ -156,8 +156,8 @@ def h100() -> Generator[None]:
         patch(CudaInterface.Worker, "get_device_properties", staticmethod(answer(PROPERTIES)))
         patch(CudaInterface.Worker, "current_device", staticmethod(answer(0)))
         patch(triton.runtime.driver, "_active", _Driver())
-        norm = sys.modules["kernels.group_norm_launch"]  # tracing is on fake CPU tensors
-        patch(norm, "runs_triton", answer(True))
+        for name in ("group_norm_launch", "merge_columns"):  # tracing is on fake CPU tensors
+            patch(sys.modules[f"kernels.{name}"], "runs_triton", answer(True))
         patch(torch._C, "_conv_determine_backend_memory_format", channels_last_if_either)
         # These trace their patterns on real CUDA tensors; none matches this network, which calls SDPA by its name.
         for module, name in ((fuse_attention, "_sfdp_init"), (misc_patterns, "_misc_patterns_init"),

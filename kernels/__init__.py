@@ -1,9 +1,19 @@
-"""Fused Triton kernels: GroupNorm + SiLU, the EMA update, and Adam + EMA in one pass."""
+"""Fused Triton kernels: GroupNorm + SiLU (of sums too), the EMA update, Adam + EMA in one pass, merged gradients."""
 
 from kernels.adam_ema import adam_ema_
 from kernels.add_group_norm_silu import add_group_norm_silu
+from kernels.cat_rows import cat_rows
 from kernels.ema import ema_update_
 from kernels.group_norm_silu import group_norm_silu
+from kernels.merge_columns import merge_columns
 from kernels.registry import REGISTRY
 
-__all__ = ["REGISTRY", "adam_ema_", "add_group_norm_silu", "ema_update_", "group_norm_silu"]
+__all__ = [
+    "REGISTRY",
+    "adam_ema_",
+    "add_group_norm_silu",
+    "cat_rows",
+    "ema_update_",
+    "group_norm_silu",
+    "merge_columns",
+]

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 import kernels
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 
 
 class GroupNorm(nn.GroupNorm):
     """Parameters of a norm that `group_norm_silu` applies; `fused` chooses the Triton kernel."""
 
     fused = False
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 class Conv2d(nn.Conv2d):
@@ -28,6 +33,10 @@ class Conv2d(nn.Conv2d):
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
         return self._conv_forward(input, self.weight, None if self.fused else self.bias)
 
+    def left_out(self) -> list[Tensor]:
+        """The bias, if `forward` has not added it."""
+        return [_bias(self)] if self.fused else []
+
 
 class Linear(nn.Linear):
     """A linear layer whose bias, if `fused`, is left to the norm or the sum that reads the result."""
@@ -38,13 +47,17 @@ class Linear(nn.Linear):
         """(..., C_in) -> (..., C_out)."""
         return F.linear(input, self.weight, None if self.fused else self.bias)
 
+    def left_out(self) -> list[Tensor]:
+        """The bias, if `forward` has not added it."""
+        return [_bias(self)] if self.fused else []
+
 
 class Pending(NamedTuple):
     """An activation as the terms whose sum it is: the next norm adds them as it reads them, so that takes no pass.
 
     branch      (N, C, H, W), what a layer gave
     shortcut    (N, C, H, W) around it, or None
-    bias        (C,) or (N, C) that the layer left out; None if it is in `branch`
+    bias        (C,) or (N, C) that the layers left out; None if it is in the others
     """
 
     branch: Tensor
@@ -53,10 +66,8 @@ class Pending(NamedTuple):
 
 
 def whole(x: Pending) -> Tensor:
-    """The sum, where no norm reads it first."""
-    if x.bias is not None:
-        total = x.branch + x.bias[..., None, None]
-        return (total if x.shortcut is None else total + x.shortcut).to(x.branch.dtype)
+    """The sum, where a convolution reads it and no norm."""
+    assert x.bias is None
     return x.branch if x.shortcut is None else x.shortcut + x.branch
 
 
@@ -220,21 +231,39 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def vectors(self) -> list[Tensor]:
-        """(C,) parameters of what norms do: weight and bias of both, and the bias that is left to the next one."""
-        bias = _bias(self.conv_2)
-        if isinstance(self.shortcut, Conv2d):
-            bias = bias + _bias(self.shortcut)
-        return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, bias]
+        """(C,) parameters of what norms do: weight and bias of both, and any bias that is left to the next block's."""
+        left = self.conv_2.left_out()
+        if left and isinstance(self.shortcut, Conv2d):
+            left = [left[0] + _bias(self.shortcut)]
+        return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, *left]
+
+    def keep_bias(self) -> None:
+        """Put out a sum that is complete."""
+        for layer in (self.conv_2, self.shortcut):
+            if isinstance(layer, Conv2d):
+                layer.fused = False
 
     def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
-        weight_1, bias_1, weight_2, bias_2, bias, shift = shared.vectors[self.number]
+        weight_1, bias_1, weight_2, bias_2, *left, shift = shared.vectors[self.number]
         h, total = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
         h = group_norm_silu(
             self.conv_1(h), self.norm_2, weight_2, bias_2, shift=shift,
             dropout_p=self.dropout if self.training else 0.0, seed=shared.seed, stream=self.number,
         )  # fmt: skip
-        return Pending(self.conv_2(h), self.shortcut(total), bias if self.conv_2.fused else None), total
+        return Pending(self.conv_2(h), self.shortcut(total), *left), total
+
+
+class _Split(torch.autograd.Function):
+    """(N, sum of sizes) -> views (N, size), whose gradients are concatenated by one kernel; see `kernels.cat_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return rows.split(sizes, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # ty: ignore[incompatible-method-override]
+        return kernels.cat_rows(gradients), None
 
 
 def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[Tensor]:
@@ -245,8 +274,9 @@ def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[
     if not blocks[0].conv_1.fused:
         return [block.embedding(embedding) for block in blocks]
     weight = torch.cat([block.embedding.weight for block in blocks])
-    bias = torch.cat([_bias(block.embedding) + _bias(block.conv_1) for block in blocks])
-    return F.linear(embedding, weight, bias).split([block.embedding.out_features for block in blocks], 1)
+    bias = torch.cat([_bias(block.embedding) for block in blocks])
+    bias = bias + torch.cat([_bias(block.conv_1) for block in blocks])
+    return _Split.apply(F.linear(embedding, weight, bias), [block.embedding.out_features for block in blocks])
 
 
 def as_rows(vectors: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
@@ -255,13 +285,22 @@ def as_rows(vectors: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
     With a vector each norm would add up its own, two launches for 51 norms and another for each convolution's bias.
     """
     flat = [v for group in vectors for v in group]
-    rows = iter(torch.cat(flat).expand(n, -1).split([len(v) for v in flat], 1))
+    rows = iter(_Split.apply(torch.cat(flat).expand(n, -1), [len(v) for v in flat]))
     return [[next(rows) for _ in group] for group in vectors]
 
 
-def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
+class _Chunks(torch.autograd.Function):
+    """(..., 3 C) -> q, k and v, (..., C); `bias` (3 C,) is in already and gets its gradient here, by the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, merged: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.dtype = merged.shape, bias.dtype
+        return merged.chunk(3, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
+        merged, sums = kernels.merge_columns(*gradients)
+        return merged.view(ctx.shape), sums.to(ctx.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -279,18 +318,27 @@ class SelfAttention(nn.Module):
         self.number = number
 
     def vectors(self) -> list[Tensor]:
-        """(C,) parameters of what norms do: weight and bias of its own, and the bias that is left to the next one."""
-        return [self.norm.weight, self.norm.bias, _bias(self.out)]
+        """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
+        return [self.norm.weight, self.norm.bias, *self.out.left_out()]
+
+    def keep_bias(self) -> None:
+        """Put out a sum that is complete."""
+        self.out.fused = False
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
-        weight, bias, out_bias = shared.vectors[self.number]
+        weight, bias, *left = shared.vectors[self.number]
         h, total = add_norm_silu(x, self.norm, weight, bias, silu=False)
         n, c, height, width = h.shape
-        q, k, v = self.qkv(h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)).chunk(3, dim=-1)
+        h = h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
+        if self.norm.fused:
+            bias = _bias(self.qkv)
+            q, k, v = _Chunks.apply(F.linear(h, self.qkv.weight, bias.detach()), bias)
+        else:
+            q, k, v = self.qkv(h).chunk(3, -1)
         h = self.out(F.scaled_dot_product_attention(q, k, v))
         h = h.reshape(n, height, width, c).permute(0, 3, 1, 2)
-        return Pending(h, total, out_bias if self.out.fused else None)
+        return Pending(h, total, *left)
 
 
 class Downsample(nn.Module):
@@ -306,13 +354,12 @@ class Downsample(nn.Module):
         self.number = number
 
     def vectors(self) -> list[Tensor]:
-        """The bias, (C,), that is left to the next norm."""
-        return [_bias(self.conv)]
+        """The bias, (C,), that is left to the next norm, if any."""
+        return self.conv.left_out()
 
     def forward(self, x: Tensor, shared: Shared) -> Pending:
         """Padded on the right and at the bottom only, as TensorFlow's SAME padding did in DDPM's code."""
-        (bias,) = shared.vectors[self.number]
-        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), bias=bias if self.conv.fused else None)
+        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *shared.vectors[self.number])
 
 
 class Upsample(nn.Module):
@@ -328,10 +375,9 @@ class Upsample(nn.Module):
         self.number = number
 
     def vectors(self) -> list[Tensor]:
-        """The bias, (C,), that is left to the next norm."""
-        return [_bias(self.conv)]
+        """The bias, (C,), that is left to the next norm, if any."""
+        return self.conv.left_out()
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W)."""
-        (bias,) = shared.vectors[self.number]
-        return Pending(self.conv(upsample_nearest(whole(x))), bias=bias if self.conv.fused else None)
+        return Pending(self.conv(upsample_nearest(whole(x))), None, *shared.vectors[self.number])

@@ -40,6 +40,7 @@ class DownStage(nn.Module):
     def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], downsample: Downsample | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
+        self.resamples = downsample is not None
 
     def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Appends what each block and the downsampling were given to `skips`, for the way up."""
@@ -60,6 +61,7 @@ class UpStage(nn.Module):
     def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], upsample: Upsample | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
+        self.resamples = upsample is not None
 
     def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Takes one activation from the end of `skips` for each block."""
@@ -136,15 +138,20 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, GroupNorm | Conv2d | Linear):
                 module.fused = {"triton": True, "torch": False}[kind]
+        for stage in (*self.down, *self.up):
+            attention, block = stage.attention[-1], stage.blocks[-1]
+            last = attention if isinstance(attention, SelfAttention) else block
+            if stage.resamples:  # by a convolution, which reads a sum that no norm has formed
+                last.keep_bias()
         return self
 
     def _vectors(self) -> list[list[Tensor]]:
         """(C,) parameters of what norms do, by the number of the module; number 0 is this one, with weight and bias of
         the last norm and the bias that the first convolution leaves to the first norm."""
-        assert self.conv_in.bias is not None
         modules = [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
         modules.sort(key=lambda m: m.number)
-        return [[self.norm_out.weight, self.norm_out.bias, self.conv_in.bias], *(m.vectors() for m in modules)]
+        mine = [self.norm_out.weight, self.norm_out.bias, *self.conv_in.left_out()]
+        return [mine, *(m.vectors() for m in modules)]
 
     def _shared(self, t: Tensor, n: int) -> Shared:
         fused = self.norm_out.fused
@@ -169,8 +176,8 @@ class UNet(nn.Module):
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
         shared = self._shared(t, len(x))
-        weight, bias, in_bias = shared.vectors[0]
-        h = Pending(self.conv_in(x), bias=in_bias if self.conv_in.fused else None)
+        weight, bias, *in_bias = shared.vectors[0]
+        h = Pending(self.conv_in(x), None, *in_bias)
         skips: list[Tensor] = []
         for stage in self.down:
             h = stage(h, shared, skips)

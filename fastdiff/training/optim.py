@@ -131,8 +131,9 @@ class FusedUpdate:
     """By our kernel: clip factor, AdamW, EMA and the bf16 copies of the weights in one pass over flat buffers.
 
     With `bf16`, convolutions and linear layers compute with bf16 copies, which the pass itself writes, instead of
-    having autocast cast every weight anew in every step; norms and the masters stay float32. The model's and the
-    average's parameters become views of the flat buffers, under their old names, shapes and memory formats.
+    having autocast cast every weight anew in every step; norms, the biases that norms add, and the masters stay
+    float32. The model's and the average's parameters become views of the flat buffers, under their old names, shapes
+    and memory formats.
 
     Args:
         model: its parameters move into a flat buffer.
@@ -153,6 +154,7 @@ class FusedUpdate:
             for m in model.modules()
             if bf16 and isinstance(m, nn.Conv2d | nn.Linear)
             for p in m.parameters(recurse=False)
+            if not (getattr(m, "fused", False) and p is m.bias)
         }
         groups = ([p for p in self.parameters if p in cast], [p for p in self.parameters if p not in cast])
         self.flats = [_Flat(group, averages, bf16=group[0] in cast, accumulate=accumulate) for group in groups if group]

@@ -39,8 +39,10 @@ def outcome(
     weights = [_weight(y.shape, generator).to(y.device, y.dtype) for y in results]
     if weight is not None:
         weights = [weight.to(results[0].device, results[0].dtype)]
+    values = {f"result {i}": y.detach() for i, y in enumerate(results)}
+    if not names:
+        return values
     torch.autograd.backward(results, weights)
-    values = dict(zip(("y", "u"), (y.detach() for y in results), strict=False))
     return values | {f"d{name}": inputs[name].grad for name in names}
 
 

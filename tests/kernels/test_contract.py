@@ -24,7 +24,7 @@ def drawn(case, dtype):
 
 
 def test_every_kernel_is_registered(repo):
-    assert sorted(REGISTRY) == ["adam_ema", "add_group_norm_silu", "ema_update", "group_norm_silu"]
+    assert sorted(REGISTRY) == ["adam_ema", "add_group_norm_silu", "ema_update", "group_norm_silu", "merge_columns"]
     assert kernels.__file__ == str(repo / "kernels" / "__init__.py")
 
 

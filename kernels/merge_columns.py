@@ -1,0 +1,144 @@
+# ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
+"""Three matrices side by side, and the sums of their columns: the backward of one linear layer for q, k and v.
+
+    merged = [a | b | c]  (R, 3 C)               sums = sum over the R rows of merged  (3 C,)
+
+Attention returns the gradients of q, k and v one by one; the layer's two matrix products want them as one matrix, and
+its bias wants the sums. One pass does both, 4 bytes an element in bf16; a concatenation and then a sum move 6.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from kernels.launch import power_of_2, runs_triton, traceable
+from kernels.spec import Case, Inputs, KernelSpec
+
+# 16-byte accesses (8 bf16 of a thread's 32), rows of 256 bytes; one tile in flight for each of the three.
+BLOCK_R, BLOCK_C, WARPS = 32, 128, 4
+ROWS = 128  # of a program: 512 programs for q, k, v of 128 images at 16x16 and 256 channels
+
+
+def reference(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    merged = torch.cat([v.flatten(0, -2) for v in (a, b, c)], 1)
+    return merged, merged.sum(0, dtype=torch.promote_types(merged.dtype, torch.float32))
+
+
+@triton.jit(do_not_specialize=["R"])
+def merge_kernel(
+    a_ptr,  # (R, C) bf16, fp16 or fp32
+    b_ptr,  # (R, C) like a
+    c_ptr,  # (R, C) like a
+    merged_ptr,  # (R, 3 C) like a
+    part_ptr,  # (programs along R, 3 C) fp32: the sums of each program's rows
+    R,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
+    part = part_ptr + block.to(tl.int64) * 3 * C + column  # [BC]
+    for which in tl.static_range(3):
+        if which == 0:
+            source = a_ptr
+        elif which == 1:
+            source = b_ptr
+        else:
+            source = c_ptr
+        total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for i in range(0, ROWS, BLOCK_R):
+            row = block * ROWS + i + tl.arange(0, BLOCK_R)  # [BR]
+            ok = (row < R)[:, None] & (column < C)[None, :]
+            at = row.to(tl.int64)[:, None]
+            v = tl.load(source + at * C + column[None, :], mask=ok, other=0.0)
+            tl.store(merged_ptr + at * (3 * C) + which * C + column[None, :], v, mask=ok)
+            total += v.to(tl.float32)
+        tl.store(part + which * C, tl.sum(total, 0), mask=column < C)
+
+
+def blocks(columns: int) -> dict[str, int]:
+    """The kernel's compile-time constants."""
+    return {"C": columns, "ROWS": ROWS, "BLOCK_R": BLOCK_R, "BLOCK_C": min(BLOCK_C, power_of_2(columns))}
+
+
+def _results(a: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = a.shape
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.new_empty((rows, 3 * columns)), a.new_empty(((rows + ROWS - 1) // ROWS, 3 * columns), dtype=wide)
+
+
+@triton_op("fastdiff_kernels::merge_columns", mutates_args={})
+def _merge(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """a, b, c (R, C), contiguous -> merged and, for each program of the kernel, the sums of its rows."""
+    rows, columns = a.shape[0], int(a.shape[1])
+    merged, parts = _results(a)
+    if not runs_triton(a):
+        merged = torch.cat([a, b, c], 1)
+        padded = torch.nn.functional.pad(merged.to(parts.dtype), (0, 0, 0, parts.shape[0] * ROWS - rows))
+        return merged, padded.reshape(parts.shape[0], ROWS, 3 * columns).sum(1)
+    if rows > 0 and columns > 0:
+        constants = blocks(columns)
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, constants["BLOCK_C"]))
+        traceable(merge_kernel)[grid](a, b, c, merged, parts, rows, **constants, num_warps=WARPS)
+    return merged, parts
+
+
+@_merge.register_fake
+def _(a, b, c):
+    return _results(a)
+
+
+def merge_columns(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """-> [a | b | c], (R, 3 C) in a's dtype, and its column sums, (3 C,) in float32. Not differentiable.
+
+    a, b, c     (..., C) of one shape and dtype (bf16, fp16, fp32; float64 too on a CPU); their R rows are all but the
+                last dimension. Copied first unless contiguous
+
+    Sums are float32 in a fixed order: two runs agree bit for bit. On CUDA it runs Triton and raises if that fails; on a
+    CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
+
+    Raises ValueError for shapes or devices, TypeError for dtypes that differ or are not floating.
+    """
+    for name, v in (("b", b), ("c", c)):
+        if v.shape != a.shape or v.device != a.device:
+            raise ValueError(f"{name} must be {tuple(a.shape)} on {a.device}, as a; got {tuple(v.shape)} on {v.device}")
+        if v.dtype != a.dtype:
+            raise TypeError(f"{name} must be {a.dtype}, as a; got {v.dtype}")
+    if a.dim() < 2 or not a.is_floating_point():
+        raise (ValueError if a.dim() < 2 else TypeError)(
+            f"a must be a floating-point matrix or more, got {tuple(a.shape)} of {a.dtype}"
+        )
+    merged, parts = _merge(*(v.flatten(0, -2).contiguous() for v in (a, b, c)))
+    return merged, parts.sum(0)
+
+
+def _case(name: str, *shape: int) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        return {key: torch.randn(shape, generator=generator).to(dtype) for key in "abc"}
+
+    return Case(name, make)
+
+
+def _min_bytes(inputs: Inputs) -> tuple[int, int]:
+    return sum(2 * inputs[name].nbytes for name in "abc"), 0
+
+
+SPEC = KernelSpec(
+    name="merge_columns",
+    op=merge_columns,
+    reference=reference,
+    cases=(
+        _case("q, k and v", 2, 1, 128, 64),
+        _case("ragged", 3, 1, 47, 40),
+        _case("more columns than a block", 130, 200),
+        _case("one row", 1, 8),
+        _case("no rows", 0, 16),
+    ),
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    min_bytes=_min_bytes,
+)
