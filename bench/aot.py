@@ -30,6 +30,9 @@ from kernels import adam_ema, ema
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
 from kernels.launch import norm_tiles, sum_blocks
+from kernels.merge_columns import WARPS as MERGE_WARPS
+from kernels.merge_columns import blocks as merge_blocks
+from kernels.merge_columns import merge_kernel
 
 ARCHITECTURES = (80, 90, 100)
 # GroupNorm's (C, H = W) in the DDPM CIFAR-10 U-Net, 32 groups.
@@ -49,7 +52,7 @@ UNET_SHAPES = (
 # (C, H = W) of its skip concatenations -> channels of the first part.
 CONCATENATIONS = {(256, 32): 128, (384, 32): 256, (384, 16): 256, (512, 16): 256, (512, 8): 256, (512, 4): 256}
 # What a call site switches on: SiLU alone, nothing (attention's norm), the time embedding, dropout, AdaGN, everything;
-# and for add_group_norm_silu a residual with a bias, where there is a concatenation with the skip too.
+# and for add_group_norm_silu a residual with a bias, on the way up with a skip, on the way down kept for one.
 VARIANTS = {
     "plain": (),
     "none": ("none",),
@@ -60,10 +63,11 @@ VARIANTS = {
     "all": ("shift", "scale", "offset", "seed"),
     "add": ("shift", "residual"),
     "add, none": ("shift", "residual", "none"),
+    "add, kept": ("shift", "residual", "du2"),
 }
 WIDE = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # pointers whose every access must be 16 bytes
 WIDE_SUM = {"residual_ptr", "u_ptr", "du_ptr"}  # and of add_group_norm_silu
-WIDE_SKIP = {"skip_ptr", "dskip_ptr"}
+WIDE_MORE = {"skip_ptr", "dskip_ptr", "du2_ptr"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ KERNELS = {
         column_sums,
         ema.ema_kernel,
         adam_ema.adam_ema_kernel,
+        merge_kernel,
     )
 }
 
@@ -113,9 +118,10 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
                            dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
         kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
         summed, c_x = "residual" in options, channels
-        if summed:
+        if summed and "du2" not in options:
             c_x = CONCATENATIONS.get((channels, side), channels)
-        wide = WIDE | (WIDE_SUM if summed else set()) | (WIDE_SKIP if c_x < channels else set())
+        wide = WIDE | (WIDE_SUM if summed else set()) | ({"skip_ptr", "dskip_ptr"} if c_x < channels else set())
+        wide |= {"du2_ptr"} if "du2" in options else set()
         types = dict.fromkeys(wide, f"*{dtype}")
         types |= {
             f"{name}_ptr": f"*{dtype}"
@@ -167,6 +173,13 @@ def flat_jobs() -> Iterator[Job]:
         )
 
 
+def merge_jobs() -> Iterator[Job]:
+    """The gradients of q, k and v, at the widths of the U-Net's attention and of wider ones."""
+    types = {f"{name}_ptr": "*bf16" for name in ("a", "b", "c", "merged")} | {"part_ptr": "*fp32", "R": "i32"}
+    for channels in (256, 512):
+        yield Job(f"C={channels}", "merge_kernel", types, merge_blocks(channels), MERGE_WARPS)
+
+
 def all_jobs() -> list[Job]:
     """Every kernel at every shape of the U-Net, with every combination of options that a call site uses."""
     jobs = [job for channels, side in UNET_SHAPES for variant in VARIANTS for job in norm_jobs(channels, side, variant)]
@@ -174,7 +187,7 @@ def all_jobs() -> list[Job]:
         job for shape in ((384, 32), (128, 16)) for v in ("all", "add") for job in norm_jobs(*shape, v, dtype="fp32")
     ]
     jobs += list(norm_jobs(128, 64, "shift+dropout"))
-    return jobs + list(flat_jobs())
+    return jobs + list(flat_jobs()) + list(merge_jobs())
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -259,9 +272,9 @@ def build(job: Job, sm: int) -> Row:
     threads = 32 * job.num_warps
     programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 163_840 // max(shared, 1), 32)
     passed = [name for name in fn.arg_names if types[name] != "constexpr"]
-    scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr"}
+    scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr", "part_ptr"}
     main = (
-        WIDE | WIDE_SUM | WIDE_SKIP
+        WIDE | WIDE_SUM | WIDE_MORE
         if WIDE & set(passed)
         else {name for name in passed if name.endswith("_ptr")} - scalars
     )

@@ -10,6 +10,9 @@ itself, so that no sum of gradients takes a pass of its own either. For n elemen
     forward    add 6 n, norm 4 n  ->  8 n bytes            backward   norm 6 n, add 6 n  ->  8 n
 
 `skip` saves the writing and splitting of a concatenation in the same way. The kernels are group_norm_silu's.
+
+A u that is kept for a skip connection has two other uses. Autograd would add up their gradients before it calls the
+backward, in a pass of its own, so the operator gives u out twice: see `_Kept`.
 """
 
 import torch
@@ -31,32 +34,36 @@ from kernels.spec import Case, Inputs, KernelSpec
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
               residual: Tensor | None = None, skip: Tensor | None = None, shift: Tensor | None = None,
-              activation: Activation = "silu") -> tuple[Tensor, Tensor]:  # fmt: skip
+              activation: Activation = "silu") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same in plain PyTorch, step by step in x's dtype; differentiable, any device, any strides."""
     u = x if shift is None else x + shift.to(x.dtype)[..., None, None]
     u = u if residual is None else u + residual
     u = u if skip is None else torch.cat([u, skip], 1)
-    return norm_reference(u, weight, bias, num_groups, eps, activation=activation), u
+    return norm_reference(u, weight, bias, num_groups, eps, activation=activation), u, u.view_as(u)
+
+
+def _ticket(u: Tensor) -> Tensor:
+    return u.new_empty(()).expand(u.shape)
 
 
 @triton_op("fastdiff_kernels::add_group_norm_silu", mutates_args={})
 def _forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Tensor, bias: Tensor,
              shift: Tensor | None, num_groups: int, eps: float,
-             silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y, u, and mean and rstd (N, groups) for the backward."""
+             silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, u, the ticket of `_Kept`, and mean and rstd (N, groups) for the backward."""
     y, u, mean, rstd = forward(x, residual, skip, weight, bias, shift, None, None, None, num_groups, eps, silu, 0.0, 0,
                                with_sum=True)  # fmt: skip
     assert u is not None
-    return y, u, mean, rstd
+    return y, u, _ticket(u), mean, rstd
 
 
 @triton_op("fastdiff_kernels::add_group_norm_silu_backward", mutates_args={})
-def _backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
-              mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
+def _backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
+              shift: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
               c_x: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dskip, dweight, dbias, dshift of x = u, whose first c_x channels are the forward's x; an empty tensor for
     skip or shift if it was not given."""
-    dx, dskip, dweight, dbias, dshift, *_ = backward(dy, du, x, weight, bias, shift, None, None, None, mean, rstd,
+    dx, dskip, dweight, dbias, dshift, *_ = backward(dy, du, du2, x, weight, bias, shift, None, None, None, mean, rstd,
                                                      num_groups, silu, 0.0, 0, c_x, summed=True)  # fmt: skip
     grads = (dx, dskip, dweight, dbias, dshift)
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # ty: ignore[invalid-explicit-return]
@@ -65,30 +72,32 @@ def _backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Te
 @_forward.register_fake
 def _(x, residual, skip, weight, bias, shift, num_groups, eps, silu):
     c = x.shape[1] + (0 if skip is None else skip.shape[1])
-    return image(x, c), image(x, c), statistics(x, num_groups), statistics(x, num_groups)
+    u = image(x, c)
+    return image(x, c), u, _ticket(u), statistics(x, num_groups), statistics(x, num_groups)
 
 
 @_backward.register_fake
-def _(dy, du, x, weight, bias, shift, mean, rstd, num_groups, silu, c_x):
+def _(dy, du, du2, x, weight, bias, shift, mean, rstd, num_groups, silu, c_x):
     dskip = image(x, x.shape[1] - c_x) if c_x < x.shape[1] else x.new_empty(0)
     return image(x, c_x), dskip, *(vector_like(v, x) for v in (weight, bias, shift))
 
 
 def _setup_context(ctx, inputs, output):
     x, residual, skip, weight, bias, shift, num_groups, _, silu = inputs
-    _, u, mean, rstd = output
+    _, u, _, mean, rstd = output
     ctx.save_for_backward(u, weight, bias, shift, mean, rstd)
     ctx.plain = (num_groups, silu, int(x.shape[1]))
     ctx.given = (residual is not None, skip is not None, shift is not None)
     ctx.set_materialize_grads(False)  # where u has no other use it has no gradient, not one of zeros
 
 
-def _autograd(ctx, dy, du, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
+def _autograd(ctx, dy, du, du2, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
     u, *rest = ctx.saved_tensors
     has_residual, has_skip, has_shift = ctx.given
     # Autograd may hand over an expanded or NCHW gradient, or none where only the other result was used.
-    dy, du = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (dy, du))
-    dx, dskip, dweight, dbias, dshift = _backward(torch.zeros_like(u) if dy is None else dy, du, u, *rest, *ctx.plain)
+    dy, du, du2 = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (dy, du, du2))
+    dy = torch.zeros_like(u) if dy is None else dy
+    dx, dskip, dweight, dbias, dshift = _backward(dy, du, du2, u, *rest, *ctx.plain)
     images = dx, dx if has_residual else None, dskip if has_skip else None
     return *images, dweight, dbias, dshift if has_shift else None, None, None, None
 
@@ -96,10 +105,23 @@ def _autograd(ctx, dy, du, dmean, drstd):  # mean and rstd never leave this file
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class _Kept(torch.autograd.Function):
+    """u once more, whose gradient goes to the operator as that of another of its results: the ticket, a tensor of u's
+    shape with one element in memory, which nothing ever reads."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, ticket: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:  # ty: ignore[incompatible-method-override]
+        return None, gradient
+
+
 def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,
                         residual: Tensor | None = None, skip: Tensor | None = None, shift: Tensor | None = None,
-                        activation: Activation = "silu") -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> y = act(group_norm(u)) and u = cat(x + residual + shift, skip), both differentiable once in every argument.
+                        activation: Activation = "silu") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y = act(group_norm(u)), u = cat(x + residual + shift, skip), and u again; differentiable once in all of them.
 
     x           (N, C1, H, W) in torch.channels_last, bf16, fp16 or fp32 (float64 too on a CPU); N may be 0
     weight      (C,) and bias (C,), or both (N, C); see `group_norm_silu`. C = C1 + C2
@@ -110,7 +132,8 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
     shift       (N, C1) or (C1,), any floating dtype
     activation  "silu" or "none"
 
-    Both results are (N, C, H, W) in x's dtype, channels_last. The sum is formed in float32 and rounded once; statistics
+    All results are (N, C, H, W) in x's dtype, channels_last; the last two share their memory, and are best used for one
+    thing each: their gradients are added in the kernel. The sum is formed in float32 and rounded once; statistics
     are those of the rounded u. Under autocast nothing is cast.
 
     On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
@@ -129,8 +152,8 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
             raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {v.dtype}")
         check_layout(name, v)
     vectors = vectors_of(x.shape[0], weight, bias, shift)
-    y, u, _, _ = _forward(x, residual, skip, *vectors, num_groups, eps, activation == "silu")
-    return y, u
+    y, u, ticket, _, _ = _forward(x, residual, skip, *vectors, num_groups, eps, activation == "silu")
+    return y, u, _Kept.apply(u.detach(), ticket)
 
 
 def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int = 0, extras: tuple[str, ...] = (),
@@ -156,11 +179,11 @@ def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int
 
 
 def _min_bytes(inputs: Inputs) -> tuple[int, int]:
-    """The terms in, y and u out; u, dy and du in, a gradient of each image but the residual, which shares x's, out."""
+    """The terms in, y and u out; u, dy, du and du2 in, the gradients of x (the residual's too) and skip out."""
     terms = [inputs[name].nbytes for name in ("x", "residual", "skip") if name in inputs]
     total = inputs["x"].nbytes + (inputs["skip"].nbytes if "skip" in inputs else 0)
     vectors = sum(inputs[name].nbytes for name in ("weight", "bias", "shift") if name in inputs)
-    return sum(terms) + 2 * total + vectors, 4 * total + 2 * vectors
+    return sum(terms) + 2 * total + vectors, 5 * total + 2 * vectors
 
 
 SPEC = KernelSpec(

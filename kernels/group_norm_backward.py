@@ -44,6 +44,7 @@ def _store_dshift(dshift_ptr, dshift, n, channel, ok, C_X: tl.constexpr):
 def backward_tile(
     dy_ptr,  # (N, HW, C) like x
     du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
+    du2_ptr,  # (N, HW, C) like x: a second part of it, or None
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32: what was normalised, but for the shift
     weight_ptr,  # (N, C), rows affine_row apart
     bias_ptr,  # (N, C), the same
@@ -107,6 +108,8 @@ def backward_tile(
     dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
     if du_ptr is not None:
         dx += du.to(tl.float32)
+    if du2_ptr is not None:  # read only now: held from the start, it would halve the programs of a multiprocessor
+        dx += load(du2_ptr + here, ok2, whole, "").to(tl.float32)
     store_parts(dx_ptr, dskip_ptr, dx, n, pixel, first, local, ok2, HW, C, C_X, OWN, whole)
     if dshift_ptr is not None:
         _store_dshift(dshift_ptr, tl.sum(zero_outside(dx, ok2, whole), 0), n, channel, ok, C_X)
@@ -116,6 +119,7 @@ def backward_tile(
 def backward_loop(
     dy_ptr,  # (N, HW, C) like x
     du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
+    du2_ptr,  # (N, HW, C) like x: a second part of it, or None
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32: what was normalised, but for the shift
     weight_ptr,  # (N, C), rows affine_row apart
     bias_ptr,  # (N, C), the same
@@ -195,6 +199,8 @@ def backward_loop(
         dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
         if du_ptr is not None:
             dx += load(du_ptr + here, ok2, whole, "evict_first").to(tl.float32)
+        if du2_ptr is not None:
+            dx += load(du2_ptr + here, ok2, whole, "evict_first").to(tl.float32)
         store_parts(dx_ptr, dskip_ptr, dx, n, pixel, first, local, ok2, HW, C, C_X, OWN, whole)
         if dshift_ptr is not None:
             sum_dx += zero_outside(dx, ok2, whole)

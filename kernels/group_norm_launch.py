@@ -56,8 +56,8 @@ def _forward_cpu(x, residual, skip, weight, bias, shift, scale, offset, seed, nu
     return _channels_last(y, x.dtype), summed, mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _backward_cpu(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p, stream,
-                  c_x, summed):  # fmt: skip
+def _backward_cpu(dy, du, du2, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p,
+                  stream, c_x, summed):  # fmt: skip
     """The formulas of group_norm_math.py, in tensors."""
     gz = _wide(dy)
     if seed is not None:
@@ -79,8 +79,8 @@ def _backward_cpu(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rst
 
     dx = gamma[:, :, None, None] * gz - group_mean(gamma * b) - xhat * group_mean(gamma * a)
     dx = dx * rstd.repeat_interleave(x.shape[1] // num_groups, 1)[:, :, None, None]
-    if du is not None:
-        dx = dx + du
+    for v in (du, du2):
+        dx = dx if v is None else dx + v
 
     def affine_gradient(v: Tensor, like: Tensor) -> Tensor:  # (N, C) -> (C,) or (N, C)
         return (one_plus * v if like.dim() == 2 else (one_plus * v).sum(0)).to(like.dtype)
@@ -154,16 +154,17 @@ def forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Ten
     return y, u, mean, rstd
 
 
-def backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
-             scale: Tensor | None, offset: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor,
-             num_groups: int, silu: bool, dropout_p: float, stream: int, c_x: int,
+def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
+             shift: Tensor | None, scale: Tensor | None, offset: Tensor | None, seed: Tensor | None, mean: Tensor,
+             rstd: Tensor, num_groups: int, silu: bool, dropout_p: float, stream: int, c_x: int,
              summed: bool) -> list[Tensor | None]:  # fmt: skip
     """-> dx, dskip, dweight, dbias, dshift, dscale, doffset; None for each that was not given.
 
-    x is u if `summed`, when the shift is in it already; c_x of its channels are those of the forward's x.
+    x is u if `summed`, when the shift is in it already; c_x of its channels are those of the forward's x. du and du2
+    are added to its gradient.
     """
     if not runs_triton(x):
-        return _backward_cpu(dy, du, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
+        return _backward_cpu(dy, du, du2, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
                              dropout_p, stream, c_x, summed)  # fmt: skip
     n, c = x.shape[0], int(x.shape[1])
     dx, dskip = image(x, c_x), image(x, c - c_x) if c_x < c else None
@@ -178,8 +179,9 @@ def backward(dy: Tensor, du: Tensor | None, x: Tensor, weight: Tensor, bias: Ten
     if weight.dim() == 1:
         # Two allocations, not two views of one: Inductor would copy each view back into its base after the kernel.
         part_weight, part_bias = (torch.empty(n, c, device=x.device, dtype=torch.float32) for _ in range(2))
-    args = (dy, du, x, weight, bias, None if summed else shift, scale, offset, seed, mean, rstd, dx, dskip, part_weight,
-            part_bias, dshift, dscale, doffset, _row(weight), _row(shift), stream, threshold_of(dropout_p))  # fmt: skip
+    args = (dy, du, du2, x, weight, bias, None if summed else shift, scale, offset, seed, mean, rstd, dx, dskip,
+            part_weight, part_bias, dshift, dscale, doffset, _row(weight), _row(shift), stream,
+            threshold_of(dropout_p))  # fmt: skip
     if looped:
         traceable(backward_loop)[grid](*args, SILU=silu, C_X=c_x, **constants)
     else:

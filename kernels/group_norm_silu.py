@@ -62,7 +62,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
               offset: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
               dropout_p: float, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dweight, dbias, dshift, dscale, doffset; an empty tensor for each of the last three that was not given."""
-    dx, _, *rest = backward(dy, None, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
+    dx, _, *rest = backward(dy, None, None, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
                             dropout_p, stream, c_x=int(x.shape[1]), summed=False)  # fmt: skip
     return tuple(x.new_empty(0) if g is None else g for g in (dx, *rest))  # ty: ignore[invalid-explicit-return]
 

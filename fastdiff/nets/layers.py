@@ -122,9 +122,10 @@ def group_norm_silu(
 
 def add_norm_silu(
     x: Pending, norm: GroupNorm, weight: Tensor, bias: Tensor, *, skip: Tensor | None = None, silu: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Form the sum that x is, with the channels of `skip` after its own, and its norm: -> norm and sum, (N, C, H, W).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Form the sum that x is, with the channels of `skip` after its own, and its norm: -> norm, sum, sum (N, C, H, W).
 
+    The sum is given out twice, once for near and once for far use, as the fused kernel adds up the gradients of two.
     The arguments are those of `group_norm_silu`.
     """
     if norm.fused:
@@ -133,7 +134,7 @@ def add_norm_silu(
             activation="silu" if silu else "none",
         )  # fmt: skip
     total = whole(x) if skip is None else concatenate(whole(x), skip)
-    return group_norm_silu(total, norm, weight, bias, silu=silu), total
+    return group_norm_silu(total, norm, weight, bias, silu=silu), total, total
 
 
 class _Concatenation(torch.autograd.Function):
@@ -215,18 +216,19 @@ class ResidualBlock(nn.Module):
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
         c_embedding: width of the time embedding.
         dropout: probability, in [0, 1).
-        number: of the module, in `Shared`; also sets its dropout masks apart from those of the others.
     """
 
+    number = 0  # its place in `Shared.vectors`, and what sets its dropout masks apart from those of others
+
     def __init__(
-        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float, number: int = 0
+        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float
     ) -> None:  # fmt: skip
         super().__init__()
         self.norm_1 = GroupNorm(groups, c_in, eps)
         self.conv_1 = Conv2d(c_in, c_out, 3, padding=1)
         self.embedding = nn.Linear(c_embedding, c_out)
         self.norm_2 = GroupNorm(groups, c_out, eps)
-        self.dropout, self.number = dropout, number
+        self.dropout = dropout
         self.conv_2 = zeroed(Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -246,12 +248,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
         weight_1, bias_1, weight_2, bias_2, *left, shift = shared.vectors[self.number]
-        h, total = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
+        h, total, given = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
         h = group_norm_silu(
             self.conv_1(h), self.norm_2, weight_2, bias_2, shift=shift,
             dropout_p=self.dropout if self.training else 0.0, seed=shared.seed, stream=self.number,
         )  # fmt: skip
-        return Pending(self.conv_2(h), self.shortcut(total), *left), total
+        return Pending(self.conv_2(h), self.shortcut(total), *left), given
 
 
 class _Split(torch.autograd.Function):
@@ -262,7 +264,7 @@ class _Split(torch.autograd.Function):
         return rows.split(sizes, 1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return kernels.cat_rows(gradients), None
 
 
@@ -298,24 +300,21 @@ class _Chunks(torch.autograd.Function):
         return merged.chunk(3, -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         merged, sums = kernels.merge_columns(*gradients)
         return merged.view(ctx.shape), sums.to(ctx.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W).
+    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
 
-    Args:
-        number: of the module, in `Shared`.
-    """
+    number = 0  # its place in `Shared.vectors`
 
-    def __init__(self, channels: int, *, groups: int, eps: float, number: int = 0) -> None:
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(Linear(channels, channels))
-        self.number = number
 
     def vectors(self) -> list[Tensor]:
         """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
@@ -328,7 +327,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
         weight, bias, *left = shared.vectors[self.number]
-        h, total = add_norm_silu(x, self.norm, weight, bias, silu=False)
+        h, total, _ = add_norm_silu(x, self.norm, weight, bias, silu=False)
         n, c, height, width = h.shape
         h = h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
         if self.norm.fused:
@@ -342,16 +341,13 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2).
+    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 
-    Args:
-        number: of the module, in `Shared`.
-    """
+    number = 0  # its place in `Shared.vectors`
 
-    def __init__(self, channels: int, *, number: int = 0) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
-        self.number = number
 
     def vectors(self) -> list[Tensor]:
         """The bias, (C,), that is left to the next norm, if any."""
@@ -363,16 +359,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W).
+    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
-    Args:
-        number: of the module, in `Shared`.
-    """
+    number = 0  # its place in `Shared.vectors`
 
-    def __init__(self, channels: int, *, number: int = 0) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
-        self.number = number
 
     def vectors(self) -> list[Tensor]:
         """The bias, (C,), that is left to the next norm, if any."""

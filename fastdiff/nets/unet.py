@@ -37,10 +37,9 @@ class DownStage(nn.Module):
         downsample: None on the last level.
     """
 
-    def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], downsample: Downsample | None) -> None:
+    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
-        self.resamples = downsample is not None
 
     def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Appends what each block and the downsampling were given to `skips`, for the way up."""
@@ -58,10 +57,9 @@ class DownStage(nn.Module):
 class UpStage(nn.Module):
     """One level on the way up: residual blocks, each fed one skip connection, then an upsampling (None on the last)."""
 
-    def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], upsample: Upsample | None) -> None:
+    def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], upsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
-        self.resamples = upsample is not None
 
     def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Takes one activation from the end of `skips` for each block."""
@@ -88,16 +86,13 @@ class UNet(nn.Module):
         groups, eps, dropout = config.norm_groups, config.norm_eps, config.dropout
         widths = [config.channels * m for m in config.channel_mult]
         c_embedding = 4 * config.channels
-        numbers = itertools.count(1)  # 0: conv_in and norm_out
 
-        def block(c_in: int, c_out: int) -> ResidualBlock:
-            return ResidualBlock(
-                c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout, number=next(numbers)
-            )  # fmt: skip
+        def block(c_in: int, c_out: int) -> nn.Module:
+            return ResidualBlock(c_in, c_out, c_embedding, groups=groups, eps=eps, dropout=dropout)
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.image_size // 2**level in config.attention_resolutions:
-                return SelfAttention(channels, groups=groups, eps=eps, number=next(numbers))
+                return SelfAttention(channels, groups=groups, eps=eps)
             return nn.Identity()
 
         self.time = TimeEmbedding(config.channels)
@@ -107,26 +102,31 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             ins = [c, *[width] * (config.blocks_per_level - 1)]
-            downsample = Downsample(width, number=next(numbers)) if level < len(widths) - 1 else None
+            downsample = Downsample(width) if level < len(widths) - 1 else None
             blocks = [block(c_in, width) for c_in in ins]
             self.down.append(DownStage(blocks, [attention(width, level) for _ in ins], downsample))
             skips += [width] * (len(ins) + (downsample is not None))
             c = width
 
         self.middle_1 = block(c, c)
-        self.middle_attention = SelfAttention(c, groups=groups, eps=eps, number=next(numbers))
+        self.middle_attention = SelfAttention(c, groups=groups, eps=eps)
         self.middle_2 = block(c, c)
 
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             ins = [c, *[width] * config.blocks_per_level]
             blocks = [block(c_in + skips.pop(), width) for c_in in ins]
-            upsample = Upsample(width, number=next(numbers)) if level > 0 else None
+            upsample = Upsample(width) if level > 0 else None
             self.up.append(UpStage(blocks, [attention(width, level) for _ in ins], upsample))
             c = width
 
         self.norm_out = GroupNorm(groups, c, eps)
         self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
+
+        # Every module that needs something of `Shared`, in the order of their calls, numbered from 1.
+        self.parts = [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
+        for number, part in enumerate(self.parts, 1):
+            part.number = number
         self.to(memory_format=torch.channels_last)
 
     def use_kernels(self, kind: str) -> "UNet":
@@ -138,29 +138,22 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, GroupNorm | Conv2d | Linear):
                 module.fused = {"triton": True, "torch": False}[kind]
-        for stage in (*self.down, *self.up):
-            attention, block = stage.attention[-1], stage.blocks[-1]
-            last = attention if isinstance(attention, SelfAttention) else block
-            if stage.resamples:  # by a convolution, which reads a sum that no norm has formed
-                last.keep_bias()
+        for part, after in itertools.pairwise(self.parts):
+            # A resampling's convolution reads a sum that no norm forms.
+            if isinstance(after, Downsample | Upsample) and isinstance(part, ResidualBlock | SelfAttention):
+                part.keep_bias()
         return self
 
-    def _vectors(self) -> list[list[Tensor]]:
-        """(C,) parameters of what norms do, by the number of the module; number 0 is this one, with weight and bias of
-        the last norm and the bias that the first convolution leaves to the first norm."""
-        modules = [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
-        modules.sort(key=lambda m: m.number)
-        mine = [self.norm_out.weight, self.norm_out.bias, *self.conv_in.left_out()]
-        return [mine, *(m.vectors() for m in modules)]
-
     def _shared(self, t: Tensor, n: int) -> Shared:
-        fused = self.norm_out.fused
-        vectors, seed = self._vectors(), None
+        """What the parts need; number 0 is the network's own: the last norm, and the bias that the first layer left."""
+        fused, seed = self.norm_out.fused, None
+        mine = [self.norm_out.weight, self.norm_out.bias, *self.conv_in.left_out()]
+        vectors = [mine, *(part.vectors() for part in self.parts)]
         if fused and torch.is_grad_enabled():
             vectors = as_rows(vectors, n)
         if fused and self.training and self.config.dropout > 0:
             seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
-        blocks = [m for m in self.modules() if isinstance(m, ResidualBlock)]
+        blocks = [part for part in self.parts if isinstance(part, ResidualBlock)]
         for block, shift in zip(blocks, time_shifts(blocks, F.silu(self.time(t))), strict=True):
             vectors[block.number].append(shift)
         return Shared(vectors, seed)
@@ -186,5 +179,5 @@ class UNet(nn.Module):
         h, _ = self.middle_2(self.middle_attention(h, shared), shared)
         for stage in self.up:
             h = stage(h, shared, skips)
-        h, _ = add_norm_silu(h, self.norm_out, weight, bias)
+        h, *_ = add_norm_silu(h, self.norm_out, weight, bias)
         return self.conv_out(h)
