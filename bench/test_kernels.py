@@ -37,6 +37,38 @@ def _norms(size: Size) -> Iterator[Case]:
     yield _norm(*size.norms[len(size.norms) // 2], groups, extras=True)  # the second norm of a block, while training
 
 
+def _sums(size: Size) -> Iterator[Case]:
+    """What the first norm of a block reads: on the way down a residual and a bias, on the way up a skip too."""
+
+    def case(n: int, c: int, side: int, c_skip: int) -> Case:
+        def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+            def image(channels: int) -> Tensor:
+                x = torch.randn(n, channels, side, side, generator=generator)
+                return x.to(dtype).to(memory_format=torch.channels_last)
+
+            inputs: Inputs = {"x": image(c - c_skip), "weight": torch.ones(c), "bias": torch.zeros(c)}
+            inputs |= {"num_groups": size.config.net.norm_groups, "eps": 1e-6, "residual": image(c - c_skip)}
+            return inputs | ({"skip": image(c_skip)} if c_skip else {}) | {"shift": torch.randn(c - c_skip)}
+
+        return Case(f"{n}x{c}x{side}x{side}" + (f", {c_skip} of a skip" if c_skip else ""), make)
+
+    for n, c, side in (size.norms[0], size.norms[len(size.norms) // 2]):
+        yield case(n, c, side, 0)
+    n, c, side = max(size.norms, key=lambda norm: norm[1] * norm[2])
+    yield case(n, c, side, c // 3 // 8 * 8)
+
+
+def _merge(size: Size) -> Iterator[Case]:
+    net = size.config.net
+    side = max(net.attention_resolutions)
+    shape = (size.norms[0][0], 1, side**2, net.channels * net.channel_mult[-1])
+
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name in "abc"}
+
+    yield Case("x".join(map(str, shape)), make)
+
+
 def _ema(size: Size) -> Iterator[Case]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         ema, params = torch.randn(2, size.flat, generator=generator).unbind()
@@ -59,6 +91,8 @@ def _adam_ema(size: Size) -> Iterator[Case]:
 # The cases of a training run; those of the SPEC are chosen for correctness, not for speed.
 CASES: dict[str, Callable[[Size], Iterator[Case]]] = {
     "group_norm_silu": _norms,
+    "add_group_norm_silu": _sums,
+    "merge_columns": _merge,
     "ema_update": _ema,
     "adam_ema": _adam_ema,
 }
@@ -79,28 +113,37 @@ def _work(
     """Inputs go round, and so do outputs, as the copy's do: the last `copies` are alive, so none is still in the cache
     when its memory is written again."""
     sets = [to_device(inputs, device) for _ in range(copies)]
-    if not spec.differentiable:  # in place
-        return Workload(lambda i: fn(**sets[i % copies]), bytes=moved)
     alive: deque[object] = deque(maxlen=copies)
+    if not spec.differentiable:  # in place, or without gradients
+        return Workload(lambda i: alive.append(fn(**sets[i % copies])), bytes=moved)
     leaves = [_leaves(spec, s) for s in sets]
-    weights = [torch.randn_like(s["x"]) for s in sets]
+
+    def outputs(i: int) -> tuple[Tensor, ...]:
+        result = fn(**sets[i % copies])
+        return result if isinstance(result, tuple) else (result,)
+
+    results = len(outputs(0))
+    # One weight for each result, as large as x and skip together.
+    weights = [
+        [torch.randn_like(torch.cat([s["x"], s["skip"]], 1) if "skip" in s else s["x"]) for _ in range(results)]
+        for s in sets
+    ]
     if which == "forward":  # as in training: with what the backward will need
-        return Workload(lambda i: alive.append(fn(**sets[i % copies]).detach()), bytes=moved)
+        return Workload(lambda i: alive.append([y.detach() for y in outputs(i)]), bytes=moved)
     if which == "both":
 
         def both(i: int) -> None:
-            y = fn(**sets[i % copies])
-            alive.append((y.detach(), torch.autograd.grad(y, leaves[i % copies], weights[i % copies])))
+            ys = outputs(i)
+            gradients = torch.autograd.grad(ys, leaves[i % copies], weights[i % copies])
+            alive.append(([y.detach() for y in ys], gradients))
 
         return Workload(both, bytes=moved)
     # A compiled backward may write into what the forward saved unless it is told that it will run again.
     with torch._functorch.config.patch(donated_buffer=False):
-        results = [fn(**s) for s in sets]
+        saved = [outputs(i) for i in range(copies)]
 
     def backward(i: int) -> None:
-        alive.append(
-            torch.autograd.grad(results[i % copies], leaves[i % copies], weights[i % copies], retain_graph=True)
-        )
+        alive.append(torch.autograd.grad(saved[i % copies], leaves[i % copies], weights[i % copies], retain_graph=True))
 
     return Workload(backward, bytes=moved)
 

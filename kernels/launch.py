@@ -83,7 +83,8 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
     width = max(16, 1024 // itemsize // isqrt(rows))
     tile = _tiles(_own_channels(channels, groups, width), channels // groups, rows, False, 0)
     tall = rows > 64 and itemsize == 2 and not backward and not (dropout and adaptive)
-    per_thread = TALL_ELEMENTS if tall else ELEMENTS
+    # Everything at once spills 8 bytes in the backward at 32.
+    per_thread = TALL_ELEMENTS if tall else ELEMENTS // 2 if backward and dropout and adaptive else ELEMENTS
     # In the backward a taller tile would need 64 elements of both x and dy a thread, or all of a multiprocessor.
     if rows * tile.block_c <= (8192 if backward else MAX_WARPS * 32 * per_thread):
         return replace(tile, num_warps=min(MAX_WARPS, max(4, rows * tile.block_c // (32 * per_thread))))

@@ -36,9 +36,9 @@ RULES: tuple[tuple[str, str], ...] = (
     ("optimizer", r"multi_tensor|_foreach_|fused_?adam|adam_ema|ema_kernel|ema_update"),
     ("norm", r"(forward|backward)_(tile|loop)|column_sums|group_?norm|batch_?norm|layer_?norm"),
     ("norm", r"RowwiseMoments|Compute(Internal|Backward|Fused)\w*(Gradients|Params)|GammaBeta"),
-    ("attention", r"flash|fmha|sdpa|scaled_?dot_?product|softmax|attention"),
+    ("attention", r"flash|fmha|sdpa|scaled_?dot_?product|softmax|attention|merge_(kernel|columns)"),
     ("data", r"\bdali"),
-    ("copy", r"memcpy|memset|nchwtonhwc|nhwctonchw|CatArray|copy_kernel|copy_device|FillFunctor"),
+    ("copy", r"memcpy|memset|nchwtonhwc|nhwctonchw|CatArray|cat_rows|copy_kernel|copy_device|FillFunctor"),
     ("copy", r"^aten::(copy_|_to_copy|to|contiguous|clone|cat|fill_|zero_|zeros|ones|zeros_like|ones_like)$"),
     ("conv", r"conv(?!ert)|[fdw](prop|grad)_|\w(fprop|dgrad|wgrad)|winograd|cudnn"),
     ("matmul", r"gemm|gemv|nvjet|cublas|splitk|^aten::(mm|bmm|addmm|baddbmm|linear|matmul)$|Addmm|\b[MB]mmBackward"),
@@ -62,7 +62,7 @@ SIZES = {
 ELEMENTWISE = re.compile(
     r"^aten::(add|sub|mul|div|neg|silu|sigmoid|exp|sqrt|lerp|addcmul|addcdiv|clamp|silu_backward|sigmoid_backward)_?$"
 )
-OUR_KERNELS = re.compile(r"^(triton_|forward_|backward_|column_sums|adam_ema_kernel|ema_kernel)")
+OUR_KERNELS = re.compile(r"^(triton_|forward_|backward_|column_sums|merge_kernel|adam_ema_kernel|ema_kernel)")
 
 
 @dataclass(frozen=True, slots=True)

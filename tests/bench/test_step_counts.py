@@ -14,7 +14,7 @@ known = pytest.mark.skipif(
 )
 
 
-REACHED = {"2a": 1.385, "2b": 1.385, "3": 5.9}
+REACHED = {"2a": 1.505, "2b": 1.505, "3": 5.5}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,10 @@ def test_a_cast_of_activations_is_caught(monkeypatch, ours):
     """A block that passes its result through float32 memory, as a careless `.float()` before an opaque op would."""
     forward = ResidualBlock.forward
 
-    def careless(self, x, embedding, seed=None):
-        h = forward(self, x, embedding, seed).float()
-        return torch.ops.aten._adaptive_avg_pool2d(h, h.shape[2:]).to(x.dtype)
+    def careless(self, *args):
+        h, given = forward(self, *args)
+        branch = torch.ops.aten._adaptive_avg_pool2d(h.branch.float(), h.branch.shape[2:]).to(h.branch.dtype)
+        return h._replace(branch=branch), given
 
     monkeypatch.setattr(ResidualBlock, "forward", careless)
     worse = step_variants.count_small("ours")
@@ -77,7 +78,7 @@ def test_no_bar_has_regressed(committed):
     assert set(committed["bars"]) == set(step_counts.BARS)
     values = step_counts.ratios(counts)
     assert values == pytest.approx(committed["bars"], rel=1e-3)
-    # What was reached, less 1%; bar 2a asks for 1.5.
+    # What was reached, less 1% or up to the bar.
     assert values["1"] <= 1.02
     assert {k: v for k, v in values.items() if k != "1" and v < REACHED[k]} == {}
 

@@ -11,6 +11,8 @@ SHAPES = ((128, 32), (384, 32), (512, 16), (512, 8), (512, 4))
 def test_no_spills_and_wide_accesses(compiled):
     jobs = [job for shape in SHAPES for variant in ("plain", "all") for job in aot.norm_jobs(*shape, variant)]
     jobs += [job for shape in ((128, 32), (256, 16)) for job in aot.norm_jobs(*shape, "shift+dropout")]
+    jobs += [job for shape in SHAPES for job in aot.norm_jobs(*shape, "add")]
+    jobs += [*aot.norm_jobs(128, 16, "add, kept"), *aot.merge_jobs()]
     jobs += [job for job in aot.flat_jobs() if job.kernel != "column_sums" or job.label == "C=384"]
     work = [(job, 90) for job in jobs]
     work += [(job, sm) for job in jobs if job.label in ("C=128 32x32 all", "C=384 32x32 plain") for sm in (80, 100)]

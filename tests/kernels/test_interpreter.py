@@ -58,6 +58,37 @@ BUGS = {
         "range(BLOCK_N, N, BLOCK_N)",
         "group_norm_silu",
     ),
+    "residual forgotten": (
+        "group_norm_math.py",
+        "u += load(residual_ptr + offset, ok, WHOLE, EVICT).to(tl.float32)",
+        "u += 0",
+        "add_group_norm_silu and residual",
+    ),
+    "seam a channel too far": (
+        "group_norm_math.py",
+        "ok & (channel >= C_X)[None, :], False, EVICT)",
+        "ok & (channel > C_X)[None, :], False, EVICT)",
+        "add_group_norm_silu and seam",
+    ),
+    "a gradient of the sum forgotten": (
+        "group_norm_backward.py",
+        'dx += load(du2_ptr + here, ok2, whole, "").to(tl.float32)',
+        "dx += 0",
+        "add_group_norm_silu and residual",
+    ),
+    "a shift's gradient without the sum's other uses": (
+        "group_norm_backward.py",
+        "tl.sum(zero_outside(dx, ok2, whole), 0), n",
+        "tl.sum(zero_outside(dx - du.to(tl.float32), ok2, whole), 0), n",
+        "add_group_norm_silu and everything",
+    ),
+    "one image's row for all": (
+        "group_norm_math.py",
+        "n.to(tl.int64) * row + channel",
+        "n.to(tl.int64) * 0 + channel",
+        "group_norm_silu and map",
+    ),
+    "columns of the next matrix": ("merge_columns.py", "which * C + column[None, :], v", "column[None, :], v", "merge"),
     "no bias correction": ("adam_ema.py", "(lr / correction1)", "lr", "adam_ema"),
     "1 - beta2 in float32": (
         "adam_ema.py",

@@ -55,6 +55,7 @@ NAMES = {
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_kernel0_0",
         "triton_per_fused__softmax_5",
+        "merge_kernel",
         "triton_tem_fused_flex_attention_0",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
     ],
@@ -108,7 +109,7 @@ def test_names_fall_into_their_categories(category, name):
 def test_every_kernel_of_ours_has_a_category():
     names = [f"fastdiff_kernels::{spec.op.__name__}" for spec in REGISTRY.values()]
     assert names
-    assert {classify(name) for name in names} <= {"norm", "optimizer"}
+    assert {classify(name) for name in names} <= {"norm", "optimizer", "attention"}
     assert classify("something_nobody_named") is None
 
 
