@@ -9,6 +9,7 @@ from fastdiff.nets.layers import (
     GroupNorm,
     ResidualBlock,
     TimeEmbedding,
+    as_rows,
     concatenate,
     group_norm_silu,
     upsample_nearest,
@@ -182,9 +183,23 @@ def outcome(model, x, t, *, bf16):
     return {"prediction": y, **dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))}
 
 
+PLAIN = dataclasses.replace(SMALL, dropout=0.0)
+
+
 @pytest.mark.parametrize(
     ("device", "config"),
-    [("cpu", dataclasses.replace(SMALL, dropout=0.0)), pytest.param("cuda", UNetConfig(), marks=pytest.mark.gpu)],
+    [
+        pytest.param("cpu", PLAIN, id="small"),
+        pytest.param("cpu", dataclasses.replace(PLAIN, attention_resolutions=()), id="without attention"),
+        pytest.param("cpu", dataclasses.replace(PLAIN, attention_resolutions=(8, 4)), id="attention everywhere"),
+        pytest.param(
+            "cpu",
+            dataclasses.replace(PLAIN, channel_mult=(2,), blocks_per_level=1, attention_resolutions=()),
+            id="one level, one block",
+        ),
+        pytest.param("cpu", dataclasses.replace(PLAIN, channels=12, image_channels=1, norm_groups=3), id="odd widths"),
+        pytest.param("cuda", UNetConfig(), marks=pytest.mark.gpu, id="published"),
+    ],
 )
 def test_the_fused_network_is_as_accurate_as_pytorchs(device, config):
     """In bf16, on a GPU in the published size and compiled: the prediction and the gradient of every weight."""
@@ -199,12 +214,43 @@ def test_the_fused_network_is_as_accurate_as_pytorchs(device, config):
     if device == "cuda":
         ours.compile(fullgraph=True)
     side = config.image_size
-    x = torch.randn(8, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    x = torch.randn(8, config.image_channels, side, side, device=device).to(memory_format=torch.channels_last)
     t = torch.linspace(0, 999, 8, device=device)
     truth = outcome(exact.double(), x.double(), t, bf16=False)
     eager, fused_ = outcome(plain, x, t, bf16=True), outcome(ours, x, t, bf16=True)
     for name, value in truth.items():
         assert_as_accurate(fused_[name], eager[name], value, name)
+
+
+def test_kernels_can_be_switched_and_copies_are_independent():
+    """Every bias is added once, whichever way the network came to its kernels."""
+    x, t = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0])
+    model = fused(PLAIN)
+    twin = copy.deepcopy(model)
+    assert all(part in set(twin.modules()) for part in twin.parts)
+    expected = model.use_kernels("torch")(x, t)
+    torch.testing.assert_close(twin(x, t), expected)
+    torch.testing.assert_close(model.use_kernels("triton").use_kernels("triton")(x, t), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x, t), expected)
+        assert torch.equal(model.use_kernels("torch")(x, t), expected)
+
+
+def test_a_parameters_rows_are_summed_over_the_images():
+    """In float32 in the order of the vectors, and given to each of them."""
+    vectors = [
+        [torch.randn(4).requires_grad_()],
+        [],
+        [torch.randn(2).requires_grad_(), torch.randn(3).requires_grad_()],
+    ]
+    rows = as_rows(vectors, 5)
+    assert [[v.shape for v in group] for group in rows] == [[(5, 4)], [], [(5, 2), (5, 3)]]
+    weights = [torch.randn(5, n) for n in (4, 2, 3)]
+    flat, given = [v for group in rows for v in group], [v for group in vectors for v in group]
+    gradients = torch.autograd.grad(flat, given, weights)
+    for mine, row, vector, weight in zip(gradients, flat, given, weights, strict=True):
+        assert torch.equal(row, vector.expand(5, -1))
+        torch.testing.assert_close(mine, weight.sum(0))
 
 
 def test_concatenation_gives_gradients_of_their_own_in_channels_last():

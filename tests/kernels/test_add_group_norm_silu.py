@@ -1,0 +1,115 @@
+"""add_group_norm_silu beyond its contract: drawn shapes, results that nobody uses, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels import REGISTRY, add_group_norm_silu, group_norm_silu
+from kernels.add_group_norm_silu import _case
+from tests.kernels.contract import check, copy
+
+SPEC = REGISTRY["add_group_norm_silu"]
+
+
+def drawn(case, dtype=torch.float32):
+    return case.make(dtype, torch.Generator().manual_seed(0))
+
+
+@st.composite
+def cases(draw):
+    channels, c_skip = draw(st.integers(1, 128)), draw(st.sampled_from([0, 1, 8, 24, 32, 64, 99]))
+    total = channels + c_skip
+    groups = draw(st.sampled_from([g for g in range(1, total + 1) if total % g == 0]))
+    n, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    extras = tuple(name for name in ("residual", "shift") if draw(st.booleans()))
+    plain = {"activation": draw(st.sampled_from(["silu", "none"]))}
+    case = _case("drawn", n, channels, h, w, groups, c_skip=c_skip, extras=extras, rows=draw(st.booleans()), **plain)
+    return case, draw(st.sampled_from(SPEC.dtypes))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn_=cases())
+def test_drawn_shapes(drawn_, device):
+    case, dtype = drawn_
+    check(SPEC, drawn(case, dtype), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("c", "c_skip", "side"),
+    [(128, 0, 32), (128, 128, 32), (256, 128, 32), (256, 256, 16), (256, 128, 16), (256, 256, 8), (256, 256, 4)],
+)
+def test_unet_shapes_at_batch_128(c, c_skip, side):
+    case = _case("unet", 128, c, side, side, 32, c_skip=c_skip, extras=("residual", "shift"), rows=True)
+    check(SPEC, drawn(case, torch.bfloat16), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_results_that_nobody_uses_have_no_gradient(used, device):
+    """And cost nothing: the kernel is given none, not one of zeros."""
+    case = _case("case", 2, 24, 4, 4, 4, c_skip=8, extras=("residual", "shift"))
+    gradients = []
+    for fn in (add_group_norm_silu, SPEC.reference):
+        inputs = copy(drawn(case), device, wide=fn is SPEC.reference)
+        names = [name for name in SPEC.differentiable if name in inputs]
+        leaves = [inputs[name].requires_grad_() for name in names]
+        results = fn(**inputs)
+        total = sum((results[i].square().sum() for i in used), torch.zeros((), device=device))
+        gradients.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+    for name, mine, exact in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_sum_is_given_out_twice_in_one_memory(device):
+    y, u, again = add_group_norm_silu(**copy(drawn(_case("case", 2, 32, 4, 4, 4, extras=("residual",))), device))
+    assert torch.equal(u, again)
+    assert u.data_ptr() == again.data_ptr()
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in (y, u, again))
+
+
+def test_with_nothing_to_add_it_is_the_norm(device):
+    inputs = copy(drawn(_case("case", 2, 32, 4, 4, 4)), device)
+    y, u, _ = add_group_norm_silu(**inputs)
+    assert torch.equal(y, group_norm_silu(**inputs))
+    assert torch.equal(u, inputs["x"])
+    assert u.data_ptr() != inputs["x"].data_ptr()
+
+
+def test_a_bias_is_every_images_shift(device):
+    inputs = copy(drawn(_case("case", 3, 32, 4, 4, 4, c_skip=8, extras=("shift",))), device)
+    bias = inputs.pop("shift")[0].clone().requires_grad_()
+    rows = bias.detach().expand(3, -1).clone().requires_grad_()
+    one, each = (add_group_norm_silu(**inputs, shift=v) for v in (bias, rows))
+    assert all(torch.equal(a, b) for a, b in zip(one, each, strict=True))
+    (d_bias,) = torch.autograd.grad([one[0].square().sum()], bias)
+    (d_rows,) = torch.autograd.grad([each[0].square().sum()], rows)
+    torch.testing.assert_close(d_bias, d_rows.sum(0))
+
+
+def image(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"\(N, C, H, W\)", {"x": torch.ones(2, 32)}),
+        (ValueError, r"residual must be \(2, 32, 4, 4\)", {"residual": image(2, 16, 4, 4)}),
+        (ValueError, r"skip must be \(2, 8, 4, 4\)", {"skip": image(2, 8, 4, 8)}),
+        (ValueError, r"weight must be \(40,\) or \(2, 40\)", {"skip": image(2, 8, 4, 4)}),
+        (ValueError, "residual of shape .* channels_last", {"residual": torch.ones(2, 32, 4, 4)}),
+        (TypeError, "skip must have x's dtype", {"skip": image(2, 32, 4, 4, dtype=torch.bfloat16)}),
+        (ValueError, r"shift must be \(2, 32\) or \(32,\)", {"shift": torch.ones(2, 40)}),
+        (ValueError, r"bias must be \(32,\)", {"bias": torch.ones(2, 32)}),
+        (ValueError, "divide the 32 channels", {"num_groups": 5}),
+    ],
+)
+def test_refusals_name_the_argument(error, message, change):
+    inputs = {"x": image(2, 32, 4, 4), "weight": torch.ones(32), "bias": torch.zeros(32), "num_groups": 4} | change
+    if "skip" in change and error is TypeError:
+        inputs |= {"weight": torch.ones(64), "bias": torch.zeros(64)}
+    elif "skip" in change and "weight" not in message:
+        inputs |= {"weight": torch.ones(40), "bias": torch.zeros(40)}
+    with pytest.raises(error, match=message):
+        add_group_norm_silu(**inputs)

@@ -1,0 +1,43 @@
+"""merge_columns and cat_rows beyond their contract."""
+
+import pytest
+import torch
+
+from kernels import cat_rows, merge_columns
+
+
+def test_strided_parts_are_taken(device):
+    parts = torch.randn(6, 10, 3 * 8, device=device).chunk(3, -1)
+    merged, sums = merge_columns(*parts)
+    assert torch.equal(merged, torch.cat(parts, -1).flatten(0, 1))
+    torch.testing.assert_close(sums, merged.sum(0))
+
+
+def test_many_rows_are_summed_in_float32(device):
+    a, b, c = (torch.full((1000, 16), v, dtype=torch.bfloat16, device=device) for v in (1.0, -3.0, 1 / 256))
+    _, sums = merge_columns(a, b, c)
+    assert sums.dtype == torch.float32
+    assert torch.equal(sums.cpu(), torch.tensor([1000.0, -3000.0, 1000 / 256]).repeat_interleave(16))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"b must be \(4, 8\)", {"b": torch.ones(4, 9)}),
+        (TypeError, r"c must be torch.float32", {"c": torch.ones(4, 8).double()}),
+        (ValueError, "a must be a floating-point matrix", dict.fromkeys("abc", torch.ones(4))),
+        (TypeError, "a must be a floating-point matrix", dict.fromkeys("abc", torch.ones(4, 8).long())),
+    ],
+)
+def test_refusals_name_the_argument(error, message, change):
+    with pytest.raises(error, match=message):
+        merge_columns(**(dict.fromkeys("abc", torch.ones(4, 8)) | change))
+
+
+def test_rows_are_concatenated_in_their_common_dtype(device):
+    parts = [torch.randn(3, 2, device=device), torch.randn(3, 5, device=device).bfloat16()]
+    result = cat_rows(parts)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, torch.cat(parts, 1))
+    fn = torch.compile(cat_rows, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fn(parts), result)
