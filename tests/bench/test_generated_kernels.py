@@ -1,0 +1,51 @@
+"""Inductor's copies of our kernels, in its code for a GPU, compile with the arguments and hints that it gives them."""
+
+import importlib.util
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from torch._inductor.runtime import triton_heuristics
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench import aot, inductor_mock, step_variants
+
+OURS = re.compile(r"async_compile\.triton\('((?:forward|backward)_(?:tile|loop)|merge_kernel)', '''(.*?)'''", re.DOTALL)
+IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "merged_ptr"}
+
+
+def load(source, path, monkeypatch):
+    """Import a kernel's source -> the kernel, what Inductor tells Triton of its arguments, and its warps."""
+    found = []
+
+    def decorator(configs, triton_meta, **_):
+        return lambda kernel: found.append((kernel, triton_meta, configs[0]["num_warps"]))
+
+    monkeypatch.setattr(triton_heuristics, "user_autotune", decorator)
+    path.write_text(source.replace("\\\\", "\\"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return found[0]
+
+
+@pytest.mark.skipif(not torch.__version__.startswith(inductor_mock.TORCH), reason="the counter knows other versions")
+def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(tmp_path, monkeypatch):
+    """Rows of a shared tensor and expanded vectors must keep the alignment that wide accesses need."""
+    config = replace(step_variants.SMALL, attention_resolutions=(8,))
+    graphs = step_variants.graphs_of("ours", config, 128)
+    sources = {(name, source) for graph in graphs for name, source in OURS.findall(graph.code)}
+    assert {name for name, _ in sources} >= {"forward_tile", "backward_tile", "merge_kernel"}
+    for i, (name, source) in enumerate(sorted(sources)):
+        kernel, meta, num_warps = load(source, tmp_path / f"kernel_{i}.py", monkeypatch)
+        arguments = ASTSource(kernel, meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
+        compiled = triton.compile(
+            arguments, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "enable_fp_fusion": True}
+        )
+        _, stack = aot._resources(compiled.asm["cubin"])
+        passed = [argument for argument, kind in meta["signature"].items() if kind != "constexpr"]
+        widths = aot._accesses(compiled.asm["ptx"], {i for i, argument in enumerate(passed) if argument in IMAGES})
+        assert stack == 0, name
+        assert set(widths) == {16}, (name, meta)
