@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.nets.layers import Conv2d, Linear
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import learning_rate, make_update
@@ -243,10 +244,14 @@ def test_the_fused_step_computes_with_bf16_copies_of_its_masters():
     assert curve(fused, 10) == pytest.approx(curve(plain, 10), rel=0.02)
     masters = dict(fused.model.named_parameters())
     assert fused.update.weights.keys() == masters.keys()
+    added_by_norms = {
+        f"{name}.bias" for name, m in fused.model.named_modules() if isinstance(m, Conv2d | Linear) and m.fused
+    }
+    assert "conv_in.bias" in added_by_norms
     for name, weight in fused.update.weights.items():
         assert masters[name].dtype == torch.float32
         assert weight.stride() == masters[name].stride()
-        if "norm" in name:
+        if "norm" in name or name in added_by_norms:
             assert weight is masters[name]
         else:
             assert weight.dtype == torch.bfloat16
