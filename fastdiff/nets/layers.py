@@ -268,6 +268,18 @@ class _Split(torch.autograd.Function):
         return kernels.cat_rows(gradients), None
 
 
+class _Sum(torch.autograd.Function):
+    """a + b, whose gradients share no memory: who clips those of parameters in place would else do so twice."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
+        return gradient, gradient.clone()
+
+
 def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[Tensor]:
     """What the time embedding (N, E), already through SiLU, adds to each block's activations: (N, c_out).
 
@@ -277,7 +289,7 @@ def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[
         return [block.embedding(embedding) for block in blocks]
     weight = torch.cat([block.embedding.weight for block in blocks])
     bias = torch.cat([_bias(block.embedding) for block in blocks])
-    bias = bias + torch.cat([_bias(block.conv_1) for block in blocks])
+    bias = _Sum.apply(bias, torch.cat([_bias(block.conv_1) for block in blocks]))
     return _Split.apply(F.linear(embedding, weight, bias), [block.embedding.out_features for block in blocks])
 
 

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -234,6 +235,17 @@ def test_kernels_can_be_switched_and_copies_are_independent():
     with torch.no_grad():
         torch.testing.assert_close(twin(x, t), expected)
         assert torch.equal(model.use_kernels("torch")(x, t), expected)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_no_two_parameters_share_the_memory_of_their_gradients(backend):
+    """Clipping in place would scale it twice."""
+    torch._dynamo.reset()
+    model = fused(PLAIN)
+    call = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+    trained_once(call, torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0]))
+    ranges = sorted((p.grad.data_ptr(), p.grad.data_ptr() + p.grad.nbytes) for p in model.parameters())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
 def test_a_parameters_rows_are_summed_over_the_images():
