@@ -75,7 +75,7 @@ def backward_tile(
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
 ):
-    """Small images: x and dy (and du) stay in registers, 6 (8) bytes an element in bf16."""
+    """Small images: x and dy stay in registers, 6 bytes an element in bf16, and 2 for each of du and du2."""
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
@@ -93,8 +93,6 @@ def backward_tile(
 
     whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
     x, dy = load(x_ptr + here, ok2, whole, ""), load(dy_ptr + here, ok2, whole, "")
-    if du_ptr is not None:
-        du = load(du_ptr + here, ok2, whole, "")
     dy = dropped(dy.to(tl.float32), seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
     xhat = x.to(tl.float32) * rstd[None, :] + centre[None, :]
     gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
@@ -106,9 +104,10 @@ def backward_tile(
     mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
     mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
     dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
+    # Read only now: held from the start, they would halve the programs of a multiprocessor at some shapes.
     if du_ptr is not None:
-        dx += du.to(tl.float32)
-    if du2_ptr is not None:  # read only now: held from the start, it would halve the programs of a multiprocessor
+        dx += load(du_ptr + here, ok2, whole, "").to(tl.float32)
+    if du2_ptr is not None:
         dx += load(du2_ptr + here, ok2, whole, "").to(tl.float32)
     store_parts(dx_ptr, dskip_ptr, dx, n, pixel, first, local, ok2, HW, C, C_X, OWN, whole)
     if dshift_ptr is not None:

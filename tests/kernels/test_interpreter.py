@@ -79,7 +79,7 @@ BUGS = {
     "a shift's gradient without the sum's other uses": (
         "group_norm_backward.py",
         "tl.sum(zero_outside(dx, ok2, whole), 0), n",
-        "tl.sum(zero_outside(dx - du.to(tl.float32), ok2, whole), 0), n",
+        'tl.sum(zero_outside(dx - load(du_ptr + here, ok2, whole, "").to(tl.float32), ok2, whole), 0), n',
         "add_group_norm_silu and everything",
     ),
     "one image's row for all": (
