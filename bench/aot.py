@@ -257,11 +257,12 @@ def build(job: Job, sm: int) -> Row:
     ):
         raise ValueError(f"{job.kernel} needs constants {[n for n in fn.arg_names if n.isupper()]}")
     constants = {name: job.constants.get(name) for name, kind in types.items() if kind == "constexpr"}
-    # What the launcher tells the compiler of allocations and of n = 35,746,304 padded to a multiple of 16.
+    # What the launcher tells the compiler of allocations, of n = 35,746,304 padded to a multiple of 16, and of rows: 0
+    # apart where all images share them, else slices of a wide tensor.
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(fn.arg_names)
-        if types[name].startswith("*") or name == "n"
+        if types[name].startswith("*") or name in ("n", "affine_row", "shift_row")
     }
     source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=divisible)
     options = {"num_warps": job.num_warps, "enable_fp_fusion": True}  # a launch's default in Triton 3.9

@@ -328,7 +328,7 @@ def _shape(node: Any) -> str:
 def _user_kernel(node: Any) -> tuple[int, int, str]:
     """Bytes read and written by one of our kernels, and its name.
 
-    Inductor books every buffer that a user's kernel writes as read too. Ours never read what they write (the wrapper
+    Inductor books every buffer that a user's kernel writes as read too. Ours never read what was in it (the wrapper
     allocates it just before), so each counts once.
     """
     written = {buffer.get_name() for buffer in node.mutable_args}

@@ -43,7 +43,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: flo
 
 
 def _ticket(u: Tensor) -> Tensor:
-    return u.new_empty(()).expand(u.shape)
+    return u.new_zeros(()).expand(u.shape)
 
 
 @triton_op("fastdiff_kernels::add_group_norm_silu", mutates_args={})
@@ -94,10 +94,15 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, du, du2, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
     u, *rest = ctx.saved_tensors
     has_residual, has_skip, has_shift = ctx.given
-    # Autograd may hand over an expanded or NCHW gradient, or none where only the other result was used.
+    # Autograd may hand over an expanded or NCHW gradient, or none where a result was not used.
     dy, du, du2 = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (dy, du, du2))
-    dy = torch.zeros_like(u) if dy is None else dy
-    dx, dskip, dweight, dbias, dshift = _backward(dy, du, du2, u, *rest, *ctx.plain)
+    if dy is None:  # nobody used the norm
+        total = du2 if du is None else du if du2 is None else du + du2
+        c_x = ctx.plain[-1]
+        dx, dskip, dweight, dbias = total[:, :c_x], total[:, c_x:], None, None
+        dshift = dx.sum((2, 3), dtype=rest[2].dtype) if has_shift else None
+    else:
+        dx, dskip, dweight, dbias, dshift = _backward(dy, du, du2, u, *rest, *ctx.plain)
     images = dx, dx if has_residual else None, dskip if has_skip else None
     return *images, dweight, dbias, dshift if has_shift else None, None, None, None
 
@@ -132,25 +137,26 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
     shift       (N, C1) or (C1,), any floating dtype
     activation  "silu" or "none"
 
-    All results are (N, C, H, W) in x's dtype, channels_last; the last two share their memory, and are best used for one
-    thing each: their gradients are added in the kernel. The sum is formed in float32 and rounded once; statistics
-    are those of the rounded u. Under autocast nothing is cast.
+    All results are (N, C, H, W) in x's dtype, channels_last. The last two share their memory, so neither may be changed
+    in place, and are best used for one thing each: their gradients are added in the kernel. The sum is formed in
+    float32 and rounded once; statistics are those of the rounded u. Under autocast nothing is cast.
 
     On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
 
     Raises ValueError for shapes, strides or values outside the above, TypeError for dtypes.
     """
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1]) if x.dim() == 4 else 0
-    check(x, channels, weight, bias, num_groups, shift, None, None, activation, 0.0, None, 0)
-    for name, v in (("residual", residual), ("skip", skip)):
-        if v is None:
+    for name, v, channels in (("residual", residual, "C1"), ("skip", skip, "C2")):
+        if v is None or x.dim() != 4:
             continue
-        shape = x.shape if name == "residual" else (x.shape[0], v.shape[1], *x.shape[2:])
-        if tuple(v.shape) != tuple(shape) or v.device != x.device:
-            raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, got {tuple(v.shape)} on {v.device}")
+        shape = (x.shape[0], x.shape[1] if name == "residual" else v.shape[1] if v.dim() == 4 else 0, *x.shape[2:])
+        if tuple(v.shape) != shape or v.shape[1] == 0 or v.device != x.device:
+            wanted = f"({shape[0]}, {channels if name == 'skip' else shape[1]}, {shape[2]}, {shape[3]})"
+            raise ValueError(f"{name} must be {wanted} on {x.device}, got {tuple(v.shape)} on {v.device}")
         if v.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {v.dtype}")
         check_layout(name, v)
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1]) if x.dim() == 4 else 0
+    check(x, channels, weight, bias, num_groups, shift, None, None, activation, 0.0, None, 0)
     vectors = vectors_of(x.shape[0], weight, bias, shift)
     y, u, ticket, _, _ = _forward(x, residual, skip, *vectors, num_groups, eps, activation == "silu")
     return y, u, _Kept.apply(u.detach(), ticket)
@@ -180,10 +186,10 @@ def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int
 
 def _min_bytes(inputs: Inputs) -> tuple[int, int]:
     """The terms in, y and u out; u, dy, du and du2 in, the gradients of x (the residual's too) and skip out."""
-    terms = [inputs[name].nbytes for name in ("x", "residual", "skip") if name in inputs]
-    total = inputs["x"].nbytes + (inputs["skip"].nbytes if "skip" in inputs else 0)
-    vectors = sum(inputs[name].nbytes for name in ("weight", "bias", "shift") if name in inputs)
-    return sum(terms) + 2 * total + vectors, 5 * total + 2 * vectors
+    sizes = {name: v.nbytes for name, v in inputs.items() if isinstance(v, Tensor)}
+    total = sizes["x"] + sizes.get("skip", 0)
+    vectors = sum(sizes.get(name, 0) for name in ("weight", "bias", "shift"))
+    return 3 * total + sizes.get("residual", 0) + vectors, 5 * total + 2 * vectors
 
 
 SPEC = KernelSpec(

@@ -1,7 +1,7 @@
-"""Concatenation of many small matrices in one launch, within torch.compile.
+"""Concatenation of many small matrices in a launch or two, within torch.compile.
 
-PyTorch's own kernel takes up to 128 tensors; Inductor, which would write a launch for each, does not look into this
-operator.
+PyTorch's own kernel takes up to 128 tensors of one dtype; Inductor, which would write a launch for each, does not look
+into this operator.
 """
 
 from collections.abc import Sequence

@@ -116,7 +116,7 @@ def forward_loop(
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
 ):
-    """Images too large for registers: three sweeps (mean, variance, result), of which two read x from L2."""
+    """Images too large for registers: three sweeps (mean, variance, result), of which two read x, or u, from L2."""
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]

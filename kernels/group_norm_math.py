@@ -14,8 +14,8 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
 
     B[n, c] = sum_p gz           A[n, c] = sum_p gz * xhat       all other sums come from these two
     dx      = (gamma * gz - sum_g(gamma * B) / m - xhat * sum_g(gamma * A) / m) * rstd
-    du     += dx above, where u leaves the kernel and has a gradient of its own; its channels are those of x, whose
-              gradient is residual's too, and those of skip
+    dx     += du + du2, the gradients of u from its other uses, where it left the kernel; the channels are those of x,
+              whose gradient is residual's too, and those of skip
     dshift  = sum_p dx           doffset = B                     dscale = weight * A + bias * B
     dweight = sum_n (1 + scale) * A                              dbias = sum_n (1 + scale) * B
 

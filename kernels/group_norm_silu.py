@@ -104,7 +104,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
 
     x           (N, C, H, W) in torch.channels_last, bf16, fp16 or fp32 (float64 too on a CPU); N may be 0
     weight      (C,) and bias (C,), usually fp32 also for a bf16 x; their gradients have their dtype. Or both (N, C):
-                a row an image; of a parameter that is expanded to all images, autograd then adds up the shares
+                a row an image; of a parameter that is expanded to all images, autograd then adds up the shares (of
+                which 16-bit ones are rounded first)
     num_groups  any divisor of C
     eps         added to the variance
     shift, scale, offset   (N, C), any floating dtype, each optional; shift may be (C,)
@@ -134,10 +135,12 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
 
 def vectors_of(n: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same as the operator takes them: weight and bias rows equally far apart, a shift for each image."""
-    if weight.dim() == 2 and not (weight.stride() == bias.stride() and weight.stride(1) == 1):
+    alike = weight.stride() == bias.stride() and weight.stride(-1) == 1
+    if not alike:
         weight, bias = weight.contiguous(), bias.contiguous()
     if shift is not None:
-        shift = shift if shift.dim() == 2 else shift.expand(n, -1)
+        if shift.dim() == 1:  # in float32, in which the images' shares of its gradient are then added up
+            shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).expand(n, -1)
         shift = shift if shift.stride(1) == 1 else shift.contiguous()
     return weight, bias, shift
 
@@ -150,8 +153,9 @@ def check(x, channels, weight, bias, num_groups, shift, scale, offset, activatio
     if x.dtype not in DTYPES and (x.dtype != torch.float64 or runs_triton(x)):
         raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype} on {x.device}")
     check_layout("x", x)
+    what = "x" if c == x.shape[1] else "x and skip"
     if num_groups < 1 or c % num_groups:
-        raise ValueError(f"num_groups must divide the {c} channels of x, got {num_groups}")
+        raise ValueError(f"num_groups must divide the {c} channels of {what}, got {num_groups}")
     one, each, of_x = (c,), (n, c), x.shape[1]
     for name, v, shapes in (("weight", weight, (one, each)), ("bias", bias, (weight.shape,)),
                             ("shift", shift, ((n, of_x), (of_x,))), ("scale", scale, (each,)),
@@ -172,8 +176,12 @@ def check(x, channels, weight, bias, num_groups, shift, scale, offset, activatio
 
 
 def check_layout(name: str, v: Tensor) -> None:
-    """Raise unless v is in channels_last memory."""
-    if not v.is_contiguous(memory_format=torch.channels_last):
+    """Raise unless v, (N, C, H, W), is in channels_last memory."""
+    _, c, h, w = v.shape
+    expected = (h * w * c, 1, w * c, c)
+    # The strides themselves too: with a symbolic N, PyTorch 2.11 says no to strides that are right.
+    right = all(size == 1 or is_ == want for size, is_, want in zip(v.shape, v.stride(), expected, strict=True))
+    if not (v.is_contiguous(memory_format=torch.channels_last) or right):
         raise ValueError(
             f"{name} of shape {tuple(v.shape)} must be channels_last, got strides {v.stride()}; convert the model and "
             "its input once with .to(memory_format=torch.channels_last)"

@@ -22,7 +22,7 @@ class KernelSpec:
     """A public op, the plain PyTorch composition that it replaces, and where the two are compared.
 
     name            unique, also the key in REGISTRY
-    op              the public function; it returns a tensor, or writes into the arguments named by `mutates`
+    op              the public function; it returns a tensor or several, or writes into the arguments named by `mutates`
     reference       the same arguments and effect in plain PyTorch, in the dtype of its inputs (float64 gives the truth)
     cases           arguments to compare on; the same names for `op` and `reference`
     dtypes          dtypes of the main input

@@ -161,8 +161,8 @@ class Kernels(_Topic):
         bf16 = resolve_bf16(config.precision, device)
         calls, shapes = _kernel_calls(config, device, bf16=bf16)
         facts = {
-            "step": f"group_norm_silu forward and backward at (N, C, H, W) = {shapes}, adam_ema_ and ema_update_ over "
-            "all parameters",
+            "step": f"group_norm_silu and add_group_norm_silu (of a residual) forward and backward at (N, C, H, W) = "
+            f"{shapes}, merge_columns at the last level with attention, adam_ema_ and ema_update_ over all parameters",
             "precision": "bf16 activations" if bf16 else "float32",
         }
         recorder = StepRecorder(
@@ -184,26 +184,37 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
     from torch.profiler import record_function
 
     from fastdiff.nets.unet import UNet
-    from kernels import adam_ema_, ema_update_, group_norm_silu
+    from kernels import adam_ema_, add_group_norm_silu, ema_update_, group_norm_silu, merge_columns
 
     net, dtype = config.net, torch.bfloat16 if bf16 else torch.float32
     levels = [(net.channels * mult, net.image_size >> i) for i, mult in enumerate(net.channel_mult)]
 
-    def norm(channels: int, side: int) -> Callable[[], object]:
+    def norm(channels: int, side: int, *, add: bool) -> Callable[[], object]:
         shape = (config.batch_size, channels, side, side)
-        x, dy = (
-            torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(2)
+        x, residual, dy, du, du2 = (
+            torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(5)
         )  # fmt: skip
         weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
         leaves = (x.requires_grad_(), weight, bias)
 
         def call() -> object:
             with record_function("forward"):
-                y = group_norm_silu(x, weight, bias, net.norm_groups)
+                if add:
+                    results = add_group_norm_silu(x, weight, bias, net.norm_groups, residual=residual)
+                else:
+                    results = (group_norm_silu(x, weight, bias, net.norm_groups),)
             with record_function("backward"):
-                return torch.autograd.grad(y, leaves, dy)
+                return torch.autograd.grad(results, leaves, (dy, du, du2)[: len(results)])
 
         return call
+
+    attention = [(c, side) for c, side in levels if side in net.attention_resolutions] or levels[-1:]
+    channels, side = attention[-1]
+    thirds = [torch.randn(config.batch_size, side**2, channels, device=device).to(dtype) for _ in range(3)]
+
+    def merge() -> object:
+        with record_function("backward"):
+            return merge_columns(*thirds)
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in UNet(net).parameters())
@@ -222,7 +233,8 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
             ema_update_(average, param, decay)
 
     shapes = ", ".join(f"({config.batch_size}, {c}, {side}, {side})" for c, side in levels)
-    return [*(norm(c, side) for c, side in levels), adam, ema], shapes
+    norms = [norm(c, side, add=add) for add in (False, True) for c, side in levels]
+    return [*norms, merge, adam, ema], shapes
 
 
 def main(arguments: list[str] | None = None) -> int:

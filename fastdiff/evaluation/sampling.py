@@ -16,6 +16,7 @@ from fastdiff.diffusion.samplers import SAMPLERS, evaluations, own_options
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import GraphLoop
+from fastdiff.nets.layers import half_parameters
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -110,9 +111,8 @@ def half_weights(model: Network) -> Network:
     Under autocast it computes what the model would, without casting every weight anew in every step.
     """
     half = copy.deepcopy(model).requires_grad_(False).eval()
-    for module in half.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.bfloat16()
+    for p in half_parameters(half):
+        p.data = p.data.bfloat16()
     return half
 
 

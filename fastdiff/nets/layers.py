@@ -25,31 +25,39 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose bias, if `fused`, is left to the norm or the sum that reads the result."""
+    """A convolution that may leave its bias to the norm that reads the result; see `Pending`."""
 
-    fused = False
+    leaves_bias = False
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
-        return self._conv_forward(input, self.weight, None if self.fused else self.bias)
-
-    def left_out(self) -> list[Tensor]:
-        """The bias, if `forward` has not added it."""
-        return [_bias(self)] if self.fused else []
+        return self._conv_forward(input, self.weight, None if self.leaves_bias else self.bias)
 
 
 class Linear(nn.Linear):
-    """A linear layer whose bias, if `fused`, is left to the norm or the sum that reads the result."""
+    """A linear layer that may leave its bias to the norm that reads the result; see `Pending`."""
 
-    fused = False
+    leaves_bias = False
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out)."""
-        return F.linear(input, self.weight, None if self.fused else self.bias)
+        return F.linear(input, self.weight, None if self.leaves_bias else self.bias)
 
-    def left_out(self) -> list[Tensor]:
-        """The bias, if `forward` has not added it."""
-        return [_bias(self)] if self.fused else []
+
+def left_out(layer: Conv2d | Linear) -> list[Tensor]:
+    """The bias, if the layer has not added it: one tensor or none."""
+    return [_bias(layer)] if layer.leaves_bias else []
+
+
+def half_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that compute in bfloat16 under autocast: of convolutions and linear layers, but for biases left out."""
+    return [
+        p
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+        for p in m.parameters(recurse=False)
+        if not (getattr(m, "leaves_bias", False) and p is m.bias)
+    ]
 
 
 class Pending(NamedTuple):
@@ -74,8 +82,8 @@ def whole(x: Pending) -> Tensor:
 class Shared(NamedTuple):
     """What all layers need in one forward pass.
 
-    vectors     by the module's number: those of its `vectors()`, (C,) or a row for each image (N, C); of a residual
-                block then its projection of the time embedding (N, c_out)
+    vectors     for each part of the network, by its number: its `vectors()`, (C,) or a row for each image (N, C). For
+                a residual block also, as the last, what the time embedding adds (N, c_out), with conv_1's bias
     seed        (1,) int64 of the fused kernel's dropout; see `group_norm_silu`
     """
 
@@ -97,7 +105,7 @@ def group_norm_silu(
 ) -> Tensor:
     """GroupNorm of x + shift, SiLU unless `silu` is false, dropout: (N, C, H, W) -> (N, C, H, W), in the dtype of x.
 
-    Every norm of the network comes through here or through `add_norm_silu`, so that one line chooses its
+    Every norm of the network comes through here or through `add_norm_silu`, where `fused` chooses its
     implementation. Statistics are float32 under autocast too.
 
     Args:
@@ -125,8 +133,8 @@ def add_norm_silu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Form the sum that x is, with the channels of `skip` after its own, and its norm: -> norm, sum, sum (N, C, H, W).
 
-    The sum is given out twice, once for near and once for far use, as the fused kernel adds up the gradients of two.
-    The arguments are those of `group_norm_silu`.
+    The sum is given out twice, for two uses of it: the fused kernel adds up their gradients, where a third would take a
+    pass of its own. The arguments are those of `group_norm_silu`.
     """
     if norm.fused:
         return kernels.add_group_norm_silu(
@@ -209,6 +217,18 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+class _Sum(torch.autograd.Function):
+    """a + b, whose gradients share no memory: who clips those of parameters in place would else do so twice."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
+        return gradient, gradient.clone()
+
+
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-Conv, + time embedding, GroupNorm-SiLU-Dropout-Conv, + shortcut (Ho et al. 2020, appendix B).
 
@@ -218,11 +238,9 @@ class ResidualBlock(nn.Module):
         dropout: probability, in [0, 1).
     """
 
-    number = 0  # its place in `Shared.vectors`, and what sets its dropout masks apart from those of others
+    number: int  # its place in `Shared.vectors`, and what sets its dropout masks apart from those of others
 
-    def __init__(
-        self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float
-    ) -> None:  # fmt: skip
+    def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
         super().__init__()
         self.norm_1 = GroupNorm(groups, c_in, eps)
         self.conv_1 = Conv2d(c_in, c_out, 3, padding=1)
@@ -234,26 +252,26 @@ class ResidualBlock(nn.Module):
 
     def vectors(self) -> list[Tensor]:
         """(C,) parameters of what norms do: weight and bias of both, and any bias that is left to the next block's."""
-        left = self.conv_2.left_out()
+        left = left_out(self.conv_2)
         if left and isinstance(self.shortcut, Conv2d):
-            left = [left[0] + _bias(self.shortcut)]
+            left = [_Sum.apply(left[0], _bias(self.shortcut))]
         return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, *left]
 
     def keep_bias(self) -> None:
-        """Put out a sum that is complete."""
+        """Add the last bias here: a convolution follows, which reads the sum without a norm."""
         for layer in (self.conv_2, self.shortcut):
             if isinstance(layer, Conv2d):
-                layer.fused = False
+                layer.leaves_bias = False
 
     def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
         weight_1, bias_1, weight_2, bias_2, *left, shift = shared.vectors[self.number]
-        h, total, given = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
+        h, total, kept = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
         h = group_norm_silu(
             self.conv_1(h), self.norm_2, weight_2, bias_2, shift=shift,
             dropout_p=self.dropout if self.training else 0.0, seed=shared.seed, stream=self.number,
         )  # fmt: skip
-        return Pending(self.conv_2(h), self.shortcut(total), *left), given
+        return Pending(self.conv_2(h), self.shortcut(total), *left), kept
 
 
 class _Split(torch.autograd.Function):
@@ -268,24 +286,12 @@ class _Split(torch.autograd.Function):
         return kernels.cat_rows(gradients), None
 
 
-class _Sum(torch.autograd.Function):
-    """a + b, whose gradients share no memory: who clips those of parameters in place would else do so twice."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
-        return gradient, gradient.clone()
-
-
 def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[Tensor]:
     """What the time embedding (N, E), already through SiLU, adds to each block's activations: (N, c_out).
 
     Of fused blocks with the bias that their first convolution leaves out, and by one matrix product for all.
     """
-    if not blocks[0].conv_1.fused:
+    if not blocks[0].conv_1.leaves_bias:
         return [block.embedding(embedding) for block in blocks]
     weight = torch.cat([block.embedding.weight for block in blocks])
     bias = torch.cat([_bias(block.embedding) for block in blocks])
@@ -320,7 +326,7 @@ class _Chunks(torch.autograd.Function):
 class SelfAttention(nn.Module):
     """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
 
-    number = 0  # its place in `Shared.vectors`
+    number: int  # its place in `Shared.vectors`
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
@@ -330,11 +336,11 @@ class SelfAttention(nn.Module):
 
     def vectors(self) -> list[Tensor]:
         """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
-        return [self.norm.weight, self.norm.bias, *self.out.left_out()]
+        return [self.norm.weight, self.norm.bias, *left_out(self.out)]
 
     def keep_bias(self) -> None:
-        """Put out a sum that is complete."""
-        self.out.fused = False
+        """Add the last bias here: a convolution follows, which reads the sum without a norm."""
+        self.out.leaves_bias = False
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
@@ -343,8 +349,8 @@ class SelfAttention(nn.Module):
         n, c, height, width = h.shape
         h = h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
         if self.norm.fused:
-            bias = _bias(self.qkv)
-            q, k, v = _Chunks.apply(F.linear(h, self.qkv.weight, bias.detach()), bias)
+            qkv_bias = _bias(self.qkv)  # added by the product; its gradient is a result of _Chunks'
+            q, k, v = _Chunks.apply(F.linear(h, self.qkv.weight, qkv_bias.detach()), qkv_bias)
         else:
             q, k, v = self.qkv(h).chunk(3, -1)
         h = self.out(F.scaled_dot_product_attention(q, k, v))
@@ -355,7 +361,7 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 
-    number = 0  # its place in `Shared.vectors`
+    number: int  # its place in `Shared.vectors`
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -363,17 +369,18 @@ class Downsample(nn.Module):
 
     def vectors(self) -> list[Tensor]:
         """The bias, (C,), that is left to the next norm, if any."""
-        return self.conv.left_out()
+        return left_out(self.conv)
 
     def forward(self, x: Tensor, shared: Shared) -> Pending:
-        """Padded on the right and at the bottom only, as TensorFlow's SAME padding did in DDPM's code."""
+        """x: (N, C, H, W), one tensor, as it is a skip connection too. Padded on the right and at the bottom only, as
+        TensorFlow's SAME padding did in DDPM's code."""
         return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *shared.vectors[self.number])
 
 
 class Upsample(nn.Module):
     """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
-    number = 0  # its place in `Shared.vectors`
+    number: int  # its place in `Shared.vectors`
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -381,7 +388,7 @@ class Upsample(nn.Module):
 
     def vectors(self) -> list[Tensor]:
         """The bias, (C,), that is left to the next norm, if any."""
-        return self.conv.left_out()
+        return left_out(self.conv)
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W)."""

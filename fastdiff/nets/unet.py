@@ -20,6 +20,7 @@ from fastdiff.nets.layers import (
     Upsample,
     add_norm_silu,
     as_rows,
+    left_out,
     time_shifts,
     whole,
     zeroed,
@@ -44,8 +45,8 @@ class DownStage(nn.Module):
     def forward(self, h: Pending, shared: Shared, skips: list[Tensor]) -> Pending:
         """Appends what each block and the downsampling were given to `skips`, for the way up."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h, given = block(h, shared)
-            skips.append(given)
+            h, kept = block(h, shared)
+            skips.append(kept)
             if isinstance(attention, SelfAttention):
                 h = attention(h, shared)
         if self.downsample is not None:
@@ -122,24 +123,34 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(groups, c, eps)
         self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
-
-        # Every module that needs something of `Shared`, in the order of their calls, numbered from 1.
-        self.parts = [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
+        self.to(memory_format=torch.channels_last)
         for number, part in enumerate(self.parts, 1):
             part.number = number
-        self.to(memory_format=torch.channels_last)
+
+    @property
+    def parts(self) -> list[ResidualBlock | SelfAttention | Downsample | Upsample]:
+        """The modules that need something of `Shared`, in the order of registration: a stage's blocks, its attentions,
+        its resampling."""
+        return [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
 
     def use_kernels(self, kind: str) -> "UNet":
-        """Run the norms by the fused Triton kernels (`triton`; on a CPU by their PyTorch references) or by PyTorch.
+        """Run the norms by PyTorch (`torch`) or by the fused Triton kernels (`triton`; on a CPU by their references).
 
-        The fused ones (else `kind` is `torch`) also add biases and residuals and read skip connections. Weights, their
-        names and the result up to rounding stay the same; dropout draws other masks. Returns the network itself.
+        With `triton`, norms also add the biases, residuals and skip connections before them, so that convolutions leave
+        their biases out, and all projections of the time embedding are one product: hooks on those layers see no bias,
+        or are not called. Weights, their names and the result up to rounding stay the same; dropout draws other masks.
+        Call it again after exchanging parts of the network. Returns the network itself.
         """
+        fused = {"triton": True, "torch": False}[kind]
+        for number, part in enumerate(self.parts, 1):
+            part.number = number
         for module in self.modules():
-            if isinstance(module, GroupNorm | Conv2d | Linear):
-                module.fused = {"triton": True, "torch": False}[kind]
+            if isinstance(module, GroupNorm):
+                module.fused = fused
+            elif isinstance(module, Conv2d | Linear):
+                module.leaves_bias = fused
+        # Attention stands after all blocks of a level or after none, so the last one registered is the last called.
         for part, after in itertools.pairwise(self.parts):
-            # A resampling's convolution reads a sum that no norm forms.
             if isinstance(after, Downsample | Upsample) and isinstance(part, ResidualBlock | SelfAttention):
                 part.keep_bias()
         return self
@@ -147,13 +158,14 @@ class UNet(nn.Module):
     def _shared(self, t: Tensor, n: int) -> Shared:
         """What the parts need; number 0 is the network's own: the last norm, and the bias that the first layer left."""
         fused, seed = self.norm_out.fused, None
-        mine = [self.norm_out.weight, self.norm_out.bias, *self.conv_in.left_out()]
-        vectors = [mine, *(part.vectors() for part in self.parts)]
+        mine = [self.norm_out.weight, self.norm_out.bias, *left_out(self.conv_in)]
+        parts = self.parts
+        vectors = [mine, *(part.vectors() for part in parts)]
         if fused and torch.is_grad_enabled():
             vectors = as_rows(vectors, n)
         if fused and self.training and self.config.dropout > 0:
             seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
-        blocks = [part for part in self.parts if isinstance(part, ResidualBlock)]
+        blocks = [part for part in parts if isinstance(part, ResidualBlock)]
         for block, shift in zip(blocks, time_shifts(blocks, F.silu(self.time(t))), strict=True):
             vectors[block.number].append(shift)
         return Shared(vectors, seed)
@@ -174,8 +186,8 @@ class UNet(nn.Module):
         skips: list[Tensor] = []
         for stage in self.down:
             h = stage(h, shared, skips)
-        h, given = self.middle_1(h, shared)
-        skips.append(given)
+        h, kept = self.middle_1(h, shared)
+        skips.append(kept)
         h, _ = self.middle_2(self.middle_attention(h, shared), shared)
         for stage in self.up:
             h = stage(h, shared, skips)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 import kernels
+from fastdiff.nets.layers import half_parameters
 from fastdiff.training.ema import EMA
 
 ALIGNMENT = 64  # elements: every weight starts on a 128-byte boundary also in bf16, as tensor-core kernels want
@@ -131,7 +132,7 @@ class FusedUpdate:
     """By our kernel: clip factor, AdamW, EMA and the bf16 copies of the weights in one pass over flat buffers.
 
     With `bf16`, convolutions and linear layers compute with bf16 copies, which the pass itself writes, instead of
-    having autocast cast every weight anew in every step; norms, the biases that norms add, and the masters stay
+    having autocast cast every weight anew in every step; norms, biases that layers leave out, and the masters stay
     float32. The model's and the average's parameters become views of the flat buffers, under their old names, shapes
     and memory formats.
 
@@ -149,13 +150,7 @@ class FusedUpdate:
         self.ema, self.weight_decay, self.accumulate = ema, weight_decay, accumulate
         self.parameters = list(model.parameters())
         averages = dict(zip(self.parameters, ema.model.parameters(), strict=True))
-        cast = {
-            p
-            for m in model.modules()
-            if bf16 and isinstance(m, nn.Conv2d | nn.Linear)
-            for p in m.parameters(recurse=False)
-            if not (getattr(m, "fused", False) and p is m.bias)
-        }
+        cast = set(half_parameters(model)) if bf16 else set()
         groups = ([p for p in self.parameters if p in cast], [p for p in self.parameters if p not in cast])
         self.flats = [_Flat(group, averages, bf16=group[0] in cast, accumulate=accumulate) for group in groups if group]
 

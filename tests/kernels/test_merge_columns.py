@@ -25,8 +25,8 @@ def test_many_rows_are_summed_in_float32(device):
     [
         (ValueError, r"b must be \(4, 8\)", {"b": torch.ones(4, 9)}),
         (TypeError, r"c must be torch.float32", {"c": torch.ones(4, 8).double()}),
-        (ValueError, "a must be a floating-point matrix", dict.fromkeys("abc", torch.ones(4))),
-        (TypeError, "a must be a floating-point matrix", dict.fromkeys("abc", torch.ones(4, 8).long())),
+        (ValueError, "a must be a matrix", dict.fromkeys("abc", torch.ones(4))),
+        (TypeError, "a must be bfloat16", dict.fromkeys("abc", torch.ones(4, 8).long())),
     ],
 )
 def test_refusals_name_the_argument(error, message, change):

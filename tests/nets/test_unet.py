@@ -237,15 +237,28 @@ def test_kernels_can_be_switched_and_copies_are_independent():
         assert torch.equal(model.use_kernels("torch")(x, t), expected)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_no_two_parameters_share_the_memory_of_their_gradients(backend):
     """Clipping in place would scale it twice."""
     torch._dynamo.reset()
     model = fused(PLAIN)
     call = torch.compile(model, backend=backend, fullgraph=True) if backend else model
-    trained_once(call, torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0]))
-    ranges = sorted((p.grad.data_ptr(), p.grad.data_ptr() + p.grad.nbytes) for p in model.parameters())
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+    x, t = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0])
+    kept = trained_once(call, x, t)  # by backward()
+    for gradients in (kept, torch.autograd.grad(call(x, t).square().mean(), list(model.parameters()))):
+        ranges = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in gradients)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+def test_a_part_that_was_exchanged_is_used():
+    model = fused(PLAIN)
+    x, t = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([3.0, 700.0])
+    before = model(x, t)
+    model.down[0].blocks[1] = copy.deepcopy(model.down[0].blocks[1])
+    assert torch.equal(model(x, t), before)
+    torch.nn.init.zeros_(model.down[0].blocks[1].norm_1.weight)
+    assert not torch.allclose(model(x, t), before)
+    torch.testing.assert_close(model(x, t), model.use_kernels("torch")(x, t))
 
 
 def test_a_parameters_rows_are_summed_over_the_images():

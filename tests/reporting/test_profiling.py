@@ -21,7 +21,7 @@ from fastdiff.reporting.profiling import (
     self_time,
     shared_time,
 )
-from kernels import REGISTRY, adam_ema_, group_norm_silu
+from kernels import REGISTRY, adam_ema_, add_group_norm_silu, group_norm_silu
 
 NAMES = {
     "conv": [
@@ -282,11 +282,14 @@ def test_bytes_of_our_ops_are_their_specs(tmp_path):
 
     def step():
         group_norm_silu(x, weight, bias, 4).sum().backward()
+        add_group_norm_silu(x, weight, bias, 4)[0].sum().backward()
         adam_ema_(*state, None, **scalars)
         F.silu(x.detach())
 
     events = recorded(tmp_path, step, active=1)
     moved = {e.name: op_bytes(e) for e in events if e.kind == "op"}
+    assert moved["fastdiff_kernels::add_group_norm_silu"] == 3 * x.nbytes + 2 * 4 * 16
+    assert moved["fastdiff_kernels::add_group_norm_silu_backward"] == 5 * x.nbytes + 4 * 4 * 16
     forward, backward = REGISTRY["group_norm_silu"].min_bytes({"x": x.detach(), "weight": weight, "bias": bias})
     assert moved["fastdiff_kernels::group_norm_silu"] == forward
     assert moved["fastdiff_kernels::group_norm_silu_backward"] == backward

@@ -245,7 +245,7 @@ def test_the_fused_step_computes_with_bf16_copies_of_its_masters():
     masters = dict(fused.model.named_parameters())
     assert fused.update.weights.keys() == masters.keys()
     added_by_norms = {
-        f"{name}.bias" for name, m in fused.model.named_modules() if isinstance(m, Conv2d | Linear) and m.fused
+        f"{name}.bias" for name, m in fused.model.named_modules() if isinstance(m, Conv2d | Linear) and m.leaves_bias
     }
     assert "conv_in.bias" in added_by_norms
     for name, weight in fused.update.weights.items():
