@@ -196,17 +196,21 @@ def _to_cuda(gm: torch.fx.GraphModule, example: Sequence[Any]) -> list[Any]:
         node.args, node.kwargs = pytree.tree_map(moved, (node.args, dict(node.kwargs)))
     gm.recompile()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        inputs = [
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda") if isinstance(v, Tensor) else v
-            for v in example
-        ]
+        inputs = [_cuda_like(v) if isinstance(v, Tensor) else v for v in example]
         for node in gm.graph.find_nodes(op="get_attr"):  # constants, such as the schedule's table
             v = getattr(gm, node.target)
             if isinstance(v, Tensor):
                 gm._buffers.pop(node.target, None)
-                setattr(gm, node.target, torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda"))
+                setattr(gm, node.target, _cuda_like(v))
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
     return inputs
+
+
+def _cuda_like(v: Tensor) -> Tensor:
+    """With v's strides and offset too: Inductor derives from them how far an address is aligned."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(v.shape, v.stride(), strict=True))
+    storage = torch.empty(v.storage_offset() + elements, dtype=v.dtype, device="cuda")
+    return storage.as_strided(v.shape, v.stride(), v.storage_offset())
 
 
 def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Graph]:

@@ -1,8 +1,8 @@
 """Layers of the U-Net. Activations are (N, C, H, W) in channels_last memory throughout."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -80,15 +80,33 @@ def whole(x: Pending) -> Tensor:
 
 
 class Shared(NamedTuple):
-    """What all layers need in one forward pass.
+    """What all parts of a network need in one forward pass. What is None each part works out by itself.
 
-    vectors     for each part of the network, by its number: its `vectors()`, (C,) or a row for each image (N, C). For
-                a residual block also, as the last, what the time embedding adds (N, c_out), with conv_1's bias
+    embedding   (N, E), of the time, already through SiLU
+    shifts      by a residual block's number: what the embedding adds to it, (N, c_out), with conv_1's bias
+    vectors     by a part's number: its `vectors()` as rows (N, C), one for each image
     seed        (1,) int64 of the fused kernel's dropout; see `group_norm_silu`
     """
 
-    vectors: Sequence[Sequence[Tensor]]
+    embedding: Tensor
+    shifts: Mapping[int, Tensor] | None = None
+    vectors: Sequence[Sequence[Tensor]] | None = None
     seed: Tensor | None = None
+
+
+class Part(Protocol):
+    """A module that has norms, or leaves a bias to one. `number` is its place in `Shared`."""
+
+    number: int
+
+    def vectors(self) -> list[Tensor]:
+        """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
+        ...
+
+
+def own_vectors(part: Part, shared: Shared) -> Sequence[Tensor]:
+    """The part's `vectors()`, each (C,) or (N, C)."""
+    return part.vectors() if shared.vectors is None else shared.vectors[part.number]
 
 
 def group_norm_silu(
@@ -238,7 +256,7 @@ class ResidualBlock(nn.Module):
         dropout: probability, in [0, 1).
     """
 
-    number: int  # its place in `Shared.vectors`, and what sets its dropout masks apart from those of others
+    number: int  # its place in `Shared`, and what sets its dropout masks apart from those of others
 
     def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
         super().__init__()
@@ -251,7 +269,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def vectors(self) -> list[Tensor]:
-        """(C,) parameters of what norms do: weight and bias of both, and any bias that is left to the next block's."""
+        """See `Part`."""
         left = left_out(self.conv_2)
         if left and isinstance(self.shortcut, Conv2d):
             left = [_Sum.apply(left[0], _bias(self.shortcut))]
@@ -265,7 +283,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
-        weight_1, bias_1, weight_2, bias_2, *left, shift = shared.vectors[self.number]
+        weight_1, bias_1, weight_2, bias_2, *left = own_vectors(self, shared)
+        shift = self.embedding(shared.embedding) if shared.shifts is None else shared.shifts[self.number]
         h, total, kept = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
         h = group_norm_silu(
             self.conv_1(h), self.norm_2, weight_2, bias_2, shift=shift,
@@ -286,17 +305,16 @@ class _Split(torch.autograd.Function):
         return kernels.cat_rows(gradients), None
 
 
-def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> Sequence[Tensor]:
-    """What the time embedding (N, E), already through SiLU, adds to each block's activations: (N, c_out).
+def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> dict[int, Tensor]:
+    """What the time embedding (N, E) adds to each block, by its number: (N, c_out), by one matrix product for all.
 
-    Of fused blocks with the bias that their first convolution leaves out, and by one matrix product for all.
+    With it goes the bias that the block's first convolution has left out.
     """
-    if not blocks[0].conv_1.leaves_bias:
-        return [block.embedding(embedding) for block in blocks]
     weight = torch.cat([block.embedding.weight for block in blocks])
     bias = torch.cat([_bias(block.embedding) for block in blocks])
     bias = _Sum.apply(bias, torch.cat([_bias(block.conv_1) for block in blocks]))
-    return _Split.apply(F.linear(embedding, weight, bias), [block.embedding.out_features for block in blocks])
+    shifts = _Split.apply(F.linear(embedding, weight, bias), [block.embedding.out_features for block in blocks])
+    return dict(zip((block.number for block in blocks), shifts, strict=True))
 
 
 def as_rows(vectors: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
@@ -326,7 +344,7 @@ class _Chunks(torch.autograd.Function):
 class SelfAttention(nn.Module):
     """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
 
-    number: int  # its place in `Shared.vectors`
+    number: int  # its place in `Shared`
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
@@ -335,7 +353,7 @@ class SelfAttention(nn.Module):
         self.out = zeroed(Linear(channels, channels))
 
     def vectors(self) -> list[Tensor]:
-        """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
+        """See `Part`."""
         return [self.norm.weight, self.norm.bias, *left_out(self.out)]
 
     def keep_bias(self) -> None:
@@ -344,7 +362,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
-        weight, bias, *left = shared.vectors[self.number]
+        weight, bias, *left = own_vectors(self, shared)
         h, total, _ = add_norm_silu(x, self.norm, weight, bias, silu=False)
         n, c, height, width = h.shape
         h = h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)
@@ -361,35 +379,35 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
 
-    number: int  # its place in `Shared.vectors`
+    number: int  # its place in `Shared`
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def vectors(self) -> list[Tensor]:
-        """The bias, (C,), that is left to the next norm, if any."""
+        """See `Part`."""
         return left_out(self.conv)
 
     def forward(self, x: Tensor, shared: Shared) -> Pending:
         """x: (N, C, H, W), one tensor, as it is a skip connection too. Padded on the right and at the bottom only, as
         TensorFlow's SAME padding did in DDPM's code."""
-        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *shared.vectors[self.number])
+        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *own_vectors(self, shared))
 
 
 class Upsample(nn.Module):
     """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
-    number: int  # its place in `Shared.vectors`
+    number: int  # its place in `Shared`
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def vectors(self) -> list[Tensor]:
-        """The bias, (C,), that is left to the next norm, if any."""
+        """See `Part`."""
         return left_out(self.conv)
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W)."""
-        return Pending(self.conv(upsample_nearest(whole(x))), None, *shared.vectors[self.number])
+        return Pending(self.conv(upsample_nearest(whole(x))), None, *own_vectors(self, shared))

@@ -21,6 +21,7 @@ from fastdiff.nets.layers import (
     add_norm_silu,
     as_rows,
     left_out,
+    own_vectors,
     time_shifts,
     whole,
     zeroed,
@@ -81,6 +82,8 @@ class UNet(nn.Module):
         config: the shape; `UNetConfig()` is google/ddpm-cifar10-32.
     """
 
+    number = 0  # of the parts, which are numbered from 1
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -124,13 +127,11 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(groups, c, eps)
         self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
-        for number, part in enumerate(self.parts, 1):
-            part.number = number
+        self.use_kernels("torch")
 
     @property
     def parts(self) -> list[ResidualBlock | SelfAttention | Downsample | Upsample]:
-        """The modules that need something of `Shared`, in the order of registration: a stage's blocks, its attentions,
-        its resampling."""
+        """Each `Part`, in the order of registration: a stage's blocks, then its attentions, then its resampling."""
         return [m for m in self.modules() if isinstance(m, ResidualBlock | SelfAttention | Downsample | Upsample)]
 
     def use_kernels(self, kind: str) -> "UNet":
@@ -155,20 +156,21 @@ class UNet(nn.Module):
                 part.keep_bias()
         return self
 
+    def vectors(self) -> list[Tensor]:
+        """See `Part`: of the last norm, and the bias that the first convolution leaves to the first one."""
+        return [self.norm_out.weight, self.norm_out.bias, *left_out(self.conv_in)]
+
     def _shared(self, t: Tensor, n: int) -> Shared:
-        """What the parts need; number 0 is the network's own: the last norm, and the bias that the first layer left."""
-        fused, seed = self.norm_out.fused, None
-        mine = [self.norm_out.weight, self.norm_out.bias, *left_out(self.conv_in)]
-        parts = self.parts
-        vectors = [mine, *(part.vectors() for part in parts)]
-        if fused and torch.is_grad_enabled():
-            vectors = as_rows(vectors, n)
-        if fused and self.training and self.config.dropout > 0:
+        embedding = F.silu(self.time(t))
+        if not self.norm_out.fused:
+            return Shared(embedding)
+        vectors, seed, parts = None, None, self.parts
+        if torch.is_grad_enabled():
+            vectors = as_rows([self.vectors(), *(part.vectors() for part in parts)], n)
+        if self.training and self.config.dropout > 0:
             seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
-        blocks = [part for part in parts if isinstance(part, ResidualBlock)]
-        for block, shift in zip(blocks, time_shifts(blocks, F.silu(self.time(t))), strict=True):
-            vectors[block.number].append(shift)
-        return Shared(vectors, seed)
+        shifts = time_shifts([part for part in parts if isinstance(part, ResidualBlock)], embedding)
+        return Shared(embedding, shifts, vectors, seed)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict from noised images.
@@ -181,7 +183,7 @@ class UNet(nn.Module):
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
         shared = self._shared(t, len(x))
-        weight, bias, *in_bias = shared.vectors[0]
+        weight, bias, *in_bias = own_vectors(self, shared)
         h = Pending(self.conv_in(x), None, *in_bias)
         skips: list[Tensor] = []
         for stage in self.down:
