@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from kernels import adam_ema, ema
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, sum_blocks
+from kernels.launch import NormTiles, _tiles, norm_tiles, sum_blocks
 from kernels.merge_columns import WARPS as MERGE_WARPS
 from kernels.merge_columns import blocks as merge_blocks
 from kernels.merge_columns import merge_kernel
@@ -110,12 +110,13 @@ KERNELS = {
 }
 
 
-def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", groups: int = 32) -> Iterator[Job]:
+def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", groups: int = 32, *,
+              tiles_of: Callable[..., NormTiles] = norm_tiles) -> Iterator[Job]:  # fmt: skip
     """Forward and backward of group_norm_silu at one shape."""
     options = VARIANTS[variant]
     for backward in (False, True):
-        tiles = norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
-                           dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
+        tiles = tiles_of(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
+                         dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
         kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
         summed, c_x = "residual" in options, channels
         if summed and "du2" not in options:
@@ -131,18 +132,38 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         types |= {f"{name}_ptr": "*fp32" for name in ("weight", "bias", "mean", "rstd", "part_weight", "part_bias")}
         if summed:  # the biases of convolutions are rows of float32; in the backward they are in u already
             types["shift_ptr"], types["dshift_ptr"] = ("constexpr" if backward else "*fp32"), "*fp32"
-        types |= dict.fromkeys(("affine_row", "shift_row", "stream_id", "threshold"), "i32")
+        types |= dict.fromkeys(("affine_row", "shift_row", "stream_id", "threshold", "N"), "i32")
         types |= {"seed_ptr": "*i64"} if "seed" in options else {}
         constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "C_X": c_x, "HW": side * side,
                      "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
-                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw}  # fmt: skip
+                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw,
+                     "RESIDENT": tiles.resident > 0}  # fmt: skip
+        label = f"C={channels} {side}x{side} {variant}" + (f", resident {tiles.resident}" if tiles.resident else "")
         yield Job(
-            f"C={channels} {side}x{side} {variant}" + ("" if dtype == "bf16" else f" {dtype}"),
+            label + ("" if dtype == "bf16" else f" {dtype}"),
             kernel,
             types,
             constants,
             tiles.num_warps,
         )
+
+
+# Shapes whose best tiles may be few large ones, so that programs load ahead: chosen where bench/tune_norms.py finds it.
+RESIDENT_SHAPES = ((128, 32), (256, 32), (256, 16), (512, 16), (256, 8))
+
+
+def resident_jobs() -> Iterator[Job]:
+    """Programs that stay and load ahead, with tiles of which a multiprocessor holds one or a few, as the U-Net calls
+    them."""
+
+    def tiles_of(channels: int, pixels: int, groups: int, *, backward: bool, **_: object) -> NormTiles:
+        own = {1024: 16, 256: 32, 64: 64}[pixels]
+        warps = max(4, pixels * own // (32 * 64))
+        return _tiles(own, channels // groups, pixels, False, warps, (8 if backward else 16) // warps)
+
+    for shape in RESIDENT_SHAPES:
+        for variant in ("add",) if shape in CONCATENATIONS else ("plain", "shift+dropout", "add, kept"):
+            yield from norm_jobs(*shape, variant, tiles_of=tiles_of)
 
 
 def flat_jobs() -> Iterator[Job]:
@@ -187,7 +208,7 @@ def all_jobs() -> list[Job]:
         job for shape in ((384, 32), (128, 16)) for v in ("all", "add") for job in norm_jobs(*shape, v, dtype="fp32")
     ]
     jobs += list(norm_jobs(128, 64, "shift+dropout"))
-    return jobs + list(flat_jobs()) + list(merge_jobs())
+    return jobs + list(resident_jobs()) + list(flat_jobs()) + list(merge_jobs())
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -214,10 +235,11 @@ def _width(instruction: str) -> int:
 
 
 def _accesses(ptx: str, wanted: set[int]) -> list[int]:
-    """Widths of the global loads and stores whose address derives from one of the kernel's pointer parameters `wanted`.
+    """Widths of the global loads and stores, and copies to shared memory, whose address derives from one of the
+    kernel's pointer parameters `wanted`.
 
-    PTX is in static single assignment but for loop-carried registers, so following definitions backwards
-    finds the parameters.
+    PTX is in static single assignment but for loop-carried registers, so following definitions backwards finds the
+    parameters.
     """
     parents: dict[str, set[str]] = {}
     origin: dict[str, int] = {}
@@ -226,13 +248,16 @@ def _accesses(ptx: str, wanted: set[int]) -> list[int]:
         code = line.split("//")[0].strip().removesuffix(";")
         code = re.sub(r"^@!?%p\d+\s+", "", code)
         access = re.match(r"((?:ld|st)\.global[.\w:]*)\s", code)
+        ahead = re.match(r"cp\.async\.\w+\.shared\.global[.\w:]* \[.*?\], \[\s*(%\w+).*?\], (\w+)", code)
         if access:
             address = re.search(r"\[\s*(%\w+)", code)
             assert address is not None, code
             uses.append((address[1], _width(re.sub(r"\.L\d::\w+", "", access[1]))))
+        elif ahead:
+            uses.append((ahead[1], int(ahead[2], 0)))
         if parameter := re.match(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]", code):
             origin[parameter[1]] = int(parameter[2])
-        elif not access and (registers := re.findall(r"%rd\d+", code)):
+        elif not (access or ahead) and (registers := re.findall(r"%rd\d+", code)):
             parents.setdefault(registers[0], set()).update(registers[1:])
     widths = []
     for register, width in uses:

@@ -3,8 +3,9 @@
     python bench/tune_norms.py             # a table: the rule of kernels/launch.py beside the best of its alternatives
     python bench/tune_norms.py --write     # and the best ones into kernels/tuned.py
 
-Shapes are those of the CIFAR-10 U-Net. Times are the device's own, of calls over buffers that are not in L2, as
-multiples of a device copy of the same bytes.
+Shapes are those of the CIFAR-10 U-Net, and so is what is added up: a block's first norm reads a residual, on the way up
+a skip too, and its backward adds one gradient of the sum; the second one, with dropout, reads x alone. Times are the
+device's own, of calls over buffers that are not in L2, as multiples of a device copy of the same bytes.
 """
 
 import multiprocessing
@@ -28,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import kernels
+from bench.aot import CONCATENATIONS
 from bench.timing import rotations
 from fastdiff.hardware import REPO, environment
 from kernels import launch
@@ -38,6 +40,7 @@ SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512
           (512, 4))  # fmt: skip
 DROPPING = ((128, 32), (256, 16), (256, 8), (256, 4))  # second norms of a block: shift and dropout
 WIDTHS = {32: (16, 32, 64), 16: (32, 64), 8: (64, 128), 4: (128, 256, 512)}  # channels of a tile, by its height
+WARPS = (8, 12, 16, 24)  # of a multiprocessor's registers, by what a thread holds, where programs stay
 GAIN = 0.98  # of the rule's time; what gains less is noise
 
 
@@ -56,6 +59,11 @@ class Task:
         return self.channels, self.side**2, GROUPS, self.backward, self.dropout
 
     @property
+    def own(self) -> int:
+        """Channels of the sum that a skip does not bring."""
+        return CONCATENATIONS.get((self.channels, self.side), self.channels)
+
+    @property
     def rule(self) -> NormTiles:
         """What launch.py chooses where nothing is measured."""
         with mock.patch.object(launch, "NORM_TILES", {}):
@@ -66,7 +74,8 @@ class Task:
     @property
     def label(self) -> str:
         what = "backward" if self.backward else "forward"
-        return f"{self.channels} channels, {self.side}x{self.side}{', shift + dropout' if self.dropout else ''}, {what}"
+        terms = "shift + dropout" if self.dropout else "sum" if self.own == self.channels else "sum and skip"
+        return f"{self.channels} channels, {self.side}x{self.side}, {terms}, {what}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ TASKS += [Task(c, s, b, True) for c, s in DROPPING for b in (False, True)]
 
 
 def candidates(task: Task) -> Iterator[NormTiles]:
-    """The rule's tiles first, then others: whole images that fit in registers, and sweeps over chunks."""
+    """The rule's tiles first, then others: whole images that fit in registers, one program each or in programs that
+    stay, and sweeps over chunks."""
     yield task.rule
     pixels, per_group = task.side**2, task.channels // GROUPS
     for width in WIDTHS[task.side]:
@@ -91,27 +101,51 @@ def candidates(task: Task) -> Iterator[NormTiles]:
         for warps in (4, 8, 16):
             if 8 <= pixels * block_c / (32 * warps) <= 64:
                 yield launch._tiles(own, per_group, pixels, False, warps)
+                for resident in sorted({n // warps for n in WARPS} - {0}):
+                    if task.channels // own >= 2 * resident:  # with a batch of 128, two tiles a program and more
+                        yield launch._tiles(own, per_group, pixels, False, warps, resident)
             for held in (8, 16):  # elements a thread of a chunk
                 chunk = warps * 32 * held // block_c
                 if task.side >= 16 and chunk < pixels and not (task.dropout and held == 16):
                     yield launch._tiles(own, per_group, chunk, True, warps)
 
 
-def calls(task: Task, tiles: NormTiles, copies: int, batch: int) -> list[Callable[[], object]]:
+def moved(task: Task, batch: int) -> int:
+    """Bytes of the images that a pass reads and writes."""
+    c, element = task.channels, 2 * batch * task.side**2
+    if task.dropout:
+        return element * (3 * c if task.backward else 2 * c)
+    return element * (4 * c if task.backward else 3 * c + task.own)
+
+
+def calls(task: Task, tiles: NormTiles, copies: int, batch: int, device: str = "cuda") -> list[Callable[[], object]]:
     """One call for each set of buffers."""
-    ops, shape = torch.ops.fastdiff_kernels, (batch, task.side, task.side, task.channels)
-    weight, bias = torch.ones(task.channels, device="cuda"), torch.zeros(task.channels, device="cuda")
-    seed = torch.ones(1, dtype=torch.int64, device="cuda") if task.dropout else None
-    shift = torch.randn(batch, task.channels, device="cuda").bfloat16() if task.dropout else None
-    p, silu, stream = 0.1 if task.dropout else 0.0, True, 0
+    ops, c = torch.ops.fastdiff_kernels, task.channels
+    weight, bias = (torch.randn(batch, c, device=device) for _ in range(2))
+    seed = torch.ones(1, dtype=torch.int64, device=device) if task.dropout else None
+    shift = torch.randn(batch, c if task.dropout else task.own, device=device)
+
+    def image(channels: int) -> Tensor:
+        shape = (batch, task.side, task.side, channels)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
 
     def make() -> Callable[[], object]:
-        x, dy = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2) for _ in range(2))
-        given: tuple[Tensor | None, ...] = (x, weight, bias, shift, None, None, seed)
+        dy = image(c)
+        if task.dropout:
+            given = (image(c), weight, bias, shift, None, None, seed)
+            if not task.backward:
+                return lambda: ops.group_norm_silu(*given, GROUPS, EPS, True, 0.1, 0)
+            _, mean, rstd = ops.group_norm_silu(*given, GROUPS, EPS, True, 0.1, 0)
+            return lambda: ops.group_norm_silu_backward(dy, *given, mean, rstd, GROUPS, True, 0.1, 0)
+        skip = image(c - task.own) if task.own < c else None
+        terms = (image(task.own), image(task.own), skip, weight, bias, shift)
         if not task.backward:
-            return lambda: ops.group_norm_silu(*given, GROUPS, EPS, silu, p, stream)
-        _, mean, rstd = ops.group_norm_silu(*given, GROUPS, EPS, silu, p, stream)
-        return lambda: ops.group_norm_silu_backward(dy, *given, mean, rstd, GROUPS, silu, p, stream)
+            return lambda: ops.add_group_norm_silu(*terms, GROUPS, EPS, True)
+        _, u, _, mean, rstd = ops.add_group_norm_silu(*terms, GROUPS, EPS, True)
+        du = image(c)
+        return lambda: ops.add_group_norm_silu_backward(
+            dy, du, None, u, weight, bias, shift, mean, rstd, GROUPS, True, task.own
+        )
 
     def with_tiles(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -150,9 +184,9 @@ def seconds(run: list[Callable[[], object]]) -> float:
 
 def measure(task: Task, batch: int) -> tuple[float, list[Timed]]:
     """Seconds of the device copy, and all candidates, the rule's first."""
-    moved = batch * task.channels * task.side**2 * (6 if task.backward else 4)
-    copies = rotations(moved, torch.device("cuda"))
-    pairs = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
+    size = moved(task, batch)
+    copies = rotations(size, torch.device("cuda"))
+    pairs = [torch.empty(2, size // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
     copy = seconds([lambda p=p: p[0].copy_(p[1]) for p in pairs])
     del pairs
     found = [Timed(seconds(calls(task, t, copies, batch)) / copy, t) for t in dict.fromkeys(candidates(task))]
@@ -170,13 +204,15 @@ def source(results: dict[Task, list[Timed]], batch: int, e: dict[str, Any]) -> s
         "that are not here follow the rule.",
         '"""',
         "",
-        "# (channels, H * W, groups, backward, dropout): (channels and pixels of a program's tile or chunk, warps)",
-        "NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int]] = {",
+        "# (channels, H * W, groups, backward, dropout): (channels and pixels of a program's tile or chunk, warps,",
+        "# resident programs a multiprocessor)",
+        "NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int, int]] = {",
     ]
     for task, found in results.items():
         rule, best = found[0], min(found, key=lambda f: f.ratio)
         if best.ratio < GAIN * rule.ratio:
-            value = (best.tiles.channels, best.tiles.block_hw, best.tiles.num_warps)
+            t = best.tiles
+            value = (t.channels, t.block_hw, t.num_warps, t.resident)
             lines.append(f"    {task.key}: {value},  # {best.ratio:.2f}, the rule {rule.ratio:.2f}")
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -195,11 +231,14 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(track(pool.map(compile_one, work, chunksize=4), "compiling", len(work), console=console))
     results: dict[Task, list[Timed]] = {}
-    table = Table("pass", "copy, µs", "rule", "best", "best: channels x pixels, warps", "second", "third")
+    table = Table("pass", "copy, µs", "rule", "best", "best: channels x pixels, warps, resident", "second", "third")
     for task in track(TASKS, "timing", console=console):
         copy, results[task] = measure(task, batch)
         best = sorted(results[task], key=lambda f: f.ratio)[:3]
-        cells = [f"{f.ratio:.2f}: {f.tiles.channels} x {f.tiles.block_hw}, {f.tiles.num_warps}" for f in best]
+        cells = [
+            f"{f.ratio:.2f}: {f.tiles.channels} x {f.tiles.block_hw}, {f.tiles.num_warps}, {f.tiles.resident}"
+            for f in best
+        ]
         rule = f"{results[task][0].ratio:.2f}"
         table.add_row(task.label, f"{copy * 1e6:.1f}", rule, f"{best[0].ratio:.2f}", *cells)
     console.print(table)

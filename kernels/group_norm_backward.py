@@ -12,6 +12,7 @@ from kernels.group_norm_math import (
     group_sum,
     load,
     per_image,
+    rounds,
     store_parts,
     to_channels,
     zero_outside,
@@ -40,7 +41,7 @@ def _store_dshift(dshift_ptr, dshift, n, channel, ok, C_X: tl.constexpr):
     tl.store(dshift_ptr + here, dshift.to(dshift_ptr.dtype.element_ty), mask=ok & (channel < C_X))
 
 
-@triton.jit(do_not_specialize=["stream_id", "threshold"])
+@triton.jit(do_not_specialize=["N", "stream_id", "threshold"])
 def backward_tile(
     dy_ptr,  # (N, HW, C) like x
     du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
@@ -65,6 +66,7 @@ def backward_tile(
     shift_row,
     stream_id,
     threshold,
+    N,
     SILU: tl.constexpr,
     C: tl.constexpr,
     C_X: tl.constexpr,
@@ -74,44 +76,50 @@ def backward_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
-    """Small images: x and dy stay in registers, 6 bytes an element in bf16, and 2 for each of du and du2."""
+    """Small images: x and dy stay in registers, 6 bytes an element in bf16, and 2 for each of du and du2.
+
+    RESIDENT as in forward_tile.
+    """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
-    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
-    channel = first + local  # [BC]
-    ok = (local < OWN) & (channel < C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
-    here = at(n, pixel, channel, HW, C)  # [BHW, BC]
-    at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
-    mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
-    rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
-    shift = per_image(shift_ptr, n, shift_row, channel, ok)
-    centre = (shift - mean) * rstd  # xhat = x * rstd + centre: one instruction
+    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=2 if RESIDENT else 1):
+        tile = tl.program_id(0) + i * tl.num_programs(0)
+        n, first = tile // blocks, tile % blocks * OWN
+        channel = first + local  # [BC]
+        ok = (local < OWN) & (channel < C)  # [BC]
+        ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
+        here = at(n, pixel, channel, HW, C)  # [BHW, BC]
+        at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back spread to channels
+        mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
+        rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
+        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+        shift = per_image(shift_ptr, n, shift_row, channel, ok)
+        centre = (shift - mean) * rstd  # xhat = x * rstd + centre: one instruction
 
-    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
-    x, dy = load(x_ptr + here, ok2, whole, ""), load(dy_ptr + here, ok2, whole, "")
-    dy = dropped(dy.to(tl.float32), seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-    xhat = x.to(tl.float32) * rstd[None, :] + centre[None, :]
-    gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
-    a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
-    _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
-                n, affine_row, channel, ok, C)  # fmt: skip
+        whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
+        x, dy = load(x_ptr + here, ok2, whole, ""), load(dy_ptr + here, ok2, whole, "")
+        dy = dropped(dy.to(tl.float32), seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
+        xhat = x.to(tl.float32) * rstd[None, :] + centre[None, :]
+        gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
+        a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
+        _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
+                    n, affine_row, channel, ok, C)  # fmt: skip
 
-    m: tl.constexpr = HW * PER_GROUP
-    mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
-    mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
-    dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
-    # Read only now: held from the start, they would halve the programs of a multiprocessor at some shapes.
-    if du_ptr is not None:
-        dx += load(du_ptr + here, ok2, whole, "").to(tl.float32)
-    if du2_ptr is not None:
-        dx += load(du2_ptr + here, ok2, whole, "").to(tl.float32)
-    store_parts(dx_ptr, dskip_ptr, dx, n, pixel, first, local, ok2, HW, C, C_X, OWN, whole)
-    if dshift_ptr is not None:
-        _store_dshift(dshift_ptr, tl.sum(zero_outside(dx, ok2, whole), 0), n, channel, ok, C_X)
+        m: tl.constexpr = HW * PER_GROUP
+        mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
+        mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
+        dx = gz * (gamma * rstd)[None, :] - (xhat * (mean_a * rstd)[None, :] + (mean_b * rstd)[None, :])
+        # Read only now: held from the start, they would halve the programs of a multiprocessor at some shapes.
+        if du_ptr is not None:
+            dx += load(du_ptr + here, ok2, whole, "").to(tl.float32)
+        if du2_ptr is not None:
+            dx += load(du2_ptr + here, ok2, whole, "").to(tl.float32)
+        store_parts(dx_ptr, dskip_ptr, dx, n, pixel, first, local, ok2, HW, C, C_X, OWN, whole)
+        if dshift_ptr is not None:
+            _store_dshift(dshift_ptr, tl.sum(zero_outside(dx, ok2, whole), 0), n, channel, ok, C_X)
 
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])

@@ -12,6 +12,7 @@ from kernels.group_norm_math import (
     load,
     load_sum,
     per_image,
+    rounds,
     store,
     tile_group_sum,
     to_channels,
@@ -19,7 +20,7 @@ from kernels.group_norm_math import (
 )
 
 
-@triton.jit(do_not_specialize=["stream_id", "threshold"])
+@triton.jit(do_not_specialize=["N", "stream_id", "threshold"])
 def forward_tile(
     x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
     residual_ptr,  # (N, HW, C_X) like x, or None
@@ -38,6 +39,7 @@ def forward_tile(
     shift_row,
     stream_id,
     threshold,
+    N,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
     C: tl.constexpr,
@@ -48,42 +50,51 @@ def forward_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
-    """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16)."""
+    """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16).
+
+    A program computes while nothing of its own is on the way from memory. Many small programs on a multiprocessor fill
+    each other's gaps; few large ones leave them open, as all load at the same time, then all compute. Hence RESIDENT:
+    programs stay, and with two stages the compiler copies the next tile to shared memory while this one is computed.
+    """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
-    n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
-    channel = first + local  # [BC]
-    ok = (local < OWN) & (channel < C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
-    here = at(n, pixel, channel, HW, C)  # [BHW, BC]
-    whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
-    shift = per_image(shift_ptr, n, shift_row, channel, ok & (channel < C_X))  # [BC]
-    u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole, "")
-    if u_ptr is not None:
-        u = u.to(u_ptr.dtype.element_ty).to(tl.float32)  # the backward will see it rounded
-        store(u_ptr + here, u, ok2, whole)
+    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=2 if RESIDENT else 1):
+        tile = tl.program_id(0) + i * tl.num_programs(0)
+        n, first = tile // blocks, tile % blocks * OWN
+        channel = first + local  # [BC]
+        ok = (local < OWN) & (channel < C)  # [BC]
+        ok2 = (pixel < HW)[:, None] & ok[None, :]  # [BHW, BC]
+        here = at(n, pixel, channel, HW, C)  # [BHW, BC]
+        whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
+        shift = per_image(shift_ptr, n, shift_row, channel, ok & (channel < C_X))  # [BC]
+        u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole, "",
+                     RESIDENT)  # fmt: skip
+        if u_ptr is not None:
+            u = u.to(u_ptr.dtype.element_ty).to(tl.float32)  # the backward will see it rounded
+            store(u_ptr + here, u, ok2, whole)
 
-    # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
-    m: tl.constexpr = HW * PER_GROUP
-    u = zero_outside(u, ok2, whole)
-    mean = tile_group_sum(u, local, PER_GROUP, BLOCK_G) / m  # [BG]
-    mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
-    centred = zero_outside(u - mean_c[None, :], ok2, whole)
-    variance = tile_group_sum(centred * centred, local, PER_GROUP, BLOCK_G) / m
-    rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
+        # Mean first, then the variance of what is centred: E[u^2] - E[u]^2 cancels when the mean is large.
+        m: tl.constexpr = HW * PER_GROUP
+        u = zero_outside(u, ok2, whole)
+        mean = tile_group_sum(u, local, PER_GROUP, BLOCK_G) / m  # [BG]
+        mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
+        centred = zero_outside(u - mean_c[None, :], ok2, whole)
+        variance = tile_group_sum(centred * centred, local, PER_GROUP, BLOCK_G) / m
+        rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
-    y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
-    y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
-    store(y_ptr + here, y, ok2, whole)
+        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+        y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
+        y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
+        store(y_ptr + here, y, ok2, whole)
 
-    group = tl.arange(0, BLOCK_G)
-    in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
-    at_group = n * (C // PER_GROUP) + first // PER_GROUP + group
-    tl.store(mean_ptr + at_group, mean, mask=in_block)
-    tl.store(rstd_ptr + at_group, rstd, mask=in_block)
+        group = tl.arange(0, BLOCK_G)
+        in_block = (group < OWN // PER_GROUP) & (first // PER_GROUP + group < C // PER_GROUP)
+        at_group = n * (C // PER_GROUP) + first // PER_GROUP + group
+        tl.store(mean_ptr + at_group, mean, mask=in_block)
+        tl.store(rstd_ptr + at_group, rstd, mask=in_block)
 
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
@@ -132,7 +143,7 @@ def forward_loop(
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole,
-                     "evict_last")  # fmt: skip
+                     "evict_last", False)  # fmt: skip
         if u_ptr is not None:
             u = u.to(u_ptr.dtype.element_ty).to(tl.float32)
             store(u_ptr + at(n, pixel, channel, HW, C), u, ok2, whole)

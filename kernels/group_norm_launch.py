@@ -8,8 +8,10 @@ from torch import Tensor
 
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import norm_tiles, runs_triton, sum_blocks, traceable
+from kernels.launch import multiprocessors, norm_tiles, runs_triton, sum_blocks, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
+
+SHARED_FOR_SUMS = 4096  # bytes for what threads exchange, and vectors loaded ahead, beside the images' tiles
 
 
 def _wide(v: Tensor) -> Tensor:
@@ -113,15 +115,27 @@ def vector_like(v: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if v is None else torch.empty(v.shape, device=x.device, dtype=v.dtype)
 
 
-def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool):
-    """Whether the image is looped over, the grid, and the constants that both kernels of a pass take."""
+def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool, images: int):
+    """Whether the image is looped over, the grid, and the constants that the kernel takes.
+
+    It reads so many images, each of which resident programs load ahead, where shared memory holds as many tiles.
+    """
     n, pixels = x.shape[0], int(x.shape[2]) * int(x.shape[3])
     tiles = norm_tiles(channels, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout,
                        adaptive=adaptive)  # fmt: skip
     constants = {"C": channels, "HW": pixels, "PER_GROUP": channels // num_groups, "OWN": tiles.channels,
                      "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw,
                      "num_warps": tiles.num_warps}  # fmt: skip
-    return tiles.looped, (n * -(-channels // tiles.channels),), constants
+    programs = n * -(-channels // tiles.channels)
+    if tiles.looped:
+        return True, (programs,), constants
+    resident = 0
+    if tiles.resident:
+        count, shared = multiprocessors(x.device)
+        if images * tiles.block_hw * tiles.block_c * x.element_size() + SHARED_FOR_SUMS <= shared:
+            resident = tiles.resident * count
+    grid = (torch.sym_min(programs, resident) if resident else programs,)
+    return False, grid, constants | {"N": n, "RESIDENT": resident > 0}
 
 
 def _row(v: Tensor | None) -> int:
@@ -144,7 +158,8 @@ def forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Ten
     if y.numel() == 0:
         return y, u, mean.zero_(), rstd.zero_()
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
-    looped, grid, constants = _meta(x, c, num_groups, backward=False, **switches)
+    images = sum(v is not None for v in (x, residual, skip))
+    looped, grid, constants = _meta(x, c, num_groups, backward=False, images=images, **switches)
     args = (x, residual, skip, weight, bias, shift, scale, offset, seed, y, u, mean, rstd, _row(weight), _row(shift),
             stream, threshold_of(dropout_p))  # fmt: skip
     if looped:
@@ -174,7 +189,8 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
     if x.numel() == 0:
         return [g if g is None else g.zero_() for g in grads]
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
-    looped, grid, constants = _meta(x, c, num_groups, backward=True, **switches)
+    images = sum(v is not None for v in (dy, du, du2, x))
+    looped, grid, constants = _meta(x, c, num_groups, backward=True, images=images, **switches)
     part_weight, part_bias = dweight, dbias
     if weight.dim() == 1:
         # Two allocations, not two views of one: Inductor would copy each view back into its base after the kernel.

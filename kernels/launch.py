@@ -44,6 +44,8 @@ class NormTiles:
     block_g   a power of two >= groups a program owns
     block_hw  the tile's height: a power of two >= HW, or the chunk of pixels of one loop iteration
     looped    the image does not fit in registers: sweep over chunks, re-reading them from L2
+    resident  programs a multiprocessor that stay, going from tile to tile and loading the next one while they compute;
+              0: a program for each tile. Never looped.
     """
 
     channels: int
@@ -52,6 +54,7 @@ class NormTiles:
     block_hw: int
     looped: bool
     num_warps: int
+    resident: int = 0
 
 
 # Elements that one thread of a one-tile kernel holds, as float32: 64 of bf16 x take about 100 registers, and 128 some
@@ -75,8 +78,8 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
     rows = power_of_2(pixels)
     tuned = NORM_TILES.get((channels, pixels, groups, backward, dropout))
     if tuned is not None and itemsize == 2 and not adaptive:
-        own, block_hw, num_warps = tuned
-        return _tiles(own, channels // groups, block_hw, block_hw < rows, num_warps)
+        own, block_hw, num_warps, resident = tuned
+        return _tiles(own, channels // groups, block_hw, block_hw < rows, num_warps, resident)
 
     # Narrow tiles, so that several programs share a multiprocessor and one computes while others wait for memory; but
     # rows of whole 32-byte sectors.
@@ -107,8 +110,16 @@ def _own_channels(channels: int, groups: int, width: int) -> int:
     return min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
 
 
-def _tiles(own: int, per_group: int, block_hw: int, looped: bool, num_warps: int) -> NormTiles:
-    return NormTiles(own, max(8, power_of_2(own)), power_of_2(own // per_group), block_hw, looped, num_warps)
+def _tiles(own: int, per_group: int, block_hw: int, looped: bool, num_warps: int, resident: int = 0) -> NormTiles:
+    return NormTiles(own, max(8, power_of_2(own)), power_of_2(own // per_group), block_hw, looped, num_warps, resident)
+
+
+def multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many the GPU has, and the bytes of shared memory that one program may use; the interpreter: 1, of 64 KiB."""
+    if INTERPRETED:
+        return 1, 65536
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def sum_blocks(channels: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 
 from bench import aot, inductor_mock, step_variants
 from fastdiff.config import UNetConfig
+from kernels import launch
 
 OURS = re.compile(r"async_compile\.triton\('((?:forward|backward)_(?:tile|loop)|merge_kernel)', '''(.*?)'''", re.DOTALL)
 IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "merged_ptr"}
@@ -19,6 +20,12 @@ IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "
 
 # Two levels of the published network, with its widths: norms of other shapes are not promised to be free of spills.
 PUBLISHED = UNetConfig(channel_mult=(1, 2), blocks_per_level=1)
+
+RESIDENT = {
+    (*shape, 32, backward, False): tiles
+    for shape, tiles in {(128, 1024): (16, 1024, 8, 1), (256, 256): (32, 256, 4, 2)}.items()
+    for backward in (False, True)
+}
 
 
 def load(source, path, monkeypatch):
@@ -36,11 +43,15 @@ def load(source, path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.__version__.startswith(inductor_mock.TORCH), reason="the counter knows other versions")
-def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resident", [False, True])
+def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(resident, tmp_path, monkeypatch):
     """Rows of a shared tensor and expanded vectors must keep the alignment that wide accesses need."""
+    if resident:
+        monkeypatch.setattr(launch, "NORM_TILES", RESIDENT)
     graphs = step_variants.graphs_of("ours", PUBLISHED, 128)
     sources = {(name, source) for graph in graphs for name, source in OURS.findall(graph.code)}
     assert {name for name, _ in sources} >= {"forward_tile", "backward_tile", "merge_kernel"}
+    staying = set()
     for i, (name, source) in enumerate(sorted(sources)):
         kernel, meta, num_warps = load(source, tmp_path / f"kernel_{i}.py", monkeypatch)
         arguments = ASTSource(kernel, meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
@@ -48,7 +59,9 @@ def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_ac
             arguments, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "enable_fp_fusion": True}
         )
         _, stack = aot._resources(compiled.asm["cubin"])
+        staying |= {name} if meta["constants"].get("RESIDENT") else set()
         passed = [argument for argument, kind in meta["signature"].items() if kind != "constexpr"]
         widths = aot._accesses(compiled.asm["ptx"], {i for i, argument in enumerate(passed) if argument in IMAGES})
         assert stack == 0, (name, meta)
         assert set(widths) == {16}, (name, meta)
+    assert staying == ({"forward_tile", "backward_tile"} if resident else set())

@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import tune_norms
 from kernels import launch, tuned
@@ -17,11 +19,32 @@ def test_what_is_tried_covers_the_channels_with_whole_groups_and_fits_in_registe
         assert tiles.channels % (task.channels // tune_norms.GROUPS) == 0
         assert tiles.looped == (tiles.block_hw < task.side**2)
         assert tiles.block_hw * tiles.block_c <= 64 * 32 * tiles.num_warps
+        assert not (tiles.looped and tiles.resident)
+
+
+@pytest.mark.parametrize("task", tune_norms.TASKS, ids=lambda task: task.label)
+def test_what_is_timed_runs_and_its_bytes_are_counted(task):
+    """Every image that a call is given, and every one that it returns."""
+    images = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal images
+            results = func(*args, **(kwargs or {}))
+            if func.namespace == "fastdiff_kernels":
+                tensors = [v for v in (*args, *results) if isinstance(v, torch.Tensor) and v.dim() == 4]
+                images += sum(v.nbytes for v in tensors if v.stride(1) == 1)  # the ticket is expanded
+            return results
+
+    (call,) = tune_norms.calls(task, task.rule, 1, 1, "cpu")
+    with Count():
+        call()
+    assert images == tune_norms.moved(task, 1)
 
 
 def test_what_is_written_is_what_is_chosen(monkeypatch):
     first, second = tune_norms.TASKS[:2]
-    better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2)
+    better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2, resident=2)
     results = {
         first: [tune_norms.Timed(2.0, first.rule), tune_norms.Timed(1.5, better)],
         second: [tune_norms.Timed(2.0, second.rule), tune_norms.Timed(1.99, better)],  # no more than noise
@@ -39,6 +62,6 @@ def test_what_is_written_is_what_is_chosen(monkeypatch):
 
 def test_the_committed_tiles_are_among_those_that_are_tried():
     by_key = {task.key: task for task in tune_norms.TASKS}
-    for key, (channels, pixels, warps) in tuned.NORM_TILES.items():
-        tried = {(t.channels, t.block_hw, t.num_warps) for t in tune_norms.candidates(by_key[key])}
-        assert (channels, pixels, warps) in tried
+    for key, chosen in tuned.NORM_TILES.items():
+        tried = {(t.channels, t.block_hw, t.num_warps, t.resident) for t in tune_norms.candidates(by_key[key])}
+        assert chosen in tried

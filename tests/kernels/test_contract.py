@@ -1,6 +1,8 @@
 """What every kernel with a SPEC must do."""
 
+import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ CASES = [
     for case in spec.cases
     for dtype in spec.dtypes
 ]
+NORMS = ("group_norm_silu", "add_group_norm_silu")
 SPECS = [pytest.param(spec, id=name) for name, spec in REGISTRY.items()]
 
 
@@ -30,6 +33,26 @@ def test_every_kernel_is_registered(repo):
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
 def test_values_and_gradients(spec, case, dtype, device):
+    check(spec, drawn(case, dtype), device)
+
+
+@pytest.fixture
+def resident(monkeypatch) -> None:
+    """Two programs for all tiles, where an image is no loop."""
+    launch = sys.modules["kernels.group_norm_launch"]
+
+    def norm_tiles(*args, **kwargs):
+        tiles = kernels.launch.norm_tiles(*args, **kwargs)
+        return tiles if tiles.looped else replace(tiles, resident=2)
+
+    monkeypatch.setattr(launch, "norm_tiles", norm_tiles)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: (1, kernels.launch.multiprocessors(device)[1]))
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), [case for case in CASES if case.values[0].name in NORMS])
+def test_values_and_gradients_of_resident_programs(spec, case, dtype, device, resident):
+    if device.type == "cpu" and not kernels.launch.INTERPRETED:
+        pytest.skip("PyTorch's own operators have no programs")
     check(spec, drawn(case, dtype), device)
 
 

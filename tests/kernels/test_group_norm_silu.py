@@ -1,10 +1,13 @@
 """group_norm_silu beyond its contract: drawn shapes, hard inputs, dropout, autocast, and what it refuses."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kernels
 from kernels import REGISTRY, group_norm_silu
 from kernels.group_norm_silu import _case, reference
 from kernels.launch import norm_tiles, power_of_2
@@ -211,3 +214,19 @@ def test_tiles_cover_every_channel_with_whole_groups(channels, pixels, backward,
     assert 1 <= t.num_warps <= 16
     assert t.block_hw * t.block_c <= 64 * 32 * t.num_warps  # at most 64 elements a thread
     assert t.block_g * t.block_c <= 8192 * 8
+
+
+def test_programs_stay_where_shared_memory_holds_the_tiles_that_they_load_ahead(monkeypatch):
+    monkeypatch.setattr(kernels.launch, "NORM_TILES", {(128, 1024, 32, False, False): (16, 1024, 8, 2)})
+    x = torch.empty(4, 128, 32, 32, dtype=torch.bfloat16)
+    launch = sys.modules["kernels.group_norm_launch"]
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: (3, 65536))  # an image's tile has 32,768 bytes
+
+    def grid_and_resident(images):
+        _, grid, constants = launch._meta(x, 128, 32, backward=False, dropout=False, adaptive=False, images=images)
+        return grid, constants["RESIDENT"]
+
+    assert grid_and_resident(1) == ((6,), True)
+    assert grid_and_resident(2) == ((32,), False)
+    x = torch.empty(1, 128, 32, 32, dtype=torch.bfloat16)[:0]
+    assert grid_and_resident(1)[0] == (0,)
