@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,12 +29,13 @@ from triton.compiler import ASTSource
 from kernels import adam_ema, ema
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import NormTiles, _tiles, norm_tiles, sum_blocks
+from kernels.launch import NormTiles, norm_tiles, sum_blocks
 from kernels.merge_columns import WARPS as MERGE_WARPS
 from kernels.merge_columns import blocks as merge_blocks
 from kernels.merge_columns import merge_kernel
 
 ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor; a program takes 1 KiB besides
 # GroupNorm's (C, H = W) in the DDPM CIFAR-10 U-Net, 32 groups.
 UNET_SHAPES = (
     (128, 32),
@@ -90,7 +91,8 @@ class Row:
     registers: int
     stack: int
     shared: int
-    programs: int  # resident on one multiprocessor
+    programs: int  # that one multiprocessor holds
+    ahead: bool  # while it computes, copies to shared memory that it started are on their way
     wide: int
     narrow: tuple[str, ...]
 
@@ -111,13 +113,14 @@ KERNELS = {
 
 
 def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", groups: int = 32, *,
-              tiles_of: Callable[..., NormTiles] = norm_tiles) -> Iterator[Job]:  # fmt: skip
-    """Forward and backward of group_norm_silu at one shape."""
+              tiles: NormTiles | None = None) -> Iterator[Job]:  # fmt: skip
+    """Forward and backward of group_norm_silu at one shape, in the tiles that launch.py chooses or in others."""
     options = VARIANTS[variant]
     for backward in (False, True):
-        tiles = tiles_of(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4, backward=backward,
-                         dropout="seed" in options, adaptive="scale" in options)  # fmt: skip
-        kernel = ("backward" if backward else "forward") + ("_loop" if tiles.looped else "_tile")
+        cut = tiles or norm_tiles(channels, side * side, groups, itemsize=2 if dtype == "bf16" else 4,
+                                  backward=backward, dropout="seed" in options,
+                                  adaptive="scale" in options)  # fmt: skip
+        kernel = ("backward" if backward else "forward") + ("_loop" if cut.looped else "_tile")
         summed, c_x = "residual" in options, channels
         if summed and "du2" not in options:
             c_x = CONCATENATIONS.get((channels, side), channels)
@@ -135,35 +138,17 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         types |= dict.fromkeys(("affine_row", "shift_row", "stream_id", "threshold", "N"), "i32")
         types |= {"seed_ptr": "*i64"} if "seed" in options else {}
         constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "C_X": c_x, "HW": side * side,
-                     "PER_GROUP": channels // groups, "OWN": tiles.channels, "BLOCK_C": tiles.block_c,
-                     "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw,
-                     "RESIDENT": tiles.resident > 0}  # fmt: skip
-        label = f"C={channels} {side}x{side} {variant}" + (f", resident {tiles.resident}" if tiles.resident else "")
+                     "PER_GROUP": channels // groups, "OWN": cut.channels, "BLOCK_C": cut.block_c,
+                     "BLOCK_G": cut.block_g, "BLOCK_HW": cut.block_hw,
+                     "RESIDENT": cut.resident > 0}  # fmt: skip
+        label = f"C={channels} {side}x{side} {variant}" + (f", resident {cut.resident}" if cut.resident else "")
         yield Job(
             label + ("" if dtype == "bf16" else f" {dtype}"),
             kernel,
             types,
             constants,
-            tiles.num_warps,
+            cut.num_warps,
         )
-
-
-# Shapes whose best tiles may be few large ones, so that programs load ahead: chosen where bench/tune_norms.py finds it.
-RESIDENT_SHAPES = ((128, 32), (256, 32), (256, 16), (512, 16), (256, 8))
-
-
-def resident_jobs() -> Iterator[Job]:
-    """Programs that stay and load ahead, with tiles of which a multiprocessor holds one or a few, as the U-Net calls
-    them."""
-
-    def tiles_of(channels: int, pixels: int, groups: int, *, backward: bool, **_: object) -> NormTiles:
-        own = {1024: 16, 256: 32, 64: 64}[pixels]
-        warps = max(4, pixels * own // (32 * 64))
-        return _tiles(own, channels // groups, pixels, False, warps, (8 if backward else 16) // warps)
-
-    for shape in RESIDENT_SHAPES:
-        for variant in ("add",) if shape in CONCATENATIONS else ("plain", "shift+dropout", "add, kept"):
-            yield from norm_jobs(*shape, variant, tiles_of=tiles_of)
 
 
 def flat_jobs() -> Iterator[Job]:
@@ -208,7 +193,7 @@ def all_jobs() -> list[Job]:
         job for shape in ((384, 32), (128, 16)) for v in ("all", "add") for job in norm_jobs(*shape, v, dtype="fp32")
     ]
     jobs += list(norm_jobs(128, 64, "shift+dropout"))
-    return jobs + list(resident_jobs()) + list(flat_jobs()) + list(merge_jobs())
+    return jobs + list(flat_jobs()) + list(merge_jobs())
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -272,6 +257,13 @@ def _accesses(ptx: str, wanted: set[int]) -> list[int]:
     return widths
 
 
+def _loads_ahead(ttgir: str) -> bool:
+    """Whether the first wait in a loop leaves later copies under way, instead of waiting for all."""
+    _, _, loop = ttgir.partition("scf.for")
+    wait = re.search(r"ttg\.async_wait .*?num = (\d+)", loop)
+    return wait is not None and int(wait[1]) > 0
+
+
 def build(job: Job, sm: int) -> Row:
     """Compile one kernel for one architecture."""
     fn = KERNELS[job.kernel]
@@ -294,9 +286,9 @@ def build(job: Job, sm: int) -> Row:
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    # Registers come in units of 8 a thread; a multiprocessor has 65,536, and 2048 threads, and (sm_80) 160 KiB shared.
+    # Registers come in units of 8 a thread; a multiprocessor has 65,536, and 2048 threads.
     threads = 32 * job.num_warps
-    programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 163_840 // max(shared, 1), 32)
+    programs = min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads, SHARED[sm] // (shared + 1024), 32)
     passed = [name for name in fn.arg_names if types[name] != "constexpr"]
     scalars = {"step_ptr", "lr_ptr", "decay_ptr", "clip_ptr", "part_ptr"}
     main = (
@@ -316,6 +308,7 @@ def build(job: Job, sm: int) -> Row:
         stack,
         shared,
         programs,
+        _loads_ahead(compiled.asm["ttgir"]),
         sum(w == 16 for w in widths),
         tuple(f"{w} B" for w in widths if w != 16),
     )

@@ -3,9 +3,11 @@
     python bench/tune_norms.py             # a table: the rule of kernels/launch.py beside the best of its alternatives
     python bench/tune_norms.py --write     # and the best ones into kernels/tuned.py
 
-Shapes are those of the CIFAR-10 U-Net, and so is what is added up: a block's first norm reads a residual, on the way up
-a skip too, and its backward adds one gradient of the sum; the second one, with dropout, reads x alone. Times are the
-device's own, of calls over buffers that are not in L2, as multiples of a device copy of the same bytes.
+Shapes are those of the CIFAR-10 U-Net, and so is what is added up: a block's first norm reads a residual and on the way
+up a skip, and its backward adds the sum's other gradients, two on the way down, where the sum is kept for a skip; the
+second norm, with dropout, reads x alone. Times are the device's own, of calls over buffers that are not in L2, as
+multiples of a device copy of the same bytes. Tiles that spill registers are not tried, nor more resident programs than
+a multiprocessor holds.
 """
 
 import multiprocessing
@@ -29,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 import kernels
-from bench.aot import CONCATENATIONS
+from bench import aot
 from bench.timing import rotations
 from fastdiff.hardware import REPO, environment
 from kernels import launch
@@ -40,7 +42,7 @@ SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512
           (512, 4))  # fmt: skip
 DROPPING = ((128, 32), (256, 16), (256, 8), (256, 4))  # second norms of a block: shift and dropout
 WIDTHS = {32: (16, 32, 64), 16: (32, 64), 8: (64, 128), 4: (128, 256, 512)}  # channels of a tile, by its height
-WARPS = (8, 12, 16, 24)  # of a multiprocessor's registers, by what a thread holds, where programs stay
+RESIDENT_WARPS = (8, 12, 16, 24)  # warps of a multiprocessor whose programs stay
 GAIN = 0.98  # of the rule's time; what gains less is noise
 
 
@@ -61,7 +63,12 @@ class Task:
     @property
     def own(self) -> int:
         """Channels of the sum that a skip does not bring."""
-        return CONCATENATIONS.get((self.channels, self.side), self.channels)
+        return aot.CONCATENATIONS.get((self.channels, self.side), self.channels)
+
+    @property
+    def variant(self) -> str:
+        """The name in bench/aot.py of what a call site switches on."""
+        return "shift+dropout" if self.dropout else "add, kept" if self.own == self.channels else "add"
 
     @property
     def rule(self) -> NormTiles:
@@ -74,8 +81,7 @@ class Task:
     @property
     def label(self) -> str:
         what = "backward" if self.backward else "forward"
-        terms = "shift + dropout" if self.dropout else "sum" if self.own == self.channels else "sum and skip"
-        return f"{self.channels} channels, {self.side}x{self.side}, {terms}, {what}"
+        return f"{self.channels} channels, {self.side}x{self.side}, {self.variant}, {what}"
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ def candidates(task: Task) -> Iterator[NormTiles]:
         for warps in (4, 8, 16):
             if 8 <= pixels * block_c / (32 * warps) <= 64:
                 yield launch._tiles(own, per_group, pixels, False, warps)
-                for resident in sorted({n // warps for n in WARPS} - {0}):
-                    if task.channels // own >= 2 * resident:  # with a batch of 128, two tiles a program and more
+                for resident in sorted({n // warps for n in RESIDENT_WARPS} - {0}):
+                    if task.channels // own >= 2 * resident:  # at batch 128, about two tiles a program and more
                         yield launch._tiles(own, per_group, pixels, False, warps, resident)
             for held in (8, 16):  # elements a thread of a chunk
                 chunk = warps * 32 * held // block_c
@@ -115,15 +121,16 @@ def moved(task: Task, batch: int) -> int:
     c, element = task.channels, 2 * batch * task.side**2
     if task.dropout:
         return element * (3 * c if task.backward else 2 * c)
-    return element * (4 * c if task.backward else 3 * c + task.own)
+    return element * ((5 * c if task.own == c else 4 * c) if task.backward else 3 * c + task.own)
 
 
 def calls(task: Task, tiles: NormTiles, copies: int, batch: int, device: str = "cuda") -> list[Callable[[], object]]:
     """One call for each set of buffers."""
     ops, c = torch.ops.fastdiff_kernels, task.channels
-    weight, bias = (torch.randn(batch, c, device=device) for _ in range(2))
+    weight, bias = (torch.randn(c, device=device).expand(batch, c) for _ in range(2))
     seed = torch.ones(1, dtype=torch.int64, device=device) if task.dropout else None
-    shift = torch.randn(batch, c if task.dropout else task.own, device=device)
+    embedding, conv_bias = torch.randn(batch, 1664, device=device).bfloat16(), torch.randn(task.own, device=device)
+    shift = embedding[:, -c:] if task.dropout else conv_bias.expand(batch, task.own)
 
     def image(channels: int) -> Tensor:
         shape = (batch, task.side, task.side, channels)
@@ -142,9 +149,9 @@ def calls(task: Task, tiles: NormTiles, copies: int, batch: int, device: str = "
         if not task.backward:
             return lambda: ops.add_group_norm_silu(*terms, GROUPS, EPS, True)
         _, u, _, mean, rstd = ops.add_group_norm_silu(*terms, GROUPS, EPS, True)
-        du = image(c)
+        du, du2 = image(c), image(c) if task.own == c else None
         return lambda: ops.add_group_norm_silu_backward(
-            dy, du, None, u, weight, bias, shift, mean, rstd, GROUPS, True, task.own
+            dy, du, du2, u, weight, bias, shift, mean, rstd, GROUPS, True, task.own
         )
 
     def with_tiles(call: Callable[[], object]) -> Callable[[], object]:
@@ -157,10 +164,22 @@ def calls(task: Task, tiles: NormTiles, copies: int, batch: int, device: str = "
     return [with_tiles(make()) for _ in range(copies)]
 
 
-def compile_one(work: tuple[Task, NormTiles]) -> None:
-    """In another process: what it compiles is in Triton's cache."""
+def fits(task: Task, tiles: NormTiles, sm: int) -> bool:
+    """Whether the kernel for compute capability `sm` keeps to its registers, and as many programs as should stay fit
+    on a multiprocessor."""
+    forward, backward = aot.norm_jobs(task.channels, task.side, task.variant, groups=GROUPS, tiles=tiles)
+    row = aot.build(backward if task.backward else forward, sm)
+    return row.stack == 0 and tiles.resident <= row.programs
+
+
+def compile_one(work: tuple[Task, NormTiles]) -> bool:
+    """In another process: what it compiles is in Triton's cache. Returns whether it fits on this GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    if not fits(*work, 10 * major + minor):
+        return False
     calls(*work, copies=1, batch=1)[0]()
     torch.cuda.synchronize()
+    return True
 
 
 def seconds(run: list[Callable[[], object]]) -> float:
@@ -182,14 +201,14 @@ def seconds(run: list[Callable[[], object]]) -> float:
     return statistics.median(times[3:])
 
 
-def measure(task: Task, batch: int) -> tuple[float, list[Timed]]:
-    """Seconds of the device copy, and all candidates, the rule's first."""
+def measure(task: Task, tried: list[NormTiles], batch: int) -> tuple[float, list[Timed]]:
+    """Seconds of the device copy, and of all that is tried, the rule's first."""
     size = moved(task, batch)
     copies = rotations(size, torch.device("cuda"))
     pairs = [torch.empty(2, size // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
     copy = seconds([lambda p=p: p[0].copy_(p[1]) for p in pairs])
     del pairs
-    found = [Timed(seconds(calls(task, t, copies, batch)) / copy, t) for t in dict.fromkeys(candidates(task))]
+    found = [Timed(seconds(calls(task, t, copies, batch)) / copy, t) for t in tried]
     torch.cuda.empty_cache()
     return copy, found
 
@@ -229,11 +248,12 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
     console = Console(width=130)
     work = [(task, tiles) for task in TASKS for tiles in dict.fromkeys(candidates(task))]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(track(pool.map(compile_one, work, chunksize=4), "compiling", len(work), console=console))
+        found = track(pool.map(compile_one, work, chunksize=4), "compiling", len(work), console=console)
+        fitting = {(task, tiles) for (task, tiles), fit in zip(work, found, strict=True) if fit or tiles == task.rule}
     results: dict[Task, list[Timed]] = {}
     table = Table("pass", "copy, µs", "rule", "best", "best: channels x pixels, warps, resident", "second", "third")
     for task in track(TASKS, "timing", console=console):
-        copy, results[task] = measure(task, batch)
+        copy, results[task] = measure(task, [t for other, t in work if other == task and (task, t) in fitting], batch)
         best = sorted(results[task], key=lambda f: f.ratio)[:3]
         cells = [
             f"{f.ratio:.2f}: {f.tiles.channels} x {f.tiles.block_hw}, {f.tiles.num_warps}, {f.tiles.resident}"

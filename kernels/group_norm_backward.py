@@ -85,7 +85,7 @@ def backward_tile(
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=2 if RESIDENT else 1):
+    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=3 if RESIDENT else 1):
         tile = tl.program_id(0) + i * tl.num_programs(0)
         n, first = tile // blocks, tile % blocks * OWN
         channel = first + local  # [BC]

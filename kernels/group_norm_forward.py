@@ -56,12 +56,13 @@ def forward_tile(
 
     A program computes while nothing of its own is on the way from memory. Many small programs on a multiprocessor fill
     each other's gaps; few large ones leave them open, as all load at the same time, then all compute. Hence RESIDENT:
-    programs stay, and with two stages the compiler copies the next tile to shared memory while this one is computed.
+    programs stay, and the compiler copies tiles to shared memory ahead. Of three stages, as two would wait for a copy
+    right after its start: one tile is computed, one on its way, and one is started where the first has been read.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=2 if RESIDENT else 1):
+    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=3 if RESIDENT else 1):
         tile = tl.program_id(0) + i * tl.num_programs(0)
         n, first = tile // blocks, tile % blocks * OWN
         channel = first + local  # [BC]

@@ -11,8 +11,6 @@ from kernels.group_norm_forward import forward_loop, forward_tile
 from kernels.launch import multiprocessors, norm_tiles, runs_triton, sum_blocks, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
 
-SHARED_FOR_SUMS = 4096  # bytes for what threads exchange, and vectors loaded ahead, beside the images' tiles
-
 
 def _wide(v: Tensor) -> Tensor:
     """The dtype of the statistics: float32, or float64 for float64 input (CPU only)."""
@@ -118,7 +116,7 @@ def vector_like(v: Tensor | None, x: Tensor) -> Tensor:
 def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool, images: int):
     """Whether the image is looped over, the grid, and the constants that the kernel takes.
 
-    It reads so many images, each of which resident programs load ahead, where shared memory holds as many tiles.
+    It reads so many images, which resident programs load ahead; where shared memory is too small, none stay.
     """
     n, pixels = x.shape[0], int(x.shape[2]) * int(x.shape[3])
     tiles = norm_tiles(channels, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout,
@@ -132,7 +130,7 @@ def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout:
     resident = 0
     if tiles.resident:
         count, shared = multiprocessors(x.device)
-        if images * tiles.block_hw * tiles.block_c * x.element_size() + SHARED_FOR_SUMS <= shared:
+        if tiles.shared_bytes(images, x.element_size()) <= shared:
             resident = tiles.resident * count
     grid = (torch.sym_min(programs, resident) if resident else programs,)
     return False, grid, constants | {"N": n, "RESIDENT": resident > 0}

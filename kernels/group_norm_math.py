@@ -20,9 +20,10 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
     dweight = sum_n (1 + scale) * A                              dbias = sum_n (1 + scale) * B
 
 Memory: an image is the row-major matrix [HW, C], so a tile of whole rows of BLOCK_C neighbouring channels is read in
-16-byte pieces. One program owns one image and one block of whole groups, hence nothing is exchanged between programs
-and every sum has a fixed order: the results are the same bits on every run. The blocks of one image are neighbours in
-the grid, so that a 128-byte cache line shared by two blocks is fetched once. All arithmetic is float32.
+16-byte pieces. Such a tile, one image and one block of whole groups, is one program's, hence nothing is exchanged
+between programs and every sum has a fixed order: the results are the same bits on every run. The blocks of one image
+are neighbours in the grid, so that a 128-byte cache line shared by two blocks is fetched once. All arithmetic is
+float32.
 
 Arithmetic is not free here: while an H200 moves an element at 4.3 TB/s, its multiprocessors issue at most 31
 instructions for it in the forward and 47 in the backward (1.98 GHz). Hence the short sigmoid, and no masks and selects

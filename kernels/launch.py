@@ -37,14 +37,14 @@ def power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class NormTiles:
-    """How GroupNorm over an NHWC image [HW, C] is cut: one program per (image, block of whole groups).
+    """How GroupNorm over an NHWC image [HW, C] is cut: into tiles, one for each (image, block of whole groups).
 
     channels  channels a program owns (whole groups; a multiple of 8, so that bf16 rows start at 16-byte addresses)
     block_c   the tile's width, a power of two >= channels
     block_g   a power of two >= groups a program owns
     block_hw  the tile's height: a power of two >= HW, or the chunk of pixels of one loop iteration
     looped    the image does not fit in registers: sweep over chunks, re-reading them from L2
-    resident  programs a multiprocessor that stay, going from tile to tile and loading the next one while they compute;
+    resident  programs a multiprocessor that stay, going from tile to tile and loading the next while they compute one;
               0: a program for each tile. Never looped.
     """
 
@@ -55,6 +55,12 @@ class NormTiles:
     looped: bool
     num_warps: int
     resident: int = 0
+
+    def shared_bytes(self, images: int, itemsize: int) -> int:
+        """Shared memory that a resident program may need: two tiles of each image that it reads, as many float32 as its
+        warps exchange for a sum and spread over channels, and vectors."""
+        tile = self.block_hw * self.block_c * itemsize
+        return 2 * images * tile + 12 * self.num_warps * self.block_c + 2048
 
 
 # Elements that one thread of a one-tile kernel holds, as float32: 64 of bf16 x take about 100 registers, and 128 some

@@ -42,6 +42,15 @@ def test_what_is_timed_runs_and_its_bytes_are_counted(task):
     assert images == tune_norms.moved(task, 1)
 
 
+def test_only_what_fits_on_a_multiprocessor_is_tried():
+    task = next(t for t in tune_norms.TASKS if t.label == "256 channels, 32x32, add, backward")
+    tiles = launch._tiles(16, 8, 1024, False, 8, 1)
+    assert tune_norms.fits(task, tiles, 90)
+    assert not tune_norms.fits(task, dataclasses.replace(tiles, resident=2), 90)  # 65,536 registers, all of one
+    assert not tune_norms.fits(task, tiles, 80)  # 192 KiB of shared memory
+    assert not tune_norms.fits(task, dataclasses.replace(tiles, num_warps=4, resident=0), 90)  # spills
+
+
 def test_what_is_written_is_what_is_chosen(monkeypatch):
     first, second = tune_norms.TASKS[:2]
     better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2, resident=2)

@@ -1,8 +1,11 @@
 """What the compiler makes of the kernels, without a GPU: no spills, 16-byte accesses (all shapes: bench/aot.py)."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import aot
+from kernels.launch import _tiles
 
 # Both extremes of height and of channels a group, the 12-channel groups; with nothing and with everything switched on.
 SHAPES = ((128, 32), (384, 32), (512, 16), (512, 8), (512, 4))
@@ -22,6 +25,25 @@ def test_no_spills_and_wide_accesses(compiled):
     assert all(r.wide >= 2 for r in rows if r.job.kernel != "column_sums")
     # two programs of 8 warps share a multiprocessor's 65,536 registers
     assert all(r.registers <= 128 for r in rows if r.job.kernel == "backward_loop"), "the backward halves its occupancy"
+
+
+# Channels, side, and what is switched on -> a tile's channels, warps, and the images that forward and backward read.
+RESIDENT = {(128, 32, "plain"): (16, 8, (1, 2)), (256, 32, "add"): (16, 8, (3, 3)), (512, 16, "add"): (32, 4, (3, 3))}
+
+
+@pytest.mark.parametrize("shape", RESIDENT, ids=str)
+def test_resident_programs_load_ahead_within_their_shared_memory(shape, compiled):
+    """A wait that leaves nothing under way would make shared memory a detour: only the compiler's code shows it."""
+    channels, side, variant = shape
+    own, warps, images = RESIDENT[shape]
+    tiles = _tiles(own, channels // 32, side**2, False, warps, 1)
+    for job, read in zip(aot.norm_jobs(channels, side, variant, tiles=tiles), images, strict=True):
+        row = aot.build(job, 90)
+        assert row.ahead
+        assert (row.stack, row.narrow) == (0, ())
+        assert 2 * read * own * side**2 * 2 < row.shared <= tiles.shared_bytes(read, 2)
+    for job in aot.norm_jobs(channels, side, variant, tiles=replace(tiles, resident=0)):
+        assert not aot.build(job, 90).ahead
 
 
 def test_no_argument_has_the_name_that_inductors_launcher_adds():

@@ -220,7 +220,7 @@ def test_programs_stay_where_shared_memory_holds_the_tiles_that_they_load_ahead(
     monkeypatch.setattr(kernels.launch, "NORM_TILES", {(128, 1024, 32, False, False): (16, 1024, 8, 2)})
     x = torch.empty(4, 128, 32, 32, dtype=torch.bfloat16)
     launch = sys.modules["kernels.group_norm_launch"]
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: (3, 65536))  # an image's tile has 32,768 bytes
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: (3, 100_000))  # two tiles have 65,536 bytes
 
     def grid_and_resident(images):
         _, grid, constants = launch._meta(x, 128, 32, backward=False, dropout=False, adaptive=False, images=images)
