@@ -140,8 +140,8 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         constants = {"EPS": 1e-6, "SILU": "none" not in options, "C": channels, "C_X": c_x, "HW": side * side,
                      "PER_GROUP": channels // groups, "OWN": cut.channels, "BLOCK_C": cut.block_c,
                      "BLOCK_G": cut.block_g, "BLOCK_HW": cut.block_hw,
-                     "RESIDENT": cut.resident > 0}  # fmt: skip
-        label = f"C={channels} {side}x{side} {variant}" + (f", resident {cut.resident}" if cut.resident else "")
+                     "AHEAD": cut.ahead > 0}  # fmt: skip
+        label = f"C={channels} {side}x{side} {variant}" + (f", ahead {cut.ahead}" if cut.ahead else "")
         yield Job(
             label + ("" if dtype == "bf16" else f" {dtype}"),
             kernel,

@@ -76,16 +76,16 @@ def backward_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Small images: x and dy stay in registers, 6 bytes an element in bf16, and 2 for each of du and du2.
 
-    RESIDENT as in forward_tile.
+    AHEAD as in forward_tile.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=3 if RESIDENT else 1):
+    for i in tl.range(0, rounds(N * blocks, AHEAD), num_stages=3 if AHEAD else 1):
         tile = tl.program_id(0) + i * tl.num_programs(0)
         n, first = tile // blocks, tile % blocks * OWN
         channel = first + local  # [BC]
@@ -156,8 +156,12 @@ def backward_loop(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Large images in two sweeps over chunks of pixels: first A and B, then dx, re-reading x and dy from L2."""
+    """Large images in two sweeps over chunks of pixels: first A and B, then dx, re-reading x and dy from L2.
+
+    AHEAD as in forward_loop.
+    """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
@@ -175,7 +179,7 @@ def backward_loop(
     # Sums stay one per (row, channel) until the end of the sweep: no exchange between threads inside the loop.
     sum_a = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     sum_b = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    for i in range(0, HW, BLOCK_HW):
+    for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         here = at(n, pixel, channel, HW, C)
@@ -194,7 +198,7 @@ def backward_loop(
     mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
     mean_b = to_channels(group_sum(gamma * b, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)
     sum_dx = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    for i in range(0, HW, BLOCK_HW):
+    for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         here = at(n, pixel, channel, HW, C)

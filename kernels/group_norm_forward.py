@@ -50,19 +50,20 @@ def forward_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16).
 
     A program computes while nothing of its own is on the way from memory. Many small programs on a multiprocessor fill
-    each other's gaps; few large ones leave them open, as all load at the same time, then all compute. Hence RESIDENT:
-    programs stay, and the compiler copies tiles to shared memory ahead. Of three stages, as two would wait for a copy
-    right after its start: one tile is computed, one on its way, and one is started where the first has been read.
+    each other's gaps; few large ones leave them open, as all load at the same time, then all compute. Hence AHEAD:
+    programs stay, going from tile to tile, and the compiler copies tiles to shared memory ahead. It takes three stages,
+    as with two a copy is waited for right after its start: while one tile is computed, the next is on its way, and
+    that of the one after it starts as soon as the first has been read.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
     pixel = tl.arange(0, BLOCK_HW)  # [BHW]
-    for i in tl.range(0, rounds(N * blocks, RESIDENT), num_stages=3 if RESIDENT else 1):
+    for i in tl.range(0, rounds(N * blocks, AHEAD), num_stages=3 if AHEAD else 1):
         tile = tl.program_id(0) + i * tl.num_programs(0)
         n, first = tile // blocks, tile % blocks * OWN
         channel = first + local  # [BC]
@@ -72,7 +73,7 @@ def forward_tile(
         whole: tl.constexpr = OWN == BLOCK_C and C % OWN == 0 and BLOCK_HW == HW
         shift = per_image(shift_ptr, n, shift_row, channel, ok & (channel < C_X))  # [BC]
         u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole, "",
-                     RESIDENT)  # fmt: skip
+                     AHEAD)  # fmt: skip
         if u_ptr is not None:
             u = u.to(u_ptr.dtype.element_ty).to(tl.float32)  # the backward will see it rounded
             store(u_ptr + here, u, ok2, whole)
@@ -127,8 +128,12 @@ def forward_loop(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_HW: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Images too large for registers: three sweeps (mean, variance, result), of which two read x, or u, from L2."""
+    """Images too large for registers: three sweeps (mean, variance, result), of which two read x, or u, from L2.
+
+    AHEAD: chunks are copied ahead, as tiles are in forward_tile; the programs are as many as without.
+    """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
     local = tl.arange(0, BLOCK_C)  # [BC]
@@ -140,11 +145,11 @@ def forward_loop(
     m: tl.constexpr = HW * PER_GROUP
 
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    for i in range(0, HW, BLOCK_HW):
+    for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         u = load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok2, HW, C, C_X, OWN, whole,
-                     "evict_last", False)  # fmt: skip
+                     "evict_last", AHEAD)  # fmt: skip
         if u_ptr is not None:
             u = u.to(u_ptr.dtype.element_ty).to(tl.float32)
             store(u_ptr + at(n, pixel, channel, HW, C), u, ok2, whole)
@@ -156,7 +161,7 @@ def forward_loop(
     mean_c = to_channels(mean, local, PER_GROUP, BLOCK_G)  # [BC]
 
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    for i in range(0, HW, BLOCK_HW):
+    for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         x = load(x_ptr + at(n, pixel, channel, HW, C), ok2, whole, "evict_last").to(tl.float32)
@@ -167,7 +172,7 @@ def forward_loop(
 
     gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
     gamma *= to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]: y needs gamma * rstd only
-    for i in range(0, HW, BLOCK_HW):
+    for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row
         ok2 = (pixel < HW)[:, None] & ok[None, :]
         here = at(n, pixel, channel, HW, C)

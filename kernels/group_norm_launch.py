@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import multiprocessors, norm_tiles, runs_triton, sum_blocks, traceable
+from kernels.launch import gpu_limits, norm_tiles, runs_triton, sum_blocks, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
 
 
@@ -116,24 +116,21 @@ def vector_like(v: Tensor | None, x: Tensor) -> Tensor:
 def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout: bool, adaptive: bool, images: int):
     """Whether the image is looped over, the grid, and the constants that the kernel takes.
 
-    It reads so many images, which resident programs load ahead; where shared memory is too small, none stay.
+    It reads so many images; where shared memory is too small to load all of them ahead, none is.
     """
     n, pixels = x.shape[0], int(x.shape[2]) * int(x.shape[3])
     tiles = norm_tiles(channels, pixels, num_groups, itemsize=x.element_size(), backward=backward, dropout=dropout,
                        adaptive=adaptive)  # fmt: skip
+    count, ahead = n * -(-channels // tiles.channels), False
+    if tiles.ahead:
+        multiprocessors, shared = gpu_limits(x.device)
+        ahead = tiles.shared_bytes(images, x.element_size()) <= shared
+        if ahead and not tiles.looped:
+            count = torch.sym_min(count, tiles.ahead * multiprocessors)
     constants = {"C": channels, "HW": pixels, "PER_GROUP": channels // num_groups, "OWN": tiles.channels,
-                     "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw,
+                     "BLOCK_C": tiles.block_c, "BLOCK_G": tiles.block_g, "BLOCK_HW": tiles.block_hw, "AHEAD": ahead,
                      "num_warps": tiles.num_warps}  # fmt: skip
-    programs = n * -(-channels // tiles.channels)
-    if tiles.looped:
-        return True, (programs,), constants
-    resident = 0
-    if tiles.resident:
-        count, shared = multiprocessors(x.device)
-        if tiles.shared_bytes(images, x.element_size()) <= shared:
-            resident = tiles.resident * count
-    grid = (torch.sym_min(programs, resident) if resident else programs,)
-    return False, grid, constants | {"N": n, "RESIDENT": resident > 0}
+    return tiles.looped, (count,), constants if tiles.looped else constants | {"N": n}
 
 
 def _row(v: Tensor | None) -> int:

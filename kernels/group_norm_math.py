@@ -57,9 +57,9 @@ def load(ptr, ok, WHOLE: tl.constexpr, EVICT: tl.constexpr):
 
 
 @triton.jit
-def rounds(tiles, RESIDENT: tl.constexpr):
-    """Tiles that this program goes through: one, or where programs are resident every num_programs-th."""
-    if RESIDENT:
+def rounds(tiles, AHEAD: tl.constexpr):
+    """Tiles that this program goes through: one, or where programs load ahead every num_programs-th."""
+    if AHEAD:
         return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
     else:
         return 1
@@ -136,14 +136,14 @@ def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, 
 @triton.jit
 def load_sum(x_ptr, residual_ptr, skip_ptr, n, pixel, first, local, shift, ok, HW: tl.constexpr, C: tl.constexpr,
              C_X: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr,
-             RESIDENT: tl.constexpr):  # fmt: skip
+             AHEAD: tl.constexpr):  # fmt: skip
     """cat(x + residual + shift, skip) [BHW, BC] as float32: x has C_X channels, skip the C - C_X others."""
     channel = first + local
     in_x = at(n, pixel, channel, HW, C_X)
     in_skip = at(n, pixel, channel - C_X, HW, C - C_X)
     if skip_ptr is None:
         u = load_terms(x_ptr + in_x, residual_ptr, in_x, ok, WHOLE, EVICT)
-    elif C_X % OWN == 0 and not RESIDENT:  # the seam lies between two programs; in a branch nothing is loaded ahead
+    elif C_X % OWN == 0 and not AHEAD:  # the seam lies between two programs; in a branch nothing is loaded ahead
         if first < C_X:
             u = load_terms(x_ptr + in_x, residual_ptr, in_x, ok, WHOLE, EVICT)
         else:

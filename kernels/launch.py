@@ -44,8 +44,8 @@ class NormTiles:
     block_g   a power of two >= groups a program owns
     block_hw  the tile's height: a power of two >= HW, or the chunk of pixels of one loop iteration
     looped    the image does not fit in registers: sweep over chunks, re-reading them from L2
-    resident  programs a multiprocessor that stay, going from tile to tile and loading the next while they compute one;
-              0: a program for each tile. Never looped.
+    ahead     0: a program for each tile, which loads what it needs. Else programs load ahead while they compute: looped
+              ones the next chunk; others, so many a multiprocessor, stay and load the next of their tiles
     """
 
     channels: int
@@ -54,11 +54,11 @@ class NormTiles:
     block_hw: int
     looped: bool
     num_warps: int
-    resident: int = 0
+    ahead: int = 0
 
     def shared_bytes(self, images: int, itemsize: int) -> int:
-        """Shared memory that a resident program may need: two tiles of each image that it reads, as many float32 as its
-        warps exchange for a sum and spread over channels, and vectors."""
+        """Shared memory that a program may need that loads ahead: two tiles or chunks of each image that it reads, as
+        many float32 as its warps exchange for a sum and spread over channels, and vectors."""
         tile = self.block_hw * self.block_c * itemsize
         return 2 * images * tile + 12 * self.num_warps * self.block_c + 2048
 
@@ -84,8 +84,8 @@ def norm_tiles(channels: int, pixels: int, groups: int, *, itemsize: int, backwa
     rows = power_of_2(pixels)
     tuned = NORM_TILES.get((channels, pixels, groups, backward, dropout))
     if tuned is not None and itemsize == 2 and not adaptive:
-        own, block_hw, num_warps, resident = tuned
-        return _tiles(own, channels // groups, block_hw, block_hw < rows, num_warps, resident)
+        own, block_hw, num_warps, ahead = tuned
+        return _tiles(own, channels // groups, block_hw, block_hw < rows, num_warps, ahead)
 
     # Narrow tiles, so that several programs share a multiprocessor and one computes while others wait for memory; but
     # rows of whole 32-byte sectors.
@@ -116,12 +116,12 @@ def _own_channels(channels: int, groups: int, width: int) -> int:
     return min(channels, unit * max((k for k in range(1, units + 1) if units % k == 0 and fits(k)), default=1))
 
 
-def _tiles(own: int, per_group: int, block_hw: int, looped: bool, num_warps: int, resident: int = 0) -> NormTiles:
-    return NormTiles(own, max(8, power_of_2(own)), power_of_2(own // per_group), block_hw, looped, num_warps, resident)
+def _tiles(own: int, per_group: int, block_hw: int, looped: bool, num_warps: int, ahead: int = 0) -> NormTiles:
+    return NormTiles(own, max(8, power_of_2(own)), power_of_2(own // per_group), block_hw, looped, num_warps, ahead)
 
 
-def multiprocessors(device: torch.device) -> tuple[int, int]:
-    """How many the GPU has, and the bytes of shared memory that one program may use; the interpreter: 1, of 64 KiB."""
+def gpu_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that one program may use; in the interpreter 1 and 64 KiB."""
     if INTERPRETED:
         return 1, 65536
     properties = torch.cuda.get_device_properties(device)

@@ -2,11 +2,11 @@
 
 On an NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, 2026-11-26, batch 128. Behind each row:
 its time as a multiple of a device copy of the same bytes, and that of the rule in kernels/launch.py. Shapes
-that are not here follow the rule. These times are of the norm alone, without sums, and of no resident programs.
+that are not here follow the rule. These times are of the norm alone, without sums, and none load ahead.
 """
 
 # (channels, H * W, groups, backward, dropout): (channels and pixels of a program's tile or chunk, warps,
-# resident programs a multiprocessor)
+# programs a multiprocessor that load ahead)
 NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int, int]] = {
     (128, 1024, 32, True, False): (16, 1024, 8, 0),  # 2.08, the rule 2.66
     (256, 1024, 32, True, False): (64, 32, 8, 0),  # 1.98, the rule 2.36

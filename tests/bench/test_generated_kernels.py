@@ -21,10 +21,11 @@ IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "
 # Two levels of the published network, with its widths: norms of other shapes are not promised to be free of spills.
 PUBLISHED = UNetConfig(channel_mult=(1, 2), blocks_per_level=1)
 
-RESIDENT = {
+AHEAD = {
     (128, 1024, 32, False, False): (16, 1024, 8, 1),
     (128, 1024, 32, True, False): (16, 1024, 8, 1),
     (256, 256, 32, True, False): (32, 256, 4, 2),
+    (256, 1024, 32, True, False): (64, 32, 8, 1),
 }
 
 
@@ -43,15 +44,15 @@ def load(source, path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.__version__.startswith(inductor_mock.TORCH), reason="the counter knows other versions")
-@pytest.mark.parametrize("resident", [False, True])
-def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(resident, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(ahead, tmp_path, monkeypatch):
     """Rows of a shared tensor and expanded vectors must keep the alignment that wide accesses need."""
-    if resident:
-        monkeypatch.setattr(launch, "NORM_TILES", RESIDENT)
+    if ahead:
+        monkeypatch.setattr(launch, "NORM_TILES", AHEAD)
     graphs = step_variants.graphs_of("ours", PUBLISHED, 128)
     sources = {(name, source) for graph in graphs for name, source in OURS.findall(graph.code)}
     assert {name for name, _ in sources} >= {"forward_tile", "backward_tile", "merge_kernel"}
-    staying = set()
+    ahead_of = set()
     for i, (name, source) in enumerate(sorted(sources)):
         kernel, meta, num_warps = load(source, tmp_path / f"kernel_{i}.py", monkeypatch)
         arguments = ASTSource(kernel, meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
@@ -59,9 +60,9 @@ def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_ac
             arguments, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "enable_fp_fusion": True}
         )
         _, stack = aot._resources(compiled.asm["cubin"])
-        staying |= {name} if meta["constants"].get("RESIDENT") else set()
+        ahead_of |= {name} if meta["constants"].get("AHEAD") else set()
         passed = [argument for argument, kind in meta["signature"].items() if kind != "constexpr"]
         widths = aot._accesses(compiled.asm["ptx"], {i for i, argument in enumerate(passed) if argument in IMAGES})
         assert stack == 0, (name, meta)
         assert set(widths) == {16}, (name, meta)
-    assert staying == ({"forward_tile", "backward_tile"} if resident else set())
+    assert ahead_of == ({"forward_tile", "backward_tile", "backward_loop"} if ahead else set())

@@ -19,7 +19,6 @@ def test_what_is_tried_covers_the_channels_with_whole_groups_and_fits_in_registe
         assert tiles.channels % (task.channels // tune_norms.GROUPS) == 0
         assert tiles.looped == (tiles.block_hw < task.side**2)
         assert tiles.block_hw * tiles.block_c <= 64 * 32 * tiles.num_warps
-        assert not (tiles.looped and tiles.resident)
 
 
 @pytest.mark.parametrize("task", tune_norms.TASKS, ids=lambda task: task.label)
@@ -46,14 +45,14 @@ def test_only_what_fits_on_a_multiprocessor_is_tried():
     task = next(t for t in tune_norms.TASKS if t.label == "256 channels, 32x32, add, backward")
     tiles = launch._tiles(16, 8, 1024, False, 8, 1)
     assert tune_norms.fits(task, tiles, 90)
-    assert not tune_norms.fits(task, dataclasses.replace(tiles, resident=2), 90)  # 65,536 registers, all of one
+    assert not tune_norms.fits(task, dataclasses.replace(tiles, ahead=2), 90)  # 65,536 registers, all of one
     assert not tune_norms.fits(task, tiles, 80)  # 192 KiB of shared memory
-    assert not tune_norms.fits(task, dataclasses.replace(tiles, num_warps=4, resident=0), 90)  # spills
+    assert not tune_norms.fits(task, dataclasses.replace(tiles, num_warps=4, ahead=0), 90)  # spills
 
 
 def test_what_is_written_is_what_is_chosen(monkeypatch):
     first, second = tune_norms.TASKS[:2]
-    better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2, resident=2)
+    better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2, ahead=2)
     results = {
         first: [tune_norms.Timed(2.0, first.rule), tune_norms.Timed(1.5, better)],
         second: [tune_norms.Timed(2.0, second.rule), tune_norms.Timed(1.99, better)],  # no more than noise
@@ -72,5 +71,5 @@ def test_what_is_written_is_what_is_chosen(monkeypatch):
 def test_the_committed_tiles_are_among_those_that_are_tried():
     by_key = {task.key: task for task in tune_norms.TASKS}
     for key, chosen in tuned.NORM_TILES.items():
-        tried = {(t.channels, t.block_hw, t.num_warps, t.resident) for t in tune_norms.candidates(by_key[key])}
+        tried = {(t.channels, t.block_hw, t.num_warps, t.ahead) for t in tune_norms.candidates(by_key[key])}
         assert chosen in tried

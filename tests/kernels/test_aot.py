@@ -27,22 +27,27 @@ def test_no_spills_and_wide_accesses(compiled):
     assert all(r.registers <= 128 for r in rows if r.job.kernel == "backward_loop"), "the backward halves its occupancy"
 
 
-# Channels, side, and what is switched on -> a tile's channels, warps, and the images that forward and backward read.
-RESIDENT = {(128, 32, "plain"): (16, 8, (1, 2)), (256, 32, "add"): (16, 8, (3, 3)), (512, 16, "add"): (32, 4, (3, 3))}
+# Channels, side, what is switched on -> channels, pixels and warps of a tile; images that forward and backward read.
+AHEAD = {
+    (128, 32, "plain"): (16, 1024, 8, (1, 2)),
+    (256, 32, "add"): (16, 1024, 8, (3, 3)),
+    (384, 32, "add"): (24, 64, 4, (3, 3)),  # looped
+    (512, 16, "add"): (32, 256, 4, (3, 3)),
+}
 
 
-@pytest.mark.parametrize("shape", RESIDENT, ids=str)
-def test_resident_programs_load_ahead_within_their_shared_memory(shape, compiled):
+@pytest.mark.parametrize("shape", AHEAD, ids=str)
+def test_programs_load_ahead_within_their_shared_memory(shape, compiled):
     """A wait that leaves nothing under way would make shared memory a detour: only the compiler's code shows it."""
     channels, side, variant = shape
-    own, warps, images = RESIDENT[shape]
-    tiles = _tiles(own, channels // 32, side**2, False, warps, 1)
+    own, pixels, warps, images = AHEAD[shape]
+    tiles = _tiles(own, channels // 32, pixels, pixels < side**2, warps, 1)
     for job, read in zip(aot.norm_jobs(channels, side, variant, tiles=tiles), images, strict=True):
         row = aot.build(job, 90)
         assert row.ahead
         assert (row.stack, row.narrow) == (0, ())
-        assert 2 * read * own * side**2 * 2 < row.shared <= tiles.shared_bytes(read, 2)
-    for job in aot.norm_jobs(channels, side, variant, tiles=replace(tiles, resident=0)):
+        assert 2 * read * tiles.block_c * pixels * 2 <= row.shared <= tiles.shared_bytes(read, 2)
+    for job in aot.norm_jobs(channels, side, variant, tiles=replace(tiles, ahead=0)):
         assert not aot.build(job, 90).ahead
 
 

@@ -37,20 +37,19 @@ def test_values_and_gradients(spec, case, dtype, device):
 
 
 @pytest.fixture
-def resident(monkeypatch) -> None:
-    """Two programs for all tiles, where an image is no loop."""
+def ahead(monkeypatch) -> None:
+    """Programs that load ahead; where an image is no loop, two of them for all tiles."""
     launch = sys.modules["kernels.group_norm_launch"]
 
     def norm_tiles(*args, **kwargs):
-        tiles = kernels.launch.norm_tiles(*args, **kwargs)
-        return tiles if tiles.looped else replace(tiles, resident=2)
+        return replace(kernels.launch.norm_tiles(*args, **kwargs), ahead=2)
 
     monkeypatch.setattr(launch, "norm_tiles", norm_tiles)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: (1, kernels.launch.multiprocessors(device)[1]))
+    monkeypatch.setattr(launch, "gpu_limits", lambda device: (1, kernels.launch.gpu_limits(device)[1]))
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), [case for case in CASES if case.values[0].name in NORMS])
-def test_values_and_gradients_of_resident_programs(spec, case, dtype, device, resident):
+def test_values_and_gradients_of_programs_that_load_ahead(spec, case, dtype, device, ahead):
     if device.type == "cpu" and not kernels.launch.INTERPRETED:
         pytest.skip("PyTorch's own operators have no programs")
     check(spec, drawn(case, dtype), device)

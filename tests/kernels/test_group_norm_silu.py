@@ -216,17 +216,17 @@ def test_tiles_cover_every_channel_with_whole_groups(channels, pixels, backward,
     assert t.block_g * t.block_c <= 8192 * 8
 
 
-def test_programs_stay_where_shared_memory_holds_the_tiles_that_they_load_ahead(monkeypatch):
+def test_programs_load_ahead_where_shared_memory_suffices(monkeypatch):
     monkeypatch.setattr(kernels.launch, "NORM_TILES", {(128, 1024, 32, False, False): (16, 1024, 8, 2)})
     x = torch.empty(4, 128, 32, 32, dtype=torch.bfloat16)
     launch = sys.modules["kernels.group_norm_launch"]
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: (3, 100_000))  # two tiles have 65,536 bytes
+    monkeypatch.setattr(launch, "gpu_limits", lambda device: (3, 100_000))  # two tiles have 65,536 bytes
 
-    def grid_and_resident(images):
+    def grid_and_ahead(images):
         _, grid, constants = launch._meta(x, 128, 32, backward=False, dropout=False, adaptive=False, images=images)
-        return grid, constants["RESIDENT"]
+        return grid, constants["AHEAD"]
 
-    assert grid_and_resident(1) == ((6,), True)
-    assert grid_and_resident(2) == ((32,), False)
+    assert grid_and_ahead(1) == ((6,), True)
+    assert grid_and_ahead(2) == ((32,), False)
     x = torch.empty(1, 128, 32, 32, dtype=torch.bfloat16)[:0]
-    assert grid_and_resident(1)[0] == (0,)
+    assert grid_and_ahead(1)[0] == (0,)

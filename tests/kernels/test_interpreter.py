@@ -58,11 +58,11 @@ BUGS = {
         "range(BLOCK_N, N, BLOCK_N)",
         "group_norm_silu",
     ),
-    "resident programs forget their last tile": (
+    "programs that load ahead forget their last tile": (
         "group_norm_math.py",
         "tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))",
         "tl.maximum(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) - 1, 1)",
-        "resident and group_norm_silu and channels and float32",
+        "ahead and group_norm_silu and channels and float32",
     ),
     "residual forgotten": (
         "group_norm_math.py",
