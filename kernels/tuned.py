@@ -6,7 +6,7 @@ that are not here follow the rule. These times are of the norm alone, without su
 """
 
 # (channels, H * W, groups, backward, dropout): (channels and pixels of a program's tile or chunk, warps,
-# programs a multiprocessor that load ahead)
+# NormTiles.ahead)
 NORM_TILES: dict[tuple[int, int, int, bool, bool], tuple[int, int, int, int]] = {
     (128, 1024, 32, True, False): (16, 1024, 8, 0),  # 2.08, the rule 2.66
     (256, 1024, 32, True, False): (64, 32, 8, 0),  # 1.98, the rule 2.36

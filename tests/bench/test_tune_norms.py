@@ -1,6 +1,7 @@
 """Choosing tiles by measurement: what is tried, and what is written."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,22 +51,61 @@ def test_only_what_fits_on_a_multiprocessor_is_tried():
     assert not tune_norms.fits(task, dataclasses.replace(tiles, num_warps=4, ahead=0), 90)  # spills
 
 
+def test_what_is_written_spills_for_no_call_site():
+    """512 channels, 16x16, backward: the first spills where nothing is added up, which shares its key."""
+    task = next(t for t in tune_norms.TASKS if t.label == "512 channels, 16x16, add, backward")
+    spilling, good = launch._tiles(64, 16, 256, False, 16, 1), launch._tiles(32, 16, 256, False, 4)
+    assert tune_norms.fits(task, spilling, 90)
+    assert sorted(tune_norms.call_sites(task)) == ["add", "add, kept", "add, none", "none", "plain", "shift"]
+    times = {task.rule: 2.0, spilling: 1.0, good: 1.5, launch._tiles(64, 16, 256, False, 8): 2.5}
+    found = [tune_norms.Timed(ratio, tiles) for tiles, ratio in times.items()]
+    with ThreadPoolExecutor(1) as pool:
+        assert tune_norms.best_everywhere(task, found, pool) == found[2]
+        assert tune_norms.best_everywhere(task, found[:2] + found[3:], pool) == found[0]
+
+
 def test_what_is_written_is_what_is_chosen(monkeypatch):
     first, second = tune_norms.TASKS[:2]
     better = dataclasses.replace(first.rule, num_warps=first.rule.num_warps // 2, ahead=2)
-    results = {
-        first: [tune_norms.Timed(2.0, first.rule), tune_norms.Timed(1.5, better)],
-        second: [tune_norms.Timed(2.0, second.rule), tune_norms.Timed(1.99, better)],  # no more than noise
+    chosen = {
+        first: (tune_norms.Timed(2.0, first.rule), tune_norms.Timed(1.5, better)),
+        second: (tune_norms.Timed(2.0, second.rule), tune_norms.Timed(1.99, better)),  # no more than noise
     }
     environment = {"device": "GPU", "torch": "2", "triton": "3", "date": "today"}
     written: dict = {}
-    exec(tune_norms.source(results, 128, environment), written)
+    exec(tune_norms.source(chosen, 128, environment), written)
     monkeypatch.setattr(launch, "NORM_TILES", written["NORM_TILES"])
     assert written["NORM_TILES"].keys() == {first.key}
     c, pixels, groups, backward, dropout = first.key
     options = {"itemsize": 2, "backward": backward, "dropout": dropout}
     assert launch.norm_tiles(c, pixels, groups, **options) == better
     assert launch.norm_tiles(c, pixels, groups, **(options | {"itemsize": 4})) != better  # measured in 16 bits
+
+
+def test_the_command_writes_the_fastest_that_fit(tmp_path, monkeypatch):
+    """As on a GPU, but for the clock and the processes."""
+    task = tune_norms.TASKS[0]
+    loaded_ahead = [t for t in tune_norms.candidates(task) if t.ahead]
+    monkeypatch.setattr(tune_norms, "TASKS", [task])
+    monkeypatch.setattr(tune_norms, "REPO", tmp_path)
+    monkeypatch.setattr(tune_norms, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tune_norms, "compile_one", lambda work: work[1] != loaded_ahead[0])
+
+    def measure(task, tried, batch):
+        assert tried[0] == task.rule
+        assert loaded_ahead[0] not in tried
+        return 1e-5, [tune_norms.Timed(2.0 - 0.1 * (t == loaded_ahead[1]), t) for t in tried]
+
+    monkeypatch.setattr(tune_norms, "measure", measure)
+    monkeypatch.setattr(
+        tune_norms, "environment", lambda device: dict.fromkeys(("device", "torch", "triton", "date"), "-")
+    )
+    (tmp_path / "kernels").mkdir()
+    assert tune_norms.main(write=True, processes=1) == 0
+    written: dict = {}
+    exec((tmp_path / "kernels" / "tuned.py").read_text(), written)
+    t = loaded_ahead[1]
+    assert written["NORM_TILES"] == {task.key: (t.channels, t.block_hw, t.num_warps, t.ahead)}
 
 
 def test_the_committed_tiles_are_among_those_that_are_tried():

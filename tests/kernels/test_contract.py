@@ -37,15 +37,26 @@ def test_values_and_gradients(spec, case, dtype, device):
 
 
 @pytest.fixture
-def ahead(monkeypatch) -> None:
-    """Programs that load ahead; where an image is no loop, two of them for all tiles."""
-    launch = sys.modules["kernels.group_norm_launch"]
+def ahead(monkeypatch) -> list[bool]:
+    """Programs load ahead; where an image is no loop, two of them have all tiles. -> whether each launch did so."""
+    launch, launches = sys.modules["kernels.group_norm_launch"], []
+    meta = launch._meta
 
     def norm_tiles(*args, **kwargs):
         return replace(kernels.launch.norm_tiles(*args, **kwargs), ahead=2)
 
+    def limits(device):
+        return 1, 2**30 if kernels.launch.INTERPRETED else kernels.launch.gpu_limits(device)[1]
+
+    def noted(*args, **kwargs):
+        chosen = meta(*args, **kwargs)
+        launches.append(chosen[2]["AHEAD"])
+        return chosen
+
     monkeypatch.setattr(launch, "norm_tiles", norm_tiles)
-    monkeypatch.setattr(launch, "gpu_limits", lambda device: (1, kernels.launch.gpu_limits(device)[1]))
+    monkeypatch.setattr(launch, "gpu_limits", limits)
+    monkeypatch.setattr(launch, "_meta", noted)
+    return launches
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), [case for case in CASES if case.values[0].name in NORMS])
@@ -53,6 +64,8 @@ def test_values_and_gradients_of_programs_that_load_ahead(spec, case, dtype, dev
     if device.type == "cpu" and not kernels.launch.INTERPRETED:
         pytest.skip("PyTorch's own operators have no programs")
     check(spec, drawn(case, dtype), device)
+    assert all(ahead) or device.type == "cuda", "a GPU's shared memory may not suffice"
+    assert ahead or case.name == "no images"
 
 
 @pytest.mark.parametrize("spec", SPECS)
