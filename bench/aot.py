@@ -9,10 +9,7 @@ kernels: of every buffer) moves 16 bytes a thread. Exits 1 if one is broken.
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.compiled_code import access_widths, loads_ahead, resources
 from kernels import adam_ema, ema
 from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
 from kernels.group_norm_forward import forward_loop, forward_tile
@@ -198,74 +196,6 @@ def all_jobs() -> list[Job]:
     return jobs + list(flat_jobs()) + list(merge_jobs())
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and stack bytes, as cuobjdump reads them from the binary."""
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", out)
-    if match is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {out!r}")
-    return int(match[1]), int(match[2])
-
-
-def _width(instruction: str) -> int:
-    """Bytes that one thread moves by a PTX access such as ld.global.v4.b32."""
-    vector = re.search(r"\.v(\d)", instruction)
-    bits = re.search(r"\.[bufs](\d+)$", instruction)
-    assert bits is not None, instruction
-    return (int(vector[1]) if vector else 1) * int(bits[1]) // 8
-
-
-def _accesses(ptx: str, wanted: set[int]) -> list[int]:
-    """Widths of the global loads and stores, and copies to shared memory, whose address derives from one of the
-    kernel's pointer parameters `wanted`.
-
-    PTX is in static single assignment but for loop-carried registers, so following definitions backwards finds the
-    parameters.
-    """
-    parents: dict[str, set[str]] = {}
-    origin: dict[str, int] = {}
-    uses: list[tuple[str, int]] = []
-    for line in ptx.splitlines():
-        code = line.split("//")[0].strip().removesuffix(";")
-        code = re.sub(r"^@!?%p\d+\s+", "", code)
-        access = re.match(r"((?:ld|st)\.global[.\w:]*)\s", code)
-        ahead = re.match(r"cp\.async\.\w+\.shared\.global[.\w:]* \[.*?\], \[\s*(%\w+).*?\], (\w+)", code)
-        if access:
-            address = re.search(r"\[\s*(%\w+)", code)
-            assert address is not None, code
-            uses.append((address[1], _width(re.sub(r"\.L\d::\w+", "", access[1]))))
-        elif ahead:
-            uses.append((ahead[1], int(ahead[2], 0)))
-        if parameter := re.match(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]", code):
-            origin[parameter[1]] = int(parameter[2])
-        elif not (access or ahead) and (registers := re.findall(r"%rd\d+", code)):
-            parents.setdefault(registers[0], set()).update(registers[1:])
-    widths = []
-    for register, width in uses:
-        seen, stack = set(), [register]
-        while stack:
-            r = stack.pop()
-            if r not in seen:
-                seen.add(r)
-                stack.extend(parents.get(r, ()))
-        if wanted & {origin[r] for r in seen if r in origin}:
-            widths.append(width)
-    return widths
-
-
-def _loads_ahead(ttgir: str) -> bool:
-    """Whether each loop waits for copies, and each wait leaves later ones under way."""
-    loops = [text.partition("scf.yield")[0] for text in ttgir.split("scf.for")[1:]]
-    waits = [re.findall(r"ttg\.async_wait .*?num = (\d+)", loop) for loop in loops]
-    return bool(loops) and all(found and all(int(n) > 0 for n in found) for found in waits)
-
-
 def build(job: Job, sm: int) -> Row:
     """Compile one kernel for one architecture."""
     fn = KERNELS[job.kernel]
@@ -286,7 +216,7 @@ def build(job: Job, sm: int) -> Row:
     source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=divisible)
     options = {"num_warps": job.num_warps, "enable_fp_fusion": True}  # a launch's default in Triton 3.9
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
+    registers, stack = resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     # Registers come in units of 8 a thread; a multiprocessor has 65,536, and 2048 threads.
     threads = 32 * job.num_warps
@@ -304,7 +234,7 @@ def build(job: Job, sm: int) -> Row:
         else {name for name in passed if name.endswith("_ptr")} - scalars
     )
     widths = (
-        _accesses(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main})
+        access_widths(compiled.asm["ptx"], {i for i, name in enumerate(passed) if name in main})
         if job.kernel != "column_sums"
         else []
     )
@@ -315,7 +245,7 @@ def build(job: Job, sm: int) -> Row:
         stack,
         shared,
         programs,
-        _loads_ahead(compiled.asm["ttgir"]),
+        loads_ahead(compiled.asm["ttgir"]),
         sum(w == 16 for w in widths),
         tuple(f"{w} B" for w in widths if w != 16),
     )

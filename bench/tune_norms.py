@@ -271,13 +271,11 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
     work = [(task, tiles) for task in TASKS for tiles in dict.fromkeys(candidates(task))]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = track(pool.map(compile_one, work, chunksize=4), "compiling", len(work), console=console)
-        fitting = {(task, tiles) for (task, tiles), fit in zip(work, found, strict=True) if fit or tiles == task.rule}
+        fitting = [w for w, fit in zip(work, found, strict=True) if fit or w[1] == w[0].rule]
         results: dict[Task, list[Timed]] = {}
         table = Table("pass", "copy, µs", "rule", "best", "best: channels x pixels, warps, ahead", "second", "third")
         for task in track(TASKS, "timing", console=console):
-            copy, results[task] = measure(
-                task, [t for other, t in work if other == task and (task, t) in fitting], batch
-            )
+            copy, results[task] = measure(task, [tiles for other, tiles in fitting if other == task], batch)
             best = sorted(results[task], key=lambda f: f.ratio)[:3]
             cells = [
                 f"{f.ratio:.2f}: {f.tiles.channels} x {f.tiles.block_hw}, {f.tiles.num_warps}, {f.tiles.ahead}"

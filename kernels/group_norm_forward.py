@@ -55,10 +55,9 @@ def forward_tile(
     """The whole [HW, OWN] tile stays in registers: x is read once and y written once (4 bytes an element in bf16).
 
     A program computes while nothing of its own is on the way from memory. Many small programs on a multiprocessor fill
-    each other's gaps; few large ones leave them open, as all load at the same time, then all compute. Hence AHEAD:
-    programs stay, going from tile to tile, and the compiler copies tiles to shared memory ahead. It takes three stages,
-    as with two a copy is waited for right after its start: while one tile is computed, the next is on its way, and
-    that of the one after it starts as soon as the first has been read.
+    each other's gaps; where a few large ones do not, there is AHEAD: programs stay, going from tile to tile, and the
+    compiler copies tiles to shared memory ahead. It takes three stages, as with two a copy is waited for right after
+    its start: one tile is computed, the next is on its way, and the one after that is started at the end of the round.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     local = tl.arange(0, BLOCK_C)  # [BC]

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import aot, inductor_mock, step_variants
+from bench.compiled_code import access_widths, resources
 from fastdiff.config import UNetConfig
 from kernels import launch
 
@@ -59,10 +60,10 @@ def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_ac
         compiled = triton.compile(
             arguments, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "enable_fp_fusion": True}
         )
-        _, stack = aot._resources(compiled.asm["cubin"])
+        _, stack = resources(compiled.asm["cubin"])
         ahead_of |= {name} if meta["constants"].get("AHEAD") else set()
         passed = [argument for argument, kind in meta["signature"].items() if kind != "constexpr"]
-        widths = aot._accesses(compiled.asm["ptx"], {i for i, argument in enumerate(passed) if argument in IMAGES})
+        widths = access_widths(compiled.asm["ptx"], {i for i, argument in enumerate(passed) if argument in IMAGES})
         assert stack == 0, (name, meta)
         assert set(widths) == {16}, (name, meta)
     assert ahead_of == ({"forward_tile", "backward_tile", "backward_loop"} if ahead else set())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from bench import aot
+from bench.compiled_code import width_of
 from kernels.launch import _tiles
 
 # Both extremes of height and of channels a group, the 12-channel groups; with nothing and with everything switched on.
@@ -90,4 +91,4 @@ def test_every_unet_shape_is_in_the_table(repo):
     ("instruction", "width"), [("ld.global.v4.b32", 16), ("st.global.b16", 2), ("ld.global.L1::evict_last.v4.b32", 16)]
 )
 def test_width_of_an_access(instruction, width):
-    assert aot._width(instruction.replace(".L1::evict_last", "")) == width
+    assert width_of(instruction.replace(".L1::evict_last", "")) == width
