@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # internals; another torch imports this 
     from torch._dynamo.device_interface import CudaInterface
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, detect_fake_mode, tracing
-    from torch._inductor import compile_fx, ir
+    from torch._inductor import compile_fx, ir, scheduler
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes import fuse_attention, joint_graph, misc_patterns, pad_mm
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -80,13 +80,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Graph:
-    """A compiled forward or backward pass. `triton` and `extern` are calls in the generated wrapper's own text."""
+    """A compiled forward or backward pass.
+
+    triton, extern   calls in the generated wrapper's own text
+    code             that text, a Python module
+    constants        tensors that it expects under these names
+    """
 
     name: str
     calls: tuple[Call, ...]
     triton: int
     extern: int
     code: str
+    constants: dict[str, Tensor]
 
     @property
     def bytes(self) -> int:
@@ -158,6 +164,7 @@ def h100() -> Generator[None]:
         patch(triton.runtime.driver, "_active", _Driver())
         for name in ("group_norm_launch", "merge_columns"):  # tracing is on fake CPU tensors
             patch(sys.modules[f"kernels.{name}"], "runs_triton", answer(True))
+        patch(scheduler, "has_triton", answer(True))  # cached, perhaps from before
         patch(torch._C, "_conv_determine_backend_memory_format", channels_last_if_either)
         # These trace their patterns on real CUDA tensors; none matches this network, which calls SDPA by its name.
         for module, name in ((fuse_attention, "_sfdp_init"), (misc_patterns, "_misc_patterns_init"),
@@ -270,9 +277,10 @@ def _lower(name: str, gm: torch.fx.GraphModule, example: Sequence[Any]) -> Graph
         """The code is there; nothing is to be compiled."""
 
     def read(lowering: GraphLowering) -> None:
-        graphs.append(_read(name, lowering))
+        graphs.append(_read(name, lowering, constants))
         raise Stop
 
+    constants = {str(node.target): getattr(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
     inputs = _to_cuda(gm, example)
     with mock.patch.object(GraphLowering, "compile_to_module", read), torch.no_grad():
         try:
@@ -284,7 +292,7 @@ def _lower(name: str, gm: torch.fx.GraphModule, example: Sequence[Any]) -> Graph
     return graphs[0]
 
 
-def _read(name: str, lowering: Any) -> Graph:
+def _read(name: str, lowering: Any, constants: dict[str, Tensor]) -> Graph:
     """Generate the code and read off its calls."""
     code = lowering.codegen()[0]
     code = getattr(code, "value", code)
@@ -292,7 +300,7 @@ def _read(name: str, lowering: Any) -> Graph:
     triton = len(re.findall(r"\.run\(", body))
     extern = len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(", body))
     calls = tuple(call for node in lowering.scheduler.nodes if (call := _call(node)) is not None)
-    return Graph(name, calls, triton, extern, code)
+    return Graph(name, calls, triton, extern, code, constants)
 
 
 def _call(node: Any) -> Call | None:

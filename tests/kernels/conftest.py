@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from kernels.launch import INTERPRETED
+from tests.interpreter import as_on_a_gpu
+
+if INTERPRETED:
+    as_on_a_gpu()
 
 
 def pytest_collection_modifyitems(items):

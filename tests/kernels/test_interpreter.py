@@ -115,7 +115,7 @@ def verdicts(repo, tmp_path_factory) -> dict[str, tuple[int, str]]:
         copy = copies[name]
         shutil.copytree(repo / "kernels", copy / "kernels", ignore=no_cache)
         shutil.copytree(repo / "tests" / "kernels", copy / "tests" / "kernels", ignore=no_cache)
-        for path in ("tests/conftest.py", "tests/numerics.py", "pyproject.toml"):
+        for path in ("tests/conftest.py", "tests/interpreter.py", "tests/numerics.py", "pyproject.toml"):
             shutil.copy(repo / path, copy / path)
         text = (copy / "kernels" / file).read_text()
         assert right in text, f"{file} no longer holds {right!r}: plant the bug {name!r} elsewhere"
