@@ -79,6 +79,9 @@ def whole(x: Pending) -> Tensor:
     return x.branch if x.shortcut is None else x.shortcut + x.branch
 
 
+Vector = Tensor | tuple[Tensor, Tensor]  # (C,), or two whose sum it is
+
+
 class Shared(NamedTuple):
     """What all parts of a network need in one forward pass. What is None each part works out by itself.
 
@@ -99,14 +102,14 @@ class Part(Protocol):
 
     number: int
 
-    def vectors(self) -> list[Tensor]:
+    def vectors(self) -> list[Vector]:
         """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
         ...
 
 
 def own_vectors(part: Part, shared: Shared) -> Sequence[Tensor]:
-    """The part's `vectors()`, each (C,) or (N, C)."""
-    return part.vectors() if shared.vectors is None else shared.vectors[part.number]
+    """The part's `vectors()`, each (C,) or (N, C); pairs as their sums."""
+    return added([part.vectors()])[0] if shared.vectors is None else shared.vectors[part.number]
 
 
 def group_norm_silu(
@@ -185,28 +188,6 @@ def concatenate(h: Tensor, skip: Tensor) -> Tensor:
     return _Concatenation.apply(h, skip)
 
 
-class _NearestUpsampling(torch.autograd.Function):
-    """See `upsample_nearest`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # ty: ignore[incompatible-method-override]
-        g = gradient
-        return g[..., ::2, ::2] + g[..., ::2, 1::2] + g[..., 1::2, ::2] + g[..., 1::2, 1::2]
-
-
-def upsample_nearest(x: Tensor) -> Tensor:
-    """Repeat each pixel in a square of 2 by 2: (N, C, H, W) -> (N, C, 2 H, 2 W).
-
-    The gradient is the plain sum of the four, which torch.compile makes one pass of; for that of F.interpolate it adds
-    to zeros, atomically.
-    """
-    return _NearestUpsampling.apply(x)
-
-
 def zeroed(layer: Layer) -> Layer:
     """Set weight and bias of a layer to zero, so that its residual branch starts as the identity."""
     nn.init.zeros_(layer.weight)
@@ -235,16 +216,25 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
-class _Sum(torch.autograd.Function):
-    """a + b, whose gradients share no memory: who clips those of parameters in place would else do so twice."""
+class _Sums(torch.autograd.Function):
+    """a_1 ... a_n, b_1 ... b_n -> the sums of each pair, by one kernel. The gradients of a pair share no memory: who
+    clips those of parameters in place would else do so twice."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
+    def forward(ctx: Any, *terms: Tensor) -> tuple[Tensor, ...]:
+        n = len(terms) // 2
+        return tuple(torch._foreach_add(terms[:n], terms[n:]))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # ty: ignore[incompatible-method-override]
-        return gradient, gradient.clone()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return *gradients, *torch._foreach_mul(gradients, 1.0)
+
+
+def added(groups: Sequence[Sequence[Vector]]) -> list[list[Tensor]]:
+    """The same with the sums of pairs in their places."""
+    pairs = [v for group in groups for v in group if isinstance(v, tuple)]
+    sums = iter(_Sums.apply(*(a for a, _ in pairs), *(b for _, b in pairs)) if pairs else ())
+    return [[next(sums) if isinstance(v, tuple) else v for v in group] for group in groups]
 
 
 class ResidualBlock(nn.Module):
@@ -268,11 +258,11 @@ class ResidualBlock(nn.Module):
         self.conv_2 = zeroed(Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def vectors(self) -> list[Tensor]:
+    def vectors(self) -> list[Vector]:
         """See `Part`."""
-        left = left_out(self.conv_2)
-        if left and isinstance(self.shortcut, Conv2d):
-            left = [_Sum.apply(left[0], _bias(self.shortcut))]
+        left: list[Vector] = [*left_out(self.conv_2)]
+        if self.conv_2.leaves_bias and isinstance(self.shortcut, Conv2d):
+            left = [(_bias(self.conv_2), _bias(self.shortcut))]
         return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, *left]
 
     def keep_bias(self) -> None:
@@ -312,7 +302,7 @@ def time_shifts(blocks: Sequence[ResidualBlock], embedding: Tensor) -> dict[int,
     """
     weight = torch.cat([block.embedding.weight for block in blocks])
     bias = torch.cat([_bias(block.embedding) for block in blocks])
-    bias = _Sum.apply(bias, torch.cat([_bias(block.conv_1) for block in blocks]))
+    (bias,) = _Sums.apply(bias, torch.cat([_bias(block.conv_1) for block in blocks]))
     shifts = _Split.apply(F.linear(embedding, weight, bias), [block.embedding.out_features for block in blocks])
     return dict(zip((block.number for block in blocks), shifts, strict=True))
 
@@ -352,7 +342,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(Linear(channels, channels))
 
-    def vectors(self) -> list[Tensor]:
+    def vectors(self) -> list[Vector]:
         """See `Part`."""
         return [self.norm.weight, self.norm.bias, *left_out(self.out)]
 
@@ -374,40 +364,3 @@ class SelfAttention(nn.Module):
         h = self.out(F.scaled_dot_product_attention(q, k, v))
         h = h.reshape(n, height, width, c).permute(0, 3, 1, 2)
         return Pending(h, total, *left)
-
-
-class Downsample(nn.Module):
-    """Halve the resolution by a stride-2 convolution: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
-
-    number: int  # its place in `Shared`
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
-
-    def vectors(self) -> list[Tensor]:
-        """See `Part`."""
-        return left_out(self.conv)
-
-    def forward(self, x: Tensor, shared: Shared) -> Pending:
-        """x: (N, C, H, W), one tensor, as it is a skip connection too. Padded on the right and at the bottom only, as
-        TensorFlow's SAME padding did in DDPM's code."""
-        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *own_vectors(self, shared))
-
-
-class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
-
-    number: int  # its place in `Shared`
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def vectors(self) -> list[Tensor]:
-        """See `Part`."""
-        return left_out(self.conv)
-
-    def forward(self, x: Pending, shared: Shared) -> Pending:
-        """x: (N, C, H, W)."""
-        return Pending(self.conv(upsample_nearest(whole(x))), None, *own_vectors(self, shared))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastdiff.config import UNetConfig
 from fastdiff.nets.layers import (
     Conv2d,
-    Downsample,
     GroupNorm,
     Linear,
     Pending,
@@ -17,8 +16,9 @@ from fastdiff.nets.layers import (
     SelfAttention,
     Shared,
     TimeEmbedding,
-    Upsample,
+    Vector,
     add_norm_silu,
+    added,
     as_rows,
     left_out,
     own_vectors,
@@ -26,6 +26,7 @@ from fastdiff.nets.layers import (
     whole,
     zeroed,
 )
+from fastdiff.nets.resampling import Downsample, Upsample
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -146,7 +147,7 @@ class UNet(nn.Module):
         for number, part in enumerate(self.parts, 1):
             part.number = number
         for module in self.modules():
-            if isinstance(module, GroupNorm):
+            if isinstance(module, GroupNorm | Upsample):
                 module.fused = fused
             elif isinstance(module, Conv2d | Linear):
                 module.leaves_bias = fused
@@ -156,7 +157,7 @@ class UNet(nn.Module):
                 part.keep_bias()
         return self
 
-    def vectors(self) -> list[Tensor]:
+    def vectors(self) -> list[Vector]:
         """See `Part`: of the last norm, and the bias that the first convolution leaves to the first one."""
         return [self.norm_out.weight, self.norm_out.bias, *left_out(self.conv_in)]
 
@@ -164,9 +165,10 @@ class UNet(nn.Module):
         embedding = F.silu(self.time(t))
         if not self.norm_out.fused:
             return Shared(embedding)
-        vectors, seed, parts = None, None, self.parts
+        seed, parts = None, self.parts
+        vectors = added([self.vectors(), *(part.vectors() for part in parts)])
         if torch.is_grad_enabled():
-            vectors = as_rows([self.vectors(), *(part.vectors() for part in parts)], n)
+            vectors = as_rows(vectors, n)
         if self.training and self.config.dropout > 0:
             seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
         shifts = time_shifts([part for part in parts if isinstance(part, ResidualBlock)], embedding)

@@ -13,7 +13,6 @@ from fastdiff.nets.layers import (
     as_rows,
     concatenate,
     group_norm_silu,
-    upsample_nearest,
 )
 from fastdiff.nets.unet import UNet, UNetConfig
 from tests.numerics import assert_as_accurate
@@ -286,12 +285,3 @@ def test_concatenation_gives_gradients_of_their_own_in_channels_last():
     gradients = torch.autograd.grad(y, parts, weight)
     assert all(torch.equal(g, w) for g, w in zip(gradients, weight.split([8, 16], 1), strict=True))
     assert all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients)
-
-
-def test_upsampling_and_its_gradient_are_interpolates():
-    x = torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
-    y, expected = upsample_nearest(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
-    assert torch.equal(y, expected)
-    weight = torch.randn(y.shape)
-    (mine,), (theirs,) = (torch.autograd.grad(out, x, weight) for out in (y, expected))
-    assert torch.equal(mine, theirs)

@@ -1,0 +1,75 @@
+"""Nearest-neighbour upsampling, alone and with the convolution after it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdiff.nets.resampling import upsample_nearest, upsampling_conv
+from tests.numerics import assert_as_accurate
+
+SHAPES = [(2, 8, 5, 4, 8), (1, 3, 1, 1, 5), (3, 16, 8, 8, 4), (1, 1, 2, 7, 1)]  # N, C, H, W, C_out
+
+
+def plain(x, weight):
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+
+
+def drawn(shape, dtype):
+    n, c, height, width, c_out = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c, height, width, generator=generator)
+    weight = torch.randn(c_out, c, 3, 3, generator=generator) / c**0.5
+    gradient = torch.randn(n, c_out, 2 * height, 2 * width, generator=generator)
+    return [v.bfloat16().to(dtype).contiguous(memory_format=torch.channels_last) for v in (x, weight, gradient)]
+
+
+def outcome(fn, x, weight, gradient):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = fn(x, weight)
+    return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, (x, weight), gradient), strict=True))
+
+
+def test_upsampling_and_its_gradient_are_interpolates():
+    x = torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    y, expected = upsample_nearest(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(y, expected)
+    weight = torch.randn(y.shape)
+    (mine,), (theirs,) = (torch.autograd.grad(out, x, weight) for out in (y, expected))
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_upsampling_with_its_convolution(shape, dtype):
+    inputs = drawn(shape, dtype)
+    ours, eager = outcome(upsampling_conv, *inputs), outcome(plain, *inputs)
+    exact = outcome(plain, *(v.double() for v in inputs))
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        assert value.is_contiguous(memory_format=torch.channels_last)
+        assert_as_accurate(value, eager[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_under_autocast_the_types_are_those_of_a_convolution(dtypes):
+    """Gradients in the parameters' types; the weights' sums are rounded to bfloat16 once."""
+    x, weight, gradient = drawn(SHAPES[0], torch.float32)
+    x, weight, gradient = x.to(dtypes[0]), weight.to(dtypes[1]), gradient.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = outcome(upsampling_conv, x, weight, gradient), outcome(plain, x, weight, gradient)
+    exact = outcome(plain, *(v.double() for v in (x, weight, gradient)))
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype
+        assert_as_accurate(value, eager[name], exact[name], name)
+
+
+def test_both_compile_as_one_graph():
+    inputs = drawn(SHAPES[0], torch.float32)
+    compiled = torch.compile(upsampling_conv, fullgraph=True)
+    ours, eager, exact = (
+        outcome(compiled, *inputs),
+        outcome(plain, *inputs),
+        outcome(plain, *(v.double() for v in inputs)),
+    )
+    for name, value in ours.items():
+        assert_as_accurate(value, eager[name], exact[name], name)
