@@ -139,8 +139,8 @@ class UNet(nn.Module):
         """Run the norms by PyTorch (`torch`) or by the fused Triton kernels (`triton`; on a CPU by their references).
 
         With `triton`, norms also add the biases, residuals and skip connections before them, so that convolutions leave
-        their biases out, and all projections of the time embedding are one product: hooks on those layers see no bias,
-        or are not called. Weights, their names and the result up to rounding stay the same; dropout draws other masks.
+        their biases out, all projections of the time embedding are one product, and an upsampling is one with its
+        convolution: hooks on those layers see no bias, or are not called. Weights, their names and the result up to rounding stay the same; dropout draws other masks.
         Call it again after exchanging parts of the network. Returns the network itself.
         """
         fused = {"triton": True, "torch": False}[kind]

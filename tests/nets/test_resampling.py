@@ -14,13 +14,18 @@ def plain(x, weight):
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
 
 
-def drawn(shape, dtype):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+def drawn(shape, dtype, device=None):
     n, c, height, width, c_out = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, c, height, width, generator=generator)
     weight = torch.randn(c_out, c, 3, 3, generator=generator) / c**0.5
     gradient = torch.randn(n, c_out, 2 * height, 2 * width, generator=generator)
-    return [v.bfloat16().to(dtype).contiguous(memory_format=torch.channels_last) for v in (x, weight, gradient)]
+    return [v.bfloat16().to(device, dtype).contiguous(memory_format=torch.channels_last) for v in (x, weight, gradient)]
 
 
 def outcome(fn, x, weight, gradient):
@@ -40,8 +45,8 @@ def test_upsampling_and_its_gradient_are_interpolates():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_upsampling_with_its_convolution(shape, dtype):
-    inputs = drawn(shape, dtype)
+def test_upsampling_with_its_convolution(shape, dtype, device):
+    inputs = drawn(shape, dtype, device)
     ours, eager = outcome(upsampling_conv, *inputs), outcome(plain, *inputs)
     exact = outcome(plain, *(v.double() for v in inputs))
     for name, value in ours.items():
