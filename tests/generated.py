@@ -2,8 +2,9 @@
 
     TRITON_INTERPRET=1 python tests/generated.py CODE RESULT
 
-CODE is a torch.save of {"code": [forward, backward], "constants": {name: tensor}, "inputs": [tensor]}, as
-`bench.inductor_mock` generates it; RESULT becomes one of [results of forward, gradients of the first of them].
+CODE is a torch.save of {"graphs": [(code, {name: constant}) of the forward pass, the same of the backward pass],
+"inputs": [tensor]}, as `bench.inductor_mock` generates them; RESULT becomes one of [results of the forward pass,
+gradients of the first of them].
 """
 
 import contextlib
@@ -31,8 +32,7 @@ import kernels  # noqa: F401  the wrapper calls their operators
 from kernels.launch import power_of_2
 from tests.interpreter import as_on_a_gpu
 
-# At most, of Inductor's kernels and of its reductions, which mask what lies outside. Few programs are fast ones here.
-POINTWISE, REDUCTION = {"XBLOCK": 1024, "YBLOCK": 1024}, {"XBLOCK": 32, "R0_BLOCK": 64}
+REDUCTION = {"XBLOCK": 32, "R0_BLOCK": 64}  # blocks of Inductor's; it masks what lies outside
 
 
 class Kernel:
@@ -48,12 +48,10 @@ class Kernel:
         """Launch by Inductor's own expression of the grid."""
         extra = self.inductor_meta.get("extra_launcher_args", [])
         given = dict(zip([*self.passed, *extra], arguments, strict=True))
-        blocks = POINTWISE if self.kind == "pointwise" else REDUCTION
-        config = {
-            block: min(size, power_of_2(given.get(block[0].lower() + "numel", size)))
-            for block, size in blocks.items()
-            if block in self.function.arg_names
-        }
+        sizes = REDUCTION
+        if self.kind == "pointwise":
+            sizes = {f"{axis}BLOCK": min(1024, power_of_2(given.get(f"{axis.lower()}numel", 1))) for axis in "XY"}
+        config = {block: size for block, size in sizes.items() if block in self.function.arg_names}
         grid = triton_heuristics.GridExpr.from_meta(self.inductor_meta, config).eval_slow({**given, **config})
         own = {name: given[name] for name in self.passed}
         self.function[grid](**{**own, **config, **self.triton_meta["constants"]})
@@ -153,13 +151,13 @@ def on_a_cpu(folder: Path):
         yield
 
 
-def run(code: list[str], constants: dict[str, Tensor], inputs: list[Tensor]) -> list[list[Tensor]]:
+def run(graphs: list[tuple[str, dict[str, Tensor]]], inputs: list[Tensor]) -> list[list[Tensor]]:
     """-> results of the forward pass, and the gradients of the first of them."""
     with tempfile.TemporaryDirectory() as name, on_a_cpu(Path(name)), torch.no_grad():
         calls = []
-        for text in code:
-            text = text.replace("device='cuda:0'", "device='cpu'").replace("type='cuda', index=0)", "type='cpu')")
-            module = load(text, Path(name))
+        for code, constants in graphs:
+            code = code.replace("device='cuda:0'", "device='cpu'").replace("type='cuda', index=0)", "type='cpu')")
+            module = load(code, Path(name))
             for constant, value in constants.items():
                 setattr(module, constant, value)
             calls.append(module.call)

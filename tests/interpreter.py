@@ -18,7 +18,7 @@ INSTRUCTIONS = {
 
 
 def as_on_a_gpu() -> None:
-    """From now on casts to bfloat16 round to nearest even, where the interpreter cuts off, and it knows INSTRUCTIONS.
+    """From now on it rounds float32 to bfloat16 to nearest even, where it would cut off, and it knows INSTRUCTIONS.
 
     Cutting off shrinks every activation by 0.2% on average, which adds up over layers.
     """

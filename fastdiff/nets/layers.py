@@ -102,13 +102,13 @@ class Part(Protocol):
 
     number: int
 
-    def vectors(self) -> list[Vector]:
+    def vectors(self) -> Sequence[Vector]:
         """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
         ...
 
 
 def own_vectors(part: Part, shared: Shared) -> Sequence[Tensor]:
-    """The part's `vectors()`, each (C,) or (N, C); pairs as their sums."""
+    """The part's `vectors()`, each (C,) or (N, C), pairs as their sums."""
     return added([part.vectors()])[0] if shared.vectors is None else shared.vectors[part.number]
 
 
@@ -217,8 +217,8 @@ class TimeEmbedding(nn.Module):
 
 
 class _Sums(torch.autograd.Function):
-    """a_1 ... a_n, b_1 ... b_n -> the sums of each pair, by one kernel. The gradients of a pair share no memory: who
-    clips those of parameters in place would else do so twice."""
+    """a_1 ... a_n, b_1 ... b_n -> a_1 + b_1 ... a_n + b_n, by one kernel when compiled. Gradients of a pair share no
+    memory: who clips those of parameters in place would else do so twice."""
 
     @staticmethod
     def forward(ctx: Any, *terms: Tensor) -> tuple[Tensor, ...]:
@@ -231,7 +231,7 @@ class _Sums(torch.autograd.Function):
 
 
 def added(groups: Sequence[Sequence[Vector]]) -> list[list[Tensor]]:
-    """The same with the sums of pairs in their places."""
+    """The groups, with the sum of each pair in its place."""
     pairs = [v for group in groups for v in group if isinstance(v, tuple)]
     sums = iter(_Sums.apply(*(a for a, _ in pairs), *(b for _, b in pairs)) if pairs else ())
     return [[next(sums) if isinstance(v, tuple) else v for v in group] for group in groups]
@@ -258,10 +258,10 @@ class ResidualBlock(nn.Module):
         self.conv_2 = zeroed(Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def vectors(self) -> list[Vector]:
+    def vectors(self) -> Sequence[Vector]:
         """See `Part`."""
-        left: list[Vector] = [*left_out(self.conv_2)]
-        if self.conv_2.leaves_bias and isinstance(self.shortcut, Conv2d):
+        left: Sequence[Vector] = left_out(self.conv_2)
+        if left and isinstance(self.shortcut, Conv2d):
             left = [(_bias(self.conv_2), _bias(self.shortcut))]
         return [self.norm_1.weight, self.norm_1.bias, self.norm_2.weight, self.norm_2.bias, *left]
 
@@ -342,7 +342,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(Linear(channels, channels))
 
-    def vectors(self) -> list[Vector]:
+    def vectors(self) -> Sequence[Vector]:
         """See `Part`."""
         return [self.norm.weight, self.norm.bias, *left_out(self.out)]
 

@@ -1,6 +1,7 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B): `model(x_t, t) -> (N, C, H, W)`."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,14 +141,15 @@ class UNet(nn.Module):
 
         With `triton`, norms also add the biases, residuals and skip connections before them, so that convolutions leave
         their biases out, all projections of the time embedding are one product, and an upsampling is one with its
-        convolution: hooks on those layers see no bias, or are not called. Weights, their names and the result up to rounding stay the same; dropout draws other masks.
-        Call it again after exchanging parts of the network. Returns the network itself.
+        convolution: hooks on those layers see no bias, or are not called. Weights, their names and the result up to
+        rounding stay the same; dropout draws other masks. Call it again after exchanging parts of the network. Returns
+        the network itself.
         """
         fused = {"triton": True, "torch": False}[kind]
         for number, part in enumerate(self.parts, 1):
             part.number = number
         for module in self.modules():
-            if isinstance(module, GroupNorm | Upsample):
+            if isinstance(module, GroupNorm):
                 module.fused = fused
             elif isinstance(module, Conv2d | Linear):
                 module.leaves_bias = fused
@@ -157,7 +159,7 @@ class UNet(nn.Module):
                 part.keep_bias()
         return self
 
-    def vectors(self) -> list[Vector]:
+    def vectors(self) -> Sequence[Vector]:
         """See `Part`: of the last norm, and the bias that the first convolution leaves to the first one."""
         return [self.norm_out.weight, self.norm_out.bias, *left_out(self.conv_in)]
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.test_upsampling import transposed
+from fastdiff.hardware import set_backends
 from fastdiff.nets.resampling import upsample_nearest, upsampling_conv
 from tests.numerics import assert_as_accurate
 
@@ -16,7 +18,9 @@ def plain(x, weight):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    return torch.device(request.param)
+    device = torch.device(request.param)
+    set_backends(device)  # no TF32, which is exact for these inputs but not for sums of weights
+    return device
 
 
 def drawn(shape, dtype, device=None):
@@ -51,7 +55,8 @@ def test_upsampling_with_its_convolution(shape, dtype, device):
     exact = outcome(plain, *(v.double() for v in inputs))
     for name, value in ours.items():
         assert value.dtype == dtype
-        assert value.is_contiguous(memory_format=torch.channels_last)
+        # cuDNN computes float64 in NCHW.
+        assert value.is_contiguous(memory_format=torch.channels_last) or dtype == torch.float64
         assert_as_accurate(value, eager[name], exact[name], name)
 
 
@@ -66,6 +71,30 @@ def test_under_autocast_the_types_are_those_of_a_convolution(dtypes):
     for name, value in ours.items():
         assert value.dtype == eager[name].dtype
         assert_as_accurate(value, eager[name], exact[name], name)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_one_gradient_alone_is_the_same(needed):
+    x, weight, gradient = drawn(SHAPES[0], torch.float32)
+    both = outcome(upsampling_conv, x, weight, gradient)
+    x, weight = x.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
+    upsampling_conv(x, weight).backward(gradient)
+    for v, name, wanted in ((x, "dx", needed[0]), (weight, "dweight", needed[1])):
+        assert (v.grad is None) if not wanted else torch.equal(v.grad, both[name])
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, gradient = (v.requires_grad_() for v in drawn(SHAPES[0], torch.float64))
+    (dx,) = torch.autograd.grad(upsampling_conv(x, weight), x, gradient, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_the_benchmarks_rival_computes_the_same():
+    x, weight, gradient = drawn((2, 6, 5, 4, 6), torch.float64)
+    rival, exact = outcome(transposed, x, weight, gradient), outcome(plain, x, weight, gradient)
+    for name, value in rival.items():
+        torch.testing.assert_close(value, exact[name])
 
 
 def test_both_compile_as_one_graph():
