@@ -18,7 +18,7 @@ def two(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """Forward too by a transposed convolution: fewer bytes, if its kernels pass over the zeros between pixels."""
+    """Forward too by a transposed convolution: no copy interleaves pixels, but its kernels may multiply zeros."""
     kernel = padded_sums(weight).flip(2, 3).transpose(0, 1).to(weight.dtype)
     return F.conv_transpose2d(x, kernel.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
 

@@ -83,17 +83,18 @@ Vector = Tensor | tuple[Tensor, Tensor]  # (C,), or two whose sum it is
 
 
 class Shared(NamedTuple):
-    """What all parts of a network need in one forward pass. What is None each part works out by itself.
+    """What all parts of a network need in one forward pass.
 
     embedding   (N, E), of the time, already through SiLU
-    shifts      by a residual block's number: what the embedding adds to it, (N, c_out), with conv_1's bias
-    vectors     by a part's number: its `vectors()` as rows (N, C), one for each image
+    vectors     by a part's number: its `vectors()`, pairs as their sums; each (C,), or a row for each image (N, C)
+    shifts      by a residual block's number: what the embedding adds to it, (N, c_out), with conv_1's bias; None: each
+                block works it out by itself
     seed        (1,) int64 of the fused kernel's dropout; see `group_norm_silu`
     """
 
     embedding: Tensor
+    vectors: Sequence[Sequence[Tensor]]
     shifts: Mapping[int, Tensor] | None = None
-    vectors: Sequence[Sequence[Tensor]] | None = None
     seed: Tensor | None = None
 
 
@@ -105,11 +106,6 @@ class Part(Protocol):
     def vectors(self) -> Sequence[Vector]:
         """(C,) parameters of what norms do: weight and bias of its own, and any bias that is left to the next one."""
         ...
-
-
-def own_vectors(part: Part, shared: Shared) -> Sequence[Tensor]:
-    """The part's `vectors()`, each (C,) or (N, C), pairs as their sums."""
-    return added([part.vectors()])[0] if shared.vectors is None else shared.vectors[part.number]
 
 
 def group_norm_silu(
@@ -273,7 +269,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Pending, shared: Shared, skip: Tensor | None = None) -> tuple[Pending, Tensor]:
         """x: (N, C, H, W), to which `skip` adds channels up to c_in. Returns (N, c_out, H, W), and x as one tensor."""
-        weight_1, bias_1, weight_2, bias_2, *left = own_vectors(self, shared)
+        weight_1, bias_1, weight_2, bias_2, *left = shared.vectors[self.number]
         shift = self.embedding(shared.embedding) if shared.shifts is None else shared.shifts[self.number]
         h, total, kept = add_norm_silu(x, self.norm_1, weight_1, bias_1, skip=skip)
         h = group_norm_silu(
@@ -352,7 +348,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Pending, shared: Shared) -> Pending:
         """x: (N, C, H, W); in channels_last memory the reshapes are views."""
-        weight, bias, *left = own_vectors(self, shared)
+        weight, bias, *left = shared.vectors[self.number]
         h, total, _ = add_norm_silu(x, self.norm, weight, bias, silu=False)
         n, c, height, width = h.shape
         h = h.permute(0, 2, 3, 1).reshape(n, 1, height * width, c)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastdiff.nets.layers import Conv2d, Pending, Shared, Vector, left_out, own_vectors, whole
+from fastdiff.nets.layers import Conv2d, Pending, Shared, Vector, left_out, whole
 
 
 class Downsample(nn.Module):
@@ -27,7 +27,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Pending:
         """x: (N, C, H, W), one tensor, as it is a skip connection too. Padded on the right and at the bottom only, as
         TensorFlow's SAME padding did in DDPM's code."""
-        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *own_vectors(self, shared))
+        return Pending(self.conv(F.pad(x, (0, 1, 0, 1))), None, *shared.vectors[self.number])
 
 
 class Upsample(nn.Module):
@@ -48,7 +48,7 @@ class Upsample(nn.Module):
         total = whole(x)
         fused = self.conv.leaves_bias
         h = upsampling_conv(total, self.conv.weight) if fused else self.conv(upsample_nearest(total))
-        return Pending(h, None, *own_vectors(self, shared))
+        return Pending(h, None, *shared.vectors[self.number])
 
 
 class _NearestUpsampling(torch.autograd.Function):

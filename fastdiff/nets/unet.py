@@ -22,7 +22,6 @@ from fastdiff.nets.layers import (
     added,
     as_rows,
     left_out,
-    own_vectors,
     time_shifts,
     whole,
     zeroed,
@@ -165,16 +164,16 @@ class UNet(nn.Module):
 
     def _shared(self, t: Tensor, n: int) -> Shared:
         embedding = F.silu(self.time(t))
-        if not self.norm_out.fused:
-            return Shared(embedding)
         seed, parts = None, self.parts
         vectors = added([self.vectors(), *(part.vectors() for part in parts)])
+        if not self.norm_out.fused:
+            return Shared(embedding, vectors)
         if torch.is_grad_enabled():
             vectors = as_rows(vectors, n)
         if self.training and self.config.dropout > 0:
             seed = torch.randint(2**63 - 1, (1,), device=t.device)  # one for all masks, so one small kernel
         shifts = time_shifts([part for part in parts if isinstance(part, ResidualBlock)], embedding)
-        return Shared(embedding, shifts, vectors, seed)
+        return Shared(embedding, vectors, shifts, seed)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict from noised images.
@@ -187,7 +186,7 @@ class UNet(nn.Module):
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
         shared = self._shared(t, len(x))
-        weight, bias, *in_bias = own_vectors(self, shared)
+        weight, bias, *in_bias = shared.vectors[self.number]
         h = Pending(self.conv_in(x), None, *in_bias)
         skips: list[Tensor] = []
         for stage in self.down:

@@ -1,6 +1,5 @@
 """Inductor's copies of our kernels, in its code for a GPU, compile with the arguments and hints that it gives them."""
 
-import importlib.util
 import re
 
 import pytest
@@ -14,6 +13,7 @@ from bench import aot, inductor_mock, step_variants
 from bench.compiled_code import access_widths, resources
 from fastdiff.config import UNetConfig
 from kernels import launch
+from tests import generated
 
 OURS = re.compile(r"async_compile\.triton\('((?:forward|backward)_(?:tile|loop)|merge_kernel)', '''(.*?)'''", re.DOTALL)
 IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "merged_ptr"}
@@ -30,7 +30,7 @@ AHEAD = {
 }
 
 
-def load(source, path, monkeypatch):
+def load(source, folder, monkeypatch):
     """Import a kernel's source -> the kernel, what Inductor tells Triton of its arguments, and its warps."""
     found = []
 
@@ -38,9 +38,7 @@ def load(source, path, monkeypatch):
         return lambda kernel: found.append((kernel, triton_meta, configs[0]["num_warps"]))
 
     monkeypatch.setattr(triton_heuristics, "user_autotune", decorator)
-    path.write_text(source.replace("\\\\", "\\"))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    generated.load(source.replace("\\\\", "\\"), folder)
     return found[0]
 
 
@@ -54,8 +52,8 @@ def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_ac
     sources = {(name, source) for graph in graphs for name, source in OURS.findall(graph.code)}
     assert {name for name, _ in sources} >= {"forward_tile", "backward_tile", "merge_kernel"}
     ahead_of = set()
-    for i, (name, source) in enumerate(sorted(sources)):
-        kernel, meta, num_warps = load(source, tmp_path / f"kernel_{i}.py", monkeypatch)
+    for name, source in sorted(sources):
+        kernel, meta, num_warps = load(source, tmp_path, monkeypatch)
         arguments = ASTSource(kernel, meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
         compiled = triton.compile(
             arguments, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "enable_fp_fusion": True}

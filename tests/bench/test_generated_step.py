@@ -31,16 +31,11 @@ AHEAD = {
 }
 
 
-def network(kernels, weights, *, wide, dropout):
-    """A network with these weights, float64 if `wide`, as `step_variants.make_step` has it else."""
+def truth(kernels, weights, batch, *, wide, dropout):
+    """Each image's loss, and gradients of their mean, in eager PyTorch, float64 if `wide`: {name: tensor}."""
     model = UNet(replace(NET, dropout=dropout)).use_kernels(kernels)
     model.load_state_dict({name: w.float() for name, w in weights.items()})
-    return model.double() if wide else model
-
-
-def truth(kernels, weights, batch, *, wide, dropout):
-    """Each image's loss, and gradients of their mean, in eager PyTorch: {name: tensor}."""
-    model = network(kernels, weights, wide=wide, dropout=dropout)
+    model = model.double() if wide else model
     images, t, eps = batch
     x0, eps = (normalize(images).double(), eps.double()) if wide else (normalize(images), eps)
     with torch.autocast("cpu", torch.bfloat16, enabled=not wide):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.test_upsampling import transposed
 from fastdiff.hardware import set_backends
-from fastdiff.nets.resampling import upsample_nearest, upsampling_conv
+from fastdiff.nets.resampling import padded_sums, upsample_nearest, upsampling_conv
 from tests.numerics import assert_as_accurate
 
 SHAPES = [(2, 8, 5, 4, 8), (1, 3, 1, 1, 5), (3, 16, 8, 8, 4), (1, 1, 2, 7, 1)]  # N, C, H, W, C_out
@@ -74,13 +75,17 @@ def test_under_autocast_the_types_are_those_of_a_convolution(dtypes):
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
-def test_one_gradient_alone_is_the_same(needed):
+def test_one_gradient_alone_is_the_same_and_half_the_work(needed):
     x, weight, gradient = drawn(SHAPES[0], torch.float32)
     both = outcome(upsampling_conv, x, weight, gradient)
     x, weight = x.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
-    upsampling_conv(x, weight).backward(gradient)
+    y = upsampling_conv(x, weight)
+    with FlopCounterMode(display=False) as flops:
+        y.backward(gradient)
+    n, c, height, width, c_out = SHAPES[0]
+    assert flops.get_total_flops() == 2 * 16 * n * c * c_out * height * width
     for v, name, wanted in ((x, "dx", needed[0]), (weight, "dweight", needed[1])):
-        assert (v.grad is None) if not wanted else torch.equal(v.grad, both[name])
+        assert torch.equal(v.grad, both[name]) if wanted else v.grad is None
 
 
 def test_a_second_derivative_is_refused():
@@ -88,6 +93,14 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(upsampling_conv(x, weight), x, gradient, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_are_added_in_float32_or_better(dtype):
+    _, weight, _ = drawn(SHAPES[0], dtype)
+    sums, exact = padded_sums(weight), padded_sums(weight.double())
+    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_as_accurate(sums, exact.to(sums.dtype), exact)
 
 
 def test_the_benchmarks_rival_computes_the_same():
