@@ -8,11 +8,13 @@ import torch
 from fastdiff.diffusion.loops import eager_loop
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
+from fastdiff.evaluation import graph_loop
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.graphs import WARMUP
+from tests.recorded import captured, recorded_cuda
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
 NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
@@ -176,6 +178,39 @@ def test_half_weights_compute_what_autocast_would():
     assert half.norm_out.weight.dtype == net.conv_in.weight.dtype == torch.float32
     assert half.conv_in.weight.stride() == net.conv_in.weight.stride()
     assert torch.equal(draw(half, 4, bf16=True), draw(net, 4, bf16=True))
+
+
+# Captured and replayed, on a CPU: see tests/recorded.py
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """Steps are captured on a CPU too."""
+    recorded_cuda(monkeypatch)
+    monkeypatch.setattr(graph_loop, "Captured", captured)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_replayed_sampling_is_the_eager_one_bit_for_bit(replaying, name, options):
+    net = network(kernels="triton")
+    eager, replayed = (torch.Generator().manual_seed(5) for _ in range(2))
+    loop = GraphLoop()
+    for _ in range(WARMUP + 2):  # so that a body of one row is captured too
+        expected, expected_seen = run(name, eager_loop, generator=eager, model=net, **options)
+        x_0, seen = run(name, loop, generator=replayed, model=net, **options)
+        assert torch.equal(x_0, expected)
+        assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(seen, expected_seen, strict=True))
+    assert all(step.call.graph.replays >= 2 for step in loop.steps.values())
+
+
+def test_a_replay_follows_weights_that_change_in_place(replaying):
+    net, loop = half_weights(network(kernels="triton")), GraphLoop()
+    first = draw(net, 10, bf16=True, loop=loop)
+    for p in net.parameters():
+        p.mul_(1.1)
+    again = draw(net, 10, bf16=True, loop=loop)
+    assert not torch.equal(again, first)
+    assert torch.equal(again, draw(net, 10, bf16=True, graphs=False))
 
 
 # On a GPU

@@ -1,16 +1,17 @@
 """The step through fixed buffers, as a CUDA graph replays it; on a CPU without the capture."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.training import graphs as graphs_module
+from fastdiff.training import step as step_module
+from fastdiff.training.distributed import Ranks
 from fastdiff.training.graphs import WARMUP, Captured
 from fastdiff.training.step import Metrics
 from tests.numerics import assert_as_accurate
+from tests.recorded import captured, recorded_cuda
 from tests.training.test_step import PLAIN, SMALL, batch, curve, make_step
 
 BOTH = pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -174,81 +175,33 @@ def test_all_metrics_are_read_at_once_and_once_a_step(monkeypatch):
     assert real(train_step.metrics) == tuple(sums.values())
 
 
-class FakeCuda:
-    """Stands for torch.cuda in graphs.py: records what runs, captures and replays, on a CPU."""
-
-    class Stream:
-        def __init__(self, device=None):
-            self.waits = []
-
-        def wait_stream(self, other):
-            self.waits.append(other)
-
-    class CUDAGraph:
-        def __init__(self):
-            self.generators, self.replays, self.body = [], 0, None
-
-        def register_generator_state(self, generator):
-            self.generators.append(generator)
-
-        def replay(self):
-            self.replays += 1
-            self.body()
-
-    def __init__(self):
-        self.capturing, self.now, self.made = False, self.Stream(), []
-
-    def current_stream(self):
-        return self.now
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self.now, before = stream, self.now
-        yield
-        self.now = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, *, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        self.capturing = True
-        self.made.append(graph)
-        with self.stream(stream):
-            try:
-                yield
-            except BaseException:  # as torch.cuda.graph does: the capture's end fails in turn
-                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
-        self.capturing = False
-
-
 @pytest.fixture
 def cuda(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setattr(graphs_module.torch, "cuda", fake)
-    return fake
+    return recorded_cuda(monkeypatch)
 
 
 def test_every_call_does_the_work_once_first_as_it_is_then_as_a_replay(cuda):
-    done, main = [], cuda.now
+    streams, main, count = [], cuda.now, torch.zeros(())
 
     def body():
-        if cuda.capturing:
-            cuda.made[-1].body = lambda: done.append("replay")
-        else:
-            done.append(cuda.now)
+        streams.append(cuda.now)
+        count.add_(1)
 
     generator = torch.Generator()
     call = Captured(body, device=torch.device("cpu"), capture=True, what="the step", generators=[generator])
     ready = []
-    for _ in range(WARMUP + 3):
+    for i in range(WARMUP + 3):
         ready.append(call.ready)
         call()
-    assert done == [call.stream] * WARMUP + ["replay"] * 3
+        assert count == i + 1
+    assert streams == [call.stream] * (WARMUP + 1)  # the last of them to be captured
     assert call.stream is not main
     assert main.waits == [call.stream] * WARMUP
     assert call.stream.waits == [main] * WARMUP
     assert ready == [False] * (WARMUP + 1) + [True] * 2
-    assert len(cuda.made) == 1
-    assert cuda.made[0].generators == [generator]
+    (graph,) = cuda.made
+    assert graph.generators == [generator]
+    assert graph.replays == 3
 
 
 def test_work_that_cannot_be_captured_is_refused_by_the_flags_name(cuda):
@@ -282,6 +235,95 @@ def test_the_bodys_own_error_is_told_not_that_of_the_captures_end(cuda, cause, r
     for _ in range(WARMUP):
         call()
     with pytest.raises(raised, match=said):
+        call()
+
+
+# Captured and replayed, on a CPU: see tests/recorded.py
+
+
+@pytest.fixture
+def captured_step(cuda, monkeypatch):
+    """Makes a step that is captured, with our update: PyTorch's reads the host's numbers on a CPU."""
+
+    def make(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(step_module, "Captured", captured)
+            return make_step(kernels="triton", graphs=True, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(("bf16", "accumulate"), [(False, 1), (True, 1), (True, 4)])
+def test_a_replayed_step_is_the_plain_one_bit_for_bit(captured_step, bf16, accumulate):
+    """Learning rate (which rises), decay, batch, seeds: nothing of a step is that of the capture."""
+    options = {"bf16": bf16, "accumulate": accumulate}
+    plain, replayed = make_step(kernels="triton", graphs=True, **options), captured_step(**options)
+    assert curve(replayed, 12) == curve(plain, 12)
+    assert replayed.run.graph.replays == 12 - WARMUP
+    assert_same_state(replayed, plain)
+
+
+def test_a_replayed_step_goes_on_from_a_loaded_state(captured_step):
+    train_step = captured_step(bf16=True)
+    curve(train_step, 8)
+    saved = copy.deepcopy(
+        (train_step.model.state_dict(), train_step.update.ema.state_dict(), train_step.update.state_dict())
+    )
+    expected = curve(train_step, 6, start=8)
+    for each in (train_step, captured_step(bf16=True)):  # one that has its graph already, and one that has not
+        each.model.load_state_dict(saved[0])
+        each.update.ema.load_state_dict(saved[1], updates=8)
+        each.update.load_state_dict(copy.deepcopy(saved[2]))
+        assert curve(each, 6, start=8) == expected
+
+
+def test_a_replayed_step_passes_over_what_is_not_finite(captured_step):
+    plain, replayed = make_step(kernels="triton", graphs=True), captured_step()
+    for train_step in (plain, replayed):
+        for step in range(9):
+            weight = train_step.parameters[0]
+            good = weight.detach().clone()
+            if step in (6, 8):
+                weight.data.fill_(torch.nan)
+            train_step(batch(step), step)
+            if step in (6, 8):
+                weight.data.copy_(good)
+    assert replayed.metrics_state() == plain.metrics_state()
+    assert plain.metrics_state()["skipped"] == 2
+    assert plain.metrics_state()["bad_step"] == 6
+    assert_same_state(replayed, plain)
+
+
+def test_the_second_rank_replays_the_noise_of_the_first(captured_step):
+    """Its own generator draws it, which the graph has to know."""
+    ranks = Ranks(torch.device("cpu"), rank=1, size=2)
+    ranks.sum_ = lambda tensors, what=None: None
+    plain = make_step(kernels="triton", graphs=True, ranks=ranks)
+    assert curve(captured_step(ranks=ranks), 8) == curve(plain, 8)
+
+
+def test_numbers_of_the_host_stay_those_of_the_capture(cuda):
+    """What the tests of replays rest on."""
+    total, numbers = torch.zeros(()), iter(range(10))
+    call = Captured(lambda: total.add_(next(numbers)), device=total.device, capture=True, what="the step")
+    for _ in range(WARMUP + 3):
+        call()
+    assert total == sum(range(WARMUP)) + 3 * WARMUP
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda x, generator: x.add_(x.item()), "not permitted"),
+        (lambda x, generator: x.normal_(generator=generator), "not registered"),
+    ],
+)
+def test_what_a_capture_refuses(cuda, body, reason):
+    x, generator = torch.zeros(()), torch.Generator()
+    call = Captured(lambda: body(x, generator), device=x.device, capture=True, what="the step")
+    for _ in range(WARMUP):
+        call()
+    with pytest.raises(UserError, match=reason):
         call()
 
 

@@ -18,17 +18,18 @@ SMALL = UNetConfig(
 
 def make_step(
     device="cpu", *, net=SMALL, kernels="torch", bf16=False, compile=False, grad_clip=1.0, seed=0, accumulate=1,
-    graphs=False, wrap=lambda model: model,
+    graphs=False, ranks=None, wrap=lambda model: model,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = wrap(UNet(net).to(device).use_kernels(kernels))
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     update = make_update(
-        kernels, model, EMA(model, 0.99), weight_decay=0.0, bf16=bf16, accumulate=accumulate > 1, graphs=graphs
-    )
+        kernels, model, EMA(model, 0.99), weight_decay=0.0, bf16=bf16, accumulate=accumulate > 1 or ranks is not None,
+        graphs=graphs,
+    )  # fmt: skip
     return TrainStep(
         model, objective, update, lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
-        bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs,
+        bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks,
     )  # fmt: skip
 
 
