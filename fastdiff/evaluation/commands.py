@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff.data.datasets import load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
+from fastdiff.diffusion.objectives import Model
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
@@ -23,7 +24,6 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, parse_options, sample_batches
 from fastdiff.hardware import resolve_bf16, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
-from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.reporting.run import open_run, write_atomically
@@ -43,6 +43,7 @@ def sample(
     batch_size: int,
     device: str,
     precision: str,
+    compile: bool,
     graphs: bool,
     n: int,
     out: Path,
@@ -64,8 +65,8 @@ def sample(
     shown: list[np.ndarray] = []
     with bar("sampling", n) as show, _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
         for images in sample_batches(
-            _network(trained, bf16), trained.objective, n, settings=settings, image_shape=shape, batch_size=batch_size,
-            seed=seed, device=where, bf16=bf16, graphs=graphs, progress=show,
+            _network(trained, bf16, compile), trained.objective, n, settings=settings, image_shape=shape,
+            batch_size=batch_size, seed=seed, device=where, bf16=bf16, graphs=graphs, progress=show,
         ):  # fmt: skip
             array = _nhwc(images)
             write(array)
@@ -87,6 +88,7 @@ def measure(
     batch_size: int,
     device: str,
     precision: str,
+    compile: bool,
     graphs: bool,
     n: int,
     features: str,
@@ -113,7 +115,7 @@ def measure(
         extractor = make_extractor(features, device=where, size=feature_size)
         distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
         row, _ = evaluate(
-            _network(trained, bf16), trained.objective, distance, n=n, settings=settings,
+            _network(trained, bf16, compile), trained.objective, distance, n=n, settings=settings,
             image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
             graphs=graphs, keep=1,
         )  # fmt: skip
@@ -208,8 +210,9 @@ def _check_seed(seed: int) -> None:
         raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
 
 
-def _network(trained: Trained, bf16: bool) -> UNet:
-    return half_weights(trained.model) if bf16 else trained.model
+def _network(trained: Trained, bf16: bool, compile: bool) -> Model:
+    network = half_weights(trained.model) if bf16 else trained.model
+    return torch.compile(network, fullgraph=True) if compile else network
 
 
 def _image_shape(trained: Trained) -> tuple[int, int, int]:

@@ -65,6 +65,22 @@ def test_sample_is_deterministic_and_writes_a_grid_and_an_npz(run, tmp_path, cap
     assert (grid[2 : 2 + 64 : 8, 2 : 2 + 64 : 8] == arrays[0][0]).all()
 
 
+def test_a_compiled_network_draws_the_same_images(run, tmp_path):
+    """Up to a rounding to the next of 256 values; the last batch, which is cut, has the shape of the others."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    arrays = []
+    for flag in ("--no-compile", "--compile"):
+        npz = tmp_path / f"{flag}.npz"
+        common = ("--n", 7, "--steps", 3, "--batch-size", 4, "--out", tmp_path / "grid.png", "--save-npz", npz)
+        assert call("sample", "--checkpoint", run, flag, *common) == 0
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (flag == "--compile")
+        with np.load(npz) as file:
+            arrays.append(file["images"].astype(int))
+    assert abs(arrays[0] - arrays[1]).max() <= 1
+    assert arrays[0].std() > 10
+
+
 def test_a_step_can_be_named_and_a_run_means_its_newest(run):
     device = torch.device("cpu")
     newest, first = load_trained(run, device=device), load_trained(run / "checkpoints" / "step-1", device=device)
