@@ -1,8 +1,9 @@
 """CUDA graphs without a GPU: a capture notes which operators run on which tensors, and a replay runs them again there.
 
 What goes wrong in a real replay does so here: numbers that the body takes from the host stay those of the capture, a
-read by the host or a generator that the graph does not know is refused, and the capture itself changes nothing. Memory
-that a graph would use twice, streams and kernels are not part of it.
+read by the host or a generator that the graph does not know is refused, and the capture itself changes nothing. What the
+body allocates is the graph's own, and is overwritten after each replay: later work may use that memory. Streams and
+kernels are not part of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,6 +58,9 @@ class CUDAGraph:
             for i, result in results:
                 # Their whole storage, which an expanded result covers only in part.
                 result.untyped_storage().copy_(again[i].untyped_storage())
+        for *_, results in self.calls:
+            for _, result in results:
+                result.untyped_storage().fill_(255)  # NaN
 
 
 class _Recorder(TorchDispatchMode):

@@ -302,13 +302,19 @@ def test_the_second_rank_replays_the_noise_of_the_first(captured_step):
     assert curve(captured_step(ranks=ranks), 8) == curve(plain, 8)
 
 
-def test_numbers_of_the_host_stay_those_of_the_capture(cuda):
-    """What the tests of replays rest on."""
-    total, numbers = torch.zeros(()), iter(range(10))
-    call = Captured(lambda: total.add_(next(numbers)), device=total.device, capture=True, what="the step")
+def test_what_a_replay_does_not_do(cuda):
+    """It follows no number of the host, and leaves nothing in memory that the body allocated."""
+    total, numbers, left = torch.zeros(()), iter(range(10)), []
+
+    def body():
+        total.add_(next(numbers))
+        left.append(total + 1)
+
+    call = Captured(body, device=total.device, capture=True, what="the step")
     for _ in range(WARMUP + 3):
         call()
     assert total == sum(range(WARMUP)) + 3 * WARMUP
+    assert left[-1].isnan()
 
 
 @pytest.mark.parametrize(
