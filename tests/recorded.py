@@ -1,8 +1,8 @@
 """CUDA graphs without a GPU: a capture notes which operators run on which tensors, and a replay runs them again there.
 
 What goes wrong in a real replay does so here: numbers that the body takes from the host stay those of the capture, a
-read by the host or a generator that the graph does not know is refused, and the capture itself changes nothing. What the
-body allocates is the graph's own, and is overwritten after each replay: later work may use that memory. Streams and
+read by the host or a generator that the graph does not know is refused, and the capture itself changes nothing. Memory
+that the body allocates is the graph's own, and is overwritten after each replay, as later work may use it. Streams and
 kernels are not part of it.
 """
 
