@@ -81,8 +81,8 @@ class _FromCheckpoint:
     """`auto`: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Activations of the network; `auto`: bf16 on CUDA, fp32 on CPU."""
-    compile: bool = False
-    """torch.compile the network first, which takes up to a minute: for tens of thousands of samples on a GPU."""
+    compile: Literal["on", "off"] = "off"
+    """torch.compile the network, at its first evaluation: slower to start, for many samples."""
     graphs: bool = True
     """Capture a sampling step in a CUDA graph and replay it; without effect on a CPU."""
 

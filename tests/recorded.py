@@ -1,13 +1,15 @@
 """CUDA graphs without a GPU: a capture notes which operators run on which tensors, and a replay runs them again there.
 
-What goes wrong in a real replay does so here: numbers that the body takes from the host stay those of the capture, a
-read by the host or a generator that the graph does not know is refused, and the capture itself changes nothing. Memory
-that the body allocates is the graph's own, and is overwritten after each replay, as later work may use it. Streams and
-kernels are not part of it.
+As in a real graph, numbers that the body takes from the host stay those of the capture, operators whose result or shape
+the host would have to wait for and generators that the graph does not know are refused, and the capture itself changes
+nothing. Stricter than a real one, whatever the body allocates is overwritten after each replay, also where it is still
+held. Not seen: copies between host and device, memory from outside that is freed after the capture (the recording keeps
+it), compiled code, and the order of streams, of which only the waits are noted.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastdiff.training import graphs
 from fastdiff.training.graphs import Captured
 
 aten = torch.ops.aten
-READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2)
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+INDEXING = (aten.index, aten.index_put, aten.index_put_)  # for which the host waits where masks are given
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -73,7 +77,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket in READS:
+        indexing = func.overloadpacket in INDEXING
+        if any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1])) if indexing else WAITS & set(func.tags):
             raise RuntimeError("operation not permitted when stream is capturing")
         generator = kwargs.get("generator")
         if generator is not None and generator._cdata not in {g._cdata for g in self.graph.generators}:
@@ -82,7 +87,8 @@ class _Recorder(TorchDispatchMode):
         given = {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
         written = tensors([given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write])
         for x in written:
-            self.before.setdefault(place(x), (x.untyped_storage(), x.untyped_storage().clone()))
+            if place(x) not in self.before:
+                self.before[place(x)] = x.untyped_storage(), x.untyped_storage().clone()
         results = func(*args, **kwargs)
         old = {place(x) for x in tensors((args, kwargs))}
         new = [(i, x) for i, x in enumerate(tensors(results)) if x.numel() and place(x) not in old]
@@ -115,8 +121,10 @@ class RecordedCuda:
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         self.now, before = stream, self.now
-        yield
-        self.now = before
+        try:
+            yield
+        finally:
+            self.now = before
 
     @contextmanager
     def graph(self, graph: CUDAGraph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
@@ -128,7 +136,7 @@ class RecordedCuda:
         try:
             with self.stream(stream), recorder:
                 yield
-        except BaseException:  # as torch.cuda.graph does: the capture's end fails in turn
+        except Exception:  # as torch.cuda.graph does: the capture's end fails in turn
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.capturing = False
@@ -138,9 +146,10 @@ class RecordedCuda:
 
 
 def recorded_cuda(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
-    """Puts it into torch.cuda's place."""
+    """Puts it into torch.cuda's place, with a side stream of its own."""
     cuda = RecordedCuda(torch.cuda)
     monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(graphs, "_side_stream", cache(graphs._side_stream.__wrapped__))
     return cuda
 
 

@@ -22,7 +22,7 @@ from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, parse_options, sample_batches
-from fastdiff.hardware import resolve_bf16, resolve_device, set_backends
+from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
@@ -43,7 +43,7 @@ def sample(
     batch_size: int,
     device: str,
     precision: str,
-    compile: bool,
+    compile: str,
     graphs: bool,
     n: int,
     out: Path,
@@ -65,7 +65,7 @@ def sample(
     shown: list[np.ndarray] = []
     with bar("sampling", n) as show, _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
         for images in sample_batches(
-            _network(trained, bf16, compile), trained.objective, n, settings=settings, image_shape=shape,
+            _network(trained, where, bf16, compile), trained.objective, n, settings=settings, image_shape=shape,
             batch_size=batch_size, seed=seed, device=where, bf16=bf16, graphs=graphs, progress=show,
         ):  # fmt: skip
             array = _nhwc(images)
@@ -88,7 +88,7 @@ def measure(
     batch_size: int,
     device: str,
     precision: str,
-    compile: bool,
+    compile: str,
     graphs: bool,
     n: int,
     features: str,
@@ -115,7 +115,7 @@ def measure(
         extractor = make_extractor(features, device=where, size=feature_size)
         distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
         row, _ = evaluate(
-            _network(trained, bf16, compile), trained.objective, distance, n=n, settings=settings,
+            _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
             image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
             graphs=graphs, keep=1,
         )  # fmt: skip
@@ -210,9 +210,9 @@ def _check_seed(seed: int) -> None:
         raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
 
 
-def _network(trained: Trained, bf16: bool, compile: bool) -> Model:
+def _network(trained: Trained, device: torch.device, bf16: bool, compile: str) -> Model:
     network = half_weights(trained.model) if bf16 else trained.model
-    return torch.compile(network, fullgraph=True) if compile else network
+    return torch.compile(network, fullgraph=True) if resolve_compile(compile, device) else network
 
 
 def _image_shape(trained: Trained) -> tuple[int, int, int]:

@@ -70,11 +70,11 @@ def test_a_compiled_network_draws_the_same_images(run, tmp_path):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     arrays = []
-    for flag in ("--no-compile", "--compile"):
-        npz = tmp_path / f"{flag}.npz"
+    for compile in ("off", "on"):
+        npz = tmp_path / f"{compile}.npz"
         common = ("--n", 7, "--steps", 3, "--batch-size", 4, "--out", tmp_path / "grid.png", "--save-npz", npz)
-        assert call("sample", "--checkpoint", run, flag, *common) == 0
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (flag == "--compile")
+        assert call("sample", "--checkpoint", run, "--compile", compile, *common) == 0
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (compile == "on")
         with np.load(npz) as file:
             arrays.append(file["images"].astype(int))
     assert abs(arrays[0] - arrays[1]).max() <= 1
@@ -142,11 +142,15 @@ def test_likelihood_agrees_with_the_closed_form(run, monkeypatch, capsys):
     assert bits == pytest.approx(expected, abs=0.01)
 
 
-def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys):
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys, monkeypatch, compile):
     pytest.importorskip("efficientnet_lite_pytorch")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net, *, fullgraph: (compiled.append(net), net)[1])
     arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--steps", 2, "--sampler", "ddpm", "--feature-size", 32,
-                 "--features", "efficientnet_lite0")  # fmt: skip
+                 "--features", "efficientnet_lite0", "--compile", compile)  # fmt: skip
     assert call(*arguments) == 0
+    assert len(compiled) == (compile == "on")
     row = json.loads(capsys.readouterr().out)
     assert row["metric"] == "fd_efficientnet_lite0"
     assert (row["samples"], row["sampler"], row["sampler_steps"], row["feature_size"]) == (6, "ddpm", 2, 32)

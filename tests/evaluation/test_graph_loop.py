@@ -1,4 +1,4 @@
-"""Sampling through fixed buffers, as a CUDA graph replays it; on a CPU without the capture."""
+"""Sampling through fixed buffers, as a CUDA graph replays it; on a CPU without the capture, or with a recorded one."""
 
 import gc
 
@@ -211,6 +211,7 @@ def test_a_replay_follows_weights_that_change_in_place(replaying):
     again = draw(net, 10, bf16=True, loop=loop)
     assert not torch.equal(again, first)
     assert torch.equal(again, draw(net, 10, bf16=True, graphs=False))
+    assert all(step.call.graph.replays > STEPS for step in loop.steps.values())
 
 
 # On a GPU

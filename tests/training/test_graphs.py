@@ -1,4 +1,4 @@
-"""The step through fixed buffers, as a CUDA graph replays it; on a CPU without the capture."""
+"""The step through fixed buffers, as a CUDA graph replays it; on a CPU without the capture, or with a recorded one."""
 
 import copy
 
@@ -303,7 +303,7 @@ def test_the_second_rank_replays_the_noise_of_the_first(captured_step):
 
 
 def test_what_a_replay_does_not_do(cuda):
-    """It follows no number of the host, and leaves nothing in memory that the body allocated."""
+    """It follows no number of the host; and nothing may be read from memory that the body allocated."""
     total, numbers, left = torch.zeros(()), iter(range(10)), []
 
     def body():
@@ -321,6 +321,9 @@ def test_what_a_replay_does_not_do(cuda):
     ("body", "reason"),
     [
         (lambda x, generator: x.add_(x.item()), "not permitted"),
+        (lambda x, generator: x[x > 0].sum(), "not permitted"),
+        (lambda x, generator: x.masked_fill_(x.nonzero().any(), 1.0), "not permitted"),
+        (lambda x, generator: torch.equal(x, x), "not permitted"),
         (lambda x, generator: x.normal_(generator=generator), "not registered"),
     ],
 )
