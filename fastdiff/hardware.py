@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from fastdiff.errors import UserError
 
@@ -113,6 +114,8 @@ def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.use_deterministic_algorithms(deterministic)
+    # Else a graph with an autograd.Function is traced anew in every process. Its code is part of the cache's key.
+    setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", True)  # noqa: B010
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums as streams allow
         # A debugging aid, at the price of a pass over each new tensor.

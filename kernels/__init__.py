@@ -2,6 +2,7 @@
 
 from kernels.adam_ema import adam_ema_
 from kernels.add_group_norm_silu import add_group_norm_silu
+from kernels.caching import tag_caches
 from kernels.cat_rows import cat_rows
 from kernels.ema import ema_update_
 from kernels.group_norm_silu import group_norm_silu
@@ -17,3 +18,5 @@ __all__ = [
     "group_norm_silu",
     "merge_columns",
 ]
+
+tag_caches()
