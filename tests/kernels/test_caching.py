@@ -18,7 +18,7 @@ print(y.abs().sum().item(), gradient.abs().sum().item(), counters["aot_autograd"
 FORWARD = "y = z * torch.sigmoid(z) if silu else z"
 
 
-def test_compiled_operators_follow_their_code(repo, tmp_path, monkeypatch):
+def test_compiled_operators_follow_their_code(repo, tmp_path, monkeypatch, compiled):
     """A second process takes what the first has compiled, but not once a formula has changed."""
     code = tmp_path / "kernels"
     shutil.copytree(repo / "kernels", code)
