@@ -7,7 +7,6 @@ Checked are bars 1 to 3: bytes of the norms over their floor, bytes of the step 
 1 if one is missed. Counts are what the code asks for; caches and the clock are not in them.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ import tyro
 from bench import inductor_mock
 from bench.step_variants import SMALL, VARIANTS, Counts, Variant, count_small, count_variant
 from fastdiff.config import UNetConfig
+from kernels.caching import source_hash
 
 REPO = Path(__file__).resolve().parent.parent
 FLOOR = (4.0, 6.0)  # bytes an element of a bf16 norm, forward (x, y) and backward (x, dy, dx)
@@ -67,16 +67,6 @@ def ratios(counts: dict[Variant, Counts]) -> dict[str, float]:
     if set(counts) == set(VARIANTS):
         values["2b"] = min(c.total for v, c in counts.items() if v != "ours") / ours.total
     return values
-
-
-def source_hash() -> str:
-    """Of the files that determine the counts."""
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        path = REPO / source
-        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
-            digest.update(str(file.relative_to(REPO)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -163,7 +153,7 @@ def main(options: Options) -> int:
     inductor_mock.check_version()
     config = replace(SMALL if options.small else UNetConfig(), dropout=options.dropout)
     path = REPO / "bench" / "results" / "step_counts.json"
-    key, sources = str(options.dropout), source_hash()
+    key, sources = str(options.dropout), source_hash(REPO, SOURCES)
     document: dict[str, Any] = {"torch": torch.__version__, "sources": sources, "batch": options.batch, "bars": {},
                                 "counts": {}, "small": {}}  # fmt: skip
     if path.exists() and (old := json.loads(path.read_text()))["sources"] == sources and old["batch"] == options.batch:

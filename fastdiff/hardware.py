@@ -115,7 +115,8 @@ def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.use_deterministic_algorithms(deterministic)
     # Else a graph with an autograd.Function is traced anew in every process. Its code is part of the cache's key.
-    if hasattr(torch._functorch.config, flag := "autograd_cache_allow_custom_autograd_functions"):  # not a public one
+    flag = "autograd_cache_allow_custom_autograd_functions"  # not a public one: a later PyTorch may lack it
+    if hasattr(torch._functorch.config, flag):
         setattr(torch._functorch.config, flag, True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums as streams allow

@@ -43,10 +43,17 @@ def test_compiled_operators_follow_their_code(repo, tmp_path, monkeypatch, compi
 
 
 def test_the_hash_is_of_names_and_contents(tmp_path):
-    (tmp_path / "a.py").write_text("x")
-    (tmp_path / "b.txt").write_text("x")
-    first = source_hash(tmp_path)
-    (tmp_path / "b.txt").write_text("y")
-    assert source_hash(tmp_path) == first
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert source_hash(tmp_path) != first
+    def now():
+        return source_hash(tmp_path, ["c.txt", "folder"])
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.py", "b.txt", "../c.txt"):
+        (folder / name).write_text("x")
+    first = now()
+    (folder / "b.txt").write_text("y")  # no Python
+    assert now() == first
+    (folder / "a.py").rename(folder / "b.py")
+    second = now()
+    (tmp_path / "c.txt").write_text("y")
+    assert len({first, second, now()}) == 3

@@ -120,3 +120,18 @@ def test_both_compile_as_one_graph():
     )
     for name, value in ours.items():
         assert_as_accurate(value, eager[name], exact[name], name)
+
+
+def test_what_is_compiled_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    """With its gradient, which an autograd.Function gives: see `set_backends`."""
+    set_backends(torch.device("cpu"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    outcomes, hits = [], []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        run = torch.compile(upsampling_conv, fullgraph=True)
+        outcomes.append(outcome(run, *drawn(SHAPES[0], torch.float32)))
+        hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1]
+    assert all(torch.equal(value, outcomes[1][name]) for name, value in outcomes[0].items())

@@ -1,4 +1,4 @@
-"""The step through fixed buffers, as a CUDA graph replays it; on a CPU without the capture, or with a recorded one."""
+"""The step through fixed buffers, as a CUDA graph replays it; on a CPU without the capture."""
 
 import copy
 
@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.training import step as step_module
-from fastdiff.training.distributed import Ranks
 from fastdiff.training.graphs import WARMUP, Captured
 from fastdiff.training.step import Metrics
 from tests.numerics import assert_as_accurate
-from tests.recorded import captured, recorded_cuda
 from tests.training.test_step import PLAIN, SMALL, batch, curve, make_step
 
 BOTH = pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -173,167 +170,6 @@ def test_all_metrics_are_read_at_once_and_once_a_step(monkeypatch):
     assert train_step.metrics_state() == {**sums, "count": 0}
     assert len(reads) == 1
     assert real(train_step.metrics) == tuple(sums.values())
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    return recorded_cuda(monkeypatch)
-
-
-def test_every_call_does_the_work_once_first_as_it_is_then_as_a_replay(cuda):
-    streams, main, count = [], cuda.now, torch.zeros(())
-
-    def body():
-        streams.append(cuda.now)
-        count.add_(1)
-
-    generator = torch.Generator()
-    call = Captured(body, device=torch.device("cpu"), capture=True, what="the step", generators=[generator])
-    ready = []
-    for i in range(WARMUP + 3):
-        ready.append(call.ready)
-        call()
-        assert count == i + 1
-    assert streams == [call.stream] * (WARMUP + 1)  # the last of them to be captured
-    assert call.stream is not main
-    assert main.waits == [call.stream] * WARMUP
-    assert call.stream.waits == [main] * WARMUP
-    assert ready == [False] * (WARMUP + 1) + [True] * 2
-    (graph,) = cuda.made
-    assert graph.generators == [generator]
-    assert graph.replays == 3
-
-
-def test_work_that_cannot_be_captured_is_refused_by_the_flags_name(cuda):
-    def body():
-        if cuda.capturing:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    call = Captured(body, device=torch.device("cpu"), capture=True, what="the training step")
-    for _ in range(WARMUP):
-        call()
-    with pytest.raises(
-        UserError, match=r"the training step cannot be captured .*\(operation not .*\); use --no-graphs"
-    ):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("cause", "raised", "said"),
-    [
-        (ValueError("the real reason\nand more"), UserError, r"\(the real reason\); use --no-graphs"),
-        (AssertionError(), UserError, r"\(AssertionError\); use --no-graphs"),
-        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "^out of memory$"),
-    ],
-)
-def test_the_bodys_own_error_is_told_not_that_of_the_captures_end(cuda, cause, raised, said):
-    def body():
-        if cuda.capturing:
-            raise cause
-
-    call = Captured(body, device=torch.device("cpu"), capture=True, what="the training step")
-    for _ in range(WARMUP):
-        call()
-    with pytest.raises(raised, match=said):
-        call()
-
-
-# Captured and replayed, on a CPU: see tests/recorded.py
-
-
-@pytest.fixture
-def captured_step(cuda, monkeypatch):
-    """Makes a step that is captured, with our update: PyTorch's reads the host's numbers on a CPU."""
-
-    def make(**options):
-        with monkeypatch.context() as patch:
-            patch.setattr(step_module, "Captured", captured)
-            return make_step(kernels="triton", graphs=True, **options)
-
-    return make
-
-
-@pytest.mark.parametrize(("bf16", "accumulate"), [(False, 1), (True, 1), (True, 4)])
-def test_a_replayed_step_is_the_plain_one_bit_for_bit(captured_step, bf16, accumulate):
-    """Learning rate (which rises), decay, batch, seeds: nothing of a step is that of the capture."""
-    options = {"bf16": bf16, "accumulate": accumulate}
-    plain, replayed = make_step(kernels="triton", graphs=True, **options), captured_step(**options)
-    assert curve(replayed, 12) == curve(plain, 12)
-    assert replayed.run.graph.replays == 12 - WARMUP
-    assert_same_state(replayed, plain)
-
-
-def test_a_replayed_step_goes_on_from_a_loaded_state(captured_step):
-    train_step = captured_step(bf16=True)
-    curve(train_step, 8)
-    saved = copy.deepcopy(
-        (train_step.model.state_dict(), train_step.update.ema.state_dict(), train_step.update.state_dict())
-    )
-    expected = curve(train_step, 6, start=8)
-    for each in (train_step, captured_step(bf16=True)):  # one that has its graph already, and one that has not
-        each.model.load_state_dict(saved[0])
-        each.update.ema.load_state_dict(saved[1], updates=8)
-        each.update.load_state_dict(copy.deepcopy(saved[2]))
-        assert curve(each, 6, start=8) == expected
-
-
-def test_a_replayed_step_passes_over_what_is_not_finite(captured_step):
-    plain, replayed = make_step(kernels="triton", graphs=True), captured_step()
-    for train_step in (plain, replayed):
-        for step in range(9):
-            weight = train_step.parameters[0]
-            good = weight.detach().clone()
-            if step in (6, 8):
-                weight.data.fill_(torch.nan)
-            train_step(batch(step), step)
-            if step in (6, 8):
-                weight.data.copy_(good)
-    assert replayed.metrics_state() == plain.metrics_state()
-    assert plain.metrics_state()["skipped"] == 2
-    assert plain.metrics_state()["bad_step"] == 6
-    assert_same_state(replayed, plain)
-
-
-def test_the_second_rank_replays_the_noise_of_the_first(captured_step):
-    """Its own generator draws it, which the graph has to know."""
-    ranks = Ranks(torch.device("cpu"), rank=1, size=2)
-    ranks.sum_ = lambda tensors, what=None: None
-    plain = make_step(kernels="triton", graphs=True, ranks=ranks)
-    assert curve(captured_step(ranks=ranks), 8) == curve(plain, 8)
-
-
-def test_what_a_replay_does_not_do(cuda):
-    """It follows no number of the host; and nothing may be read from memory that the body allocated."""
-    total, numbers, left = torch.zeros(()), iter(range(10)), []
-
-    def body():
-        total.add_(next(numbers))
-        left.append(total + 1)
-
-    call = Captured(body, device=total.device, capture=True, what="the step")
-    for _ in range(WARMUP + 3):
-        call()
-    assert total == sum(range(WARMUP)) + 3 * WARMUP
-    assert left[-1].isnan()
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (lambda x, generator: x.add_(x.item()), "not permitted"),
-        (lambda x, generator: x[x > 0].sum(), "not permitted"),
-        (lambda x, generator: x.masked_fill_(x.nonzero().any(), 1.0), "not permitted"),
-        (lambda x, generator: torch.equal(x, x), "not permitted"),
-        (lambda x, generator: x.normal_(generator=generator), "not registered"),
-    ],
-)
-def test_what_a_capture_refuses(cuda, body, reason):
-    x, generator = torch.zeros(()), torch.Generator()
-    call = Captured(lambda: body(x, generator), device=x.device, capture=True, what="the step")
-    for _ in range(WARMUP):
-        call()
-    with pytest.raises(UserError, match=reason):
-        call()
 
 
 # On a GPU
