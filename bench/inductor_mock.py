@@ -220,12 +220,13 @@ def _cuda_like(v: Tensor) -> Tensor:
     return storage.as_strided(v.shape, v.stride(), v.storage_offset())
 
 
-def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Graph]:
+def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor], options: dict[str, Any] | None = None) -> list[Graph]:
     """The graphs that Inductor makes of `fn(*inputs)` and its backward pass: [forward, backward].
 
     Args:
         fn: returns one tensor. Its gradient is taken of every input that requires one.
         inputs: CPU tensors (or on "meta") whose shapes, strides and dtypes count; their values are never read.
+        options: as of torch.compile.
     """
     check_version()
     captured: list[tuple[str, torch.fx.GraphModule, list[Any]]] = []
@@ -266,7 +267,8 @@ def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Graph]:
             )  # fmt: skip
             out = traced(*fakes)
             out.backward(torch.empty_like(out))
-        return [_lower(name, gm, example) for name, gm, example in captured]
+        with inductor_config.patch(options or {}):
+            return [_lower(name, gm, example) for name, gm, example in captured]
 
 
 def _lower(name: str, gm: torch.fx.GraphModule, example: Sequence[Any]) -> Graph:

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import nn
 
 from bench.suite import Size, image_set, network_flops
 from bench.timing import Workload
 from fastdiff.data.loaders import Loader, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
+from fastdiff.hardware import compiled
+from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import Update, make_update
@@ -21,18 +24,21 @@ def objective(size: Size) -> Objective:
     return make_objective(**size.config.diffusion)
 
 
-def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[UNet, Update]:
-    """A fresh network on the device, and its optimizer with the average.
+def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[nn.Module, Update]:
+    """A fresh network on the device, fused with "triton", and its optimizer with the average.
 
     Args:
         kernels: "triton" or "torch".
         graphs: to be captured.
     """
     torch.manual_seed(0)
-    model = UNet(size.config.net).to(size.device).use_kernels(kernels)
-    ema = EMA(model, size.config.ema_decay)
-    update = make_update(kernels, model, ema, weight_decay=size.config.weight_decay, bf16=size.bf16, graphs=graphs)
-    return model, update
+    model = UNet(size.config.net).to(size.device)
+    network = fuse(model) if kernels == "triton" else model
+    update = make_update(
+        kernels, model, EMA(model, size.config.ema_decay), weight_decay=size.config.weight_decay,
+        half=half_parameters(network) if size.bf16 else (), graphs=graphs,
+    )  # fmt: skip
+    return network, update
 
 
 def train_step(size: Size, *, kernels: str, compile: bool, graphs: bool = False) -> TrainStep:
@@ -79,13 +85,13 @@ def sampling(size: Size, settings: SamplerSettings, n: int, *, captured: bool) -
         captured: replay a CUDA graph a denoising step, captured once for all calls.
     """
     torch.manual_seed(0)
-    net = UNet(size.config.net).to(size.device).use_kernels("triton" if size.ours else "torch")
-    net.requires_grad_(False).eval()
+    net = UNet(size.config.net).to(size.device).requires_grad_(False).eval()
+    net = fuse(net) if size.ours else net
     if size.bf16:
         net = half_weights(net)
     side = size.config.net.image_size
     batches = sample_batches(
-        torch.compile(net, fullgraph=True) if size.ours else net, objective(size), n * 2**40, settings=settings,
+        compiled(net) if size.ours else net, objective(size), n * 2**40, settings=settings,
         image_shape=(3, side, side), batch_size=n, seed=0, device=size.device, bf16=size.bf16, graphs=captured,
         progress=lambda done: None,  # evaluations show theirs
     )  # fmt: skip

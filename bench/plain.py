@@ -43,7 +43,7 @@ def plain_step(config: Config, batches: Iterator[Tensor], device: torch.device) 
         config: network, learning rate, clipping, decay.
         batches: float32 (B, C, H, W) on the host.
     """
-    model = UNet(config.net).to(device).to(memory_format=torch.contiguous_format).use_kernels("torch")
+    model = UNet(config.net).to(device).to(memory_format=torch.contiguous_format)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
     average = [p.detach().clone() for p in model.parameters()]
     betas = torch.linspace(1e-4, 0.02, config.timesteps, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The training step in variants, and what Inductor's code for an H100 asks for in each: bytes and launches."""
 
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,19 +9,21 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import inductor_mock
 from bench.inductor_mock import Call
 from fastdiff.config import UNetConfig
 from fastdiff.diffusion.objectives import make_objective
-from fastdiff.nets import layers
-from fastdiff.nets.layers import GroupNorm
+from fastdiff.hardware import COMPILE_OPTIONS
+from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import make_update
 from fastdiff.training.step import TrainStep
+from kernels import add_group_norm_silu, group_norm_silu
 
 Variant = Literal["stock", "stock-nchw", "plain", "ours"]
 VARIANTS: dict[Variant, str] = {
@@ -34,18 +36,14 @@ VARIANTS: dict[Variant, str] = {
 SMALL = UNetConfig(image_size=16, channels=64, channel_mult=(1, 1), blocks_per_level=1, attention_resolutions=())
 
 
-def plain_group_norm_silu(x: Tensor, norm: GroupNorm, weight: Tensor, bias: Tensor, *, silu: bool = True,
-                          shift: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-                          stream: int = 0) -> Tensor:  # fmt: skip
-    """`layers.group_norm_silu` as one writes it for Inductor: reductions over (N, HW, groups, C / groups) views."""
+def plain_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """GroupNorm as one writes it for Inductor: reductions over (N, HW, groups, C / groups) views."""
     n, c, height, width = x.shape
-    u = x if shift is None else x + shift[:, :, None, None]
-    u = u.permute(0, 2, 3, 1).reshape(n, height * width, norm.num_groups, c // norm.num_groups).float()
+    u = x.permute(0, 2, 3, 1).reshape(n, height * width, norm.num_groups, c // norm.num_groups).float()
     variance, mean = torch.var_mean(u, (1, 3), correction=0, keepdim=True)
     scale = torch.rsqrt(variance + norm.eps)
-    y = (u - mean) * scale * weight.reshape(norm.num_groups, -1) + bias.reshape(norm.num_groups, -1)
-    y = (F.silu(y) if silu else y).to(x.dtype).reshape(n, height, width, c).permute(0, 3, 1, 2)
-    return F.dropout(y, dropout_p)
+    y = (u - mean) * scale * norm.weight.reshape(norm.num_groups, -1) + norm.bias.reshape(norm.num_groups, -1)
+    return y.reshape(n, height, width, c).permute(0, 3, 1, 2)
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def norms_of(variant: Variant) -> Generator[None]:
     if variant != "plain":
         yield
         return
-    with mock.patch.object(layers, "group_norm_silu", plain_group_norm_silu):
+    with mock.patch.object(nn.GroupNorm, "forward", plain_group_norm):
         yield
 
 
@@ -90,19 +88,25 @@ class Counts:
         return self.triton - sum(n for kind, n in self.kinds.items() if kind.endswith(" user"))
 
 
-def make_step(variant: Variant, config: UNetConfig) -> TrainStep:
-    """The project's own training step with this variant's switches."""
-    kernels = "triton" if variant == "ours" else "torch"
-    model = UNet(config).use_kernels(kernels)
+def make_step(variant: Variant, config: UNetConfig, rules: Sequence[Rule] = RULES) -> TrainStep:
+    """The project's own training step with this variant's switches; ours with these rules of `fuse`."""
+    ours = variant == "ours"
+    model = UNet(config)
+    network = fuse(model, rules) if ours else model
     objective = make_objective("eps", schedule="ddpm-linear")
-    ema = EMA(model, 0.9999)
-    update = make_update(kernels, model, ema, weight_decay=0.0, bf16=True)
-    return TrainStep(model, objective, update, lr=2e-4, warmup_steps=0, grad_clip=1.0, seed=0, bf16=True, compile=False)
+    update = make_update(
+        "triton" if ours else "torch", model, EMA(model, 0.9999), weight_decay=0.0, half=half_parameters(network)
+    )
+    return TrainStep(
+        network, objective, update, lr=2e-4, warmup_steps=0, grad_clip=1.0, seed=0, bf16=True, compile=False
+    )
 
 
-def graphs_of(variant: Variant, config: UNetConfig, batch: int) -> list[inductor_mock.Graph]:
-    """Inductor's forward and backward of the loss, as TrainStep differentiates it."""
-    step = make_step(variant, config)
+def graphs_of(
+    variant: Variant, config: UNetConfig, batch: int, rules: Sequence[Rule] = RULES
+) -> list[inductor_mock.Graph]:
+    """Inductor's forward and backward of the loss, as TrainStep differentiates it; ours compiled as it compiles."""
+    step = make_step(variant, config, rules)
     names, n = list(step.update.weights), len(step.update.weights)
     weights: list[Tensor] = [w.detach().requires_grad_() for w in step.update.weights.values()]
     side, channels = config.image_size, config.image_channels
@@ -120,21 +124,24 @@ def graphs_of(variant: Variant, config: UNetConfig, batch: int) -> list[inductor
         return mean
 
     with norms_of(variant):
-        return inductor_mock.count(loss, [*weights, images, t, eps])
+        return inductor_mock.count(loss, [*weights, images, t, eps], COMPILE_OPTIONS if variant == "ours" else None)
 
 
 def norm_shapes(config: UNetConfig) -> Counter[tuple[int, int, bool, bool]]:
-    """How often the network applies a norm to (channels, side, SiLU, shift)."""
+    """How often the fused network applies a norm to (channels, side, SiLU, shift); shifts within sums do not count."""
     seen: Counter[tuple[int, int, bool, bool]] = Counter()
 
-    def record(
-        x: Tensor, norm: GroupNorm, *_: Tensor, silu: bool = True, shift: Tensor | None = None, **__: Any
-    ) -> Tensor:
-        seen[x.shape[1], x.shape[2], silu, shift is not None] += 1
-        return x
+    class Norms(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in (group_norm_silu, add_group_norm_silu):
+                shifted = target is group_norm_silu and kwargs["shift"] is not None
+                seen[len(args[1]), args[0].shape[2], kwargs["activation"] == "silu", shifted] += 1
+            return super().call_function(target, args, kwargs)
 
-    with mock.patch.object(layers, "group_norm_silu", record), torch.device("meta"):
-        UNet(config)(torch.empty(1, config.image_channels, config.image_size, config.image_size), torch.empty(1))
+    norms = Norms(fuse(UNet(config)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, config.image_channels, config.image_size, config.image_size)
+        norms.run(x.to(memory_format=torch.channels_last), torch.empty(1), None)
     return seen
 
 
@@ -145,25 +152,20 @@ def norm_bytes(variant: Variant, config: UNetConfig, batch: int) -> tuple[float,
         x = torch.empty(batch, side, side, channels, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
         if variant == "stock-nchw":
             x = torch.empty(x.shape, dtype=torch.bfloat16, device="meta")
-        norm = GroupNorm(config.norm_groups, channels, config.norm_eps)
-        norm.fused = variant == "ours"
+        norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
 
         def apply(
-            x: Tensor, weight: Tensor, bias: Tensor, *shift: Tensor, norm: GroupNorm = norm, silu: bool = silu
+            x: Tensor, weight: Tensor, bias: Tensor, *shift: Tensor, norm: nn.GroupNorm = norm, silu: bool = silu
         ) -> Tensor:
-            class Norm(torch.nn.Module):
-                def __init__(self) -> None:
-                    super().__init__()
-                    self.norm = norm
-
-                def forward(self, x: Tensor) -> Tensor:
-                    return layers.group_norm_silu(
-                        x, self.norm, self.norm.weight, self.norm.bias, silu=silu, shift=shift[0] if shift else None
-                    )
-
+            if variant == "ours":
+                return group_norm_silu(
+                    x, weight, bias, norm.num_groups, norm.eps, shift=shift[0] if shift else None,
+                    activation="silu" if silu else "none",
+                )  # fmt: skip
             with torch.autocast(x.device.type, torch.bfloat16):
-                weights = {"norm.weight": weight, "norm.bias": bias}
-                return torch.func.functional_call(Norm(), weights, (x,))
+                u = x + shift[0][:, :, None, None] if shift else x
+                y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (u,))
+                return (F.silu(y) if silu else y).to(x.dtype)
 
         inputs = [x.requires_grad_(), norm.weight, norm.bias]
         if shifted:

@@ -8,13 +8,9 @@ from torch import Tensor
 
 from bench.suite import Against, Comparison, Size
 from bench.timing import Workload, rotations
-from fastdiff.nets.resampling import padded_sums, upsample_nearest, upsampling_conv
+from kernels.upsample_conv import padded_sums, reference, upsample_conv
 
 TWO, OURS, TRANSPOSED = "nearest, then 3x3", "ours, 2x2", "transposed 4x4"
-
-
-def two(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(upsample_nearest(x), weight, padding=1)
 
 
 def transposed(x: Tensor, weight: Tensor) -> Tensor:
@@ -24,7 +20,7 @@ def transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _comparison(size: Size, n: int, channels: int, side: int) -> Comparison:
-    functions = {TWO: two, OURS: upsampling_conv, TRANSPOSED: transposed}
+    functions = {TWO: reference, OURS: upsample_conv, TRANSPOSED: transposed}
 
     def image(*shape: int) -> Tensor:
         v = torch.randn(shape, device=size.device, dtype=size.dtype)

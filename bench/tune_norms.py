@@ -32,15 +32,14 @@ from torch import Tensor
 
 import kernels
 from bench import aot
-from bench.aot import Job
 from bench.timing import rotations
 from fastdiff.hardware import REPO, environment
 from kernels import launch
+from kernels.group_norm_jobs import CONCATENATIONS, UNET_SHAPES, VARIANTS, norm_jobs
 from kernels.launch import NormTiles
+from kernels.spec import Job
 
 GROUPS, EPS = 32, 1e-6
-SHAPES = ((128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512, 16), (256, 8), (512, 8), (256, 4),
-          (512, 4))  # fmt: skip
 DROPPING = ((128, 32), (256, 16), (256, 8), (256, 4))  # second norms of a block: shift and dropout
 WIDTHS = {32: (16, 32, 64), 16: (32, 64), 8: (64, 128), 4: (128, 256, 512)}  # channels of a tile, by its height
 WARPS_AHEAD = (8, 12, 16, 24)  # of a multiprocessor, where programs stay and load tiles ahead
@@ -64,11 +63,11 @@ class Task:
     @property
     def own(self) -> int:
         """Channels of the sum that a skip does not bring."""
-        return aot.CONCATENATIONS.get((self.channels, self.side), self.channels)
+        return CONCATENATIONS.get((self.channels, self.side), self.channels)
 
     @property
     def variant(self) -> str:
-        """The name in bench/aot.py of what a call site switches on."""
+        """The name in kernels/group_norm_jobs.py of what a call site switches on."""
         return "shift+dropout" if self.dropout else "add, kept" if self.own == self.channels else "add"
 
     @property
@@ -93,7 +92,7 @@ class Timed:
     tiles: NormTiles
 
 
-TASKS = [Task(c, s, b, False) for c, s in SHAPES for b in (False, True)]
+TASKS = [Task(c, s, b, False) for c, s in UNET_SHAPES for b in (False, True)]
 TASKS += [Task(c, s, b, True) for c, s in DROPPING for b in (False, True)]
 
 
@@ -128,7 +127,7 @@ def moved(task: Task, batch: int) -> int:
 def calls(task: Task, tiles: NormTiles, copies: int, batch: int, device: str = "cuda") -> list[Callable[[], object]]:
     """One call for each set of buffers."""
     ops, c = torch.ops.fastdiff_kernels, task.channels
-    weight, bias = (torch.randn(c, device=device).expand(batch, c) for _ in range(2))
+    weight, bias = (torch.randn(c, device=device) for _ in range(2))
     seed = torch.ones(1, dtype=torch.int64, device=device) if task.dropout else None
     embedding, conv_bias = torch.randn(batch, 1664, device=device).bfloat16(), torch.randn(task.own, device=device)
     shift = embedding[:, -c:] if task.dropout else conv_bias.expand(batch, task.own)
@@ -175,13 +174,13 @@ def fits(task: Task, tiles: NormTiles, sm: int) -> bool:
 
 def jobs(task: Task, tiles: NormTiles, variants: Iterable[str], architectures: Iterable[int]) -> list[tuple[Job, int]]:
     """The task's kernel in these tiles, for bench/aot.py to compile."""
-    passes = [tuple(aot.norm_jobs(task.channels, task.side, v, groups=GROUPS, tiles=tiles)) for v in variants]
+    passes = [tuple(norm_jobs(task.channels, task.side, v, groups=GROUPS, tiles=tiles)) for v in variants]
     return [(both[task.backward], sm) for both in passes for sm in architectures]
 
 
 def call_sites(task: Task) -> list[str]:
     """All that may be switched on in calls that take the tiles of the task's key."""
-    return [v for v, on in aot.VARIANTS.items() if ("seed" in on) == task.dropout and "scale" not in on]
+    return [v for v, on in VARIANTS.items() if ("seed" in on) == task.dropout and "scale" not in on]
 
 
 def compile_one(work: tuple[Task, NormTiles]) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m fastdiff {sample,evaluate,export}`: use what a training run has saved."""
+"""`python -m fastdiff {sample,evaluate,likelihood,export,show}`: use what a training run has saved; show a network."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from fastdiff.config import SamplerName, SpacingName
+from fastdiff.config import PRESETS, PresetName, SamplerName, SpacingName
 from fastdiff.errors import TrainingFailed, UsageError, UserError
 
 OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
@@ -181,10 +181,33 @@ class Export:
         return 0
 
 
+@dataclass(frozen=True)
+class Show:
+    """Print a network's parts: resolution, channels, parameters, and floating-point operations an image."""
+
+    preset: PresetName = "ddpm-cifar10"
+    """Whose network."""
+    code: bool = False
+    """Print what the network runs with --kernels triton instead: layers, kernels and parameters, a call a line."""
+
+    def run(self) -> int:
+        """Returns 0."""
+        from fastdiff.nets.fuse import fuse
+        from fastdiff.nets.graph import program
+        from fastdiff.nets.show import table
+        from fastdiff.nets.unet import UNet
+
+        config = PRESETS[self.preset].net
+        net = UNet(config)
+        size = {"image_size": config.image_size, "image_channels": config.image_channels}
+        print(program(fuse(net)) if self.code else table(net, **size), end="")
+        return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"sample": Sample, "evaluate": Evaluate, "likelihood": Likelihood, "export": Export},
+        {"sample": Sample, "evaluate": Evaluate, "likelihood": Likelihood, "export": Export, "show": Show},
         prog="python -m fastdiff",
         args=arguments,
     )

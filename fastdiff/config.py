@@ -13,6 +13,7 @@ SamplerName = Literal[
     "dpmpp-2m-sde", "unipc",
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
+PresetName = Literal["ddpm-cifar10", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve"]
 SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
 
 
@@ -82,7 +83,7 @@ class UNetConfig:
 class Config:
     """A training run. Every field is a flag of `train_cifar.py`; the defaults are the DDPM CIFAR-10 baseline."""
 
-    preset: Literal["ddpm-cifar10", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve"] = "ddpm-cifar10"
+    preset: PresetName = "ddpm-cifar10"
     """Where the other fields' defaults come from."""
 
     data: str = "cifar10"

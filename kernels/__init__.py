@@ -3,20 +3,21 @@
 from kernels.adam_ema import adam_ema_
 from kernels.add_group_norm_silu import add_group_norm_silu
 from kernels.caching import tag_caches
-from kernels.cat_rows import cat_rows
 from kernels.ema import ema_update_
 from kernels.group_norm_silu import group_norm_silu
-from kernels.merge_columns import merge_columns
+from kernels.merge_columns import linear_qkv, merge_columns
 from kernels.registry import REGISTRY
+from kernels.upsample_conv import upsample_conv
 
 __all__ = [
     "REGISTRY",
     "adam_ema_",
     "add_group_norm_silu",
-    "cat_rows",
     "ema_update_",
     "group_norm_silu",
+    "linear_qkv",
     "merge_columns",
+    "upsample_conv",
 ]
 
 tag_caches()

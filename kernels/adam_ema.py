@@ -14,6 +14,7 @@ steps. One thread computes an element, in a fixed order: two runs agree bit for 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from torch.library import triton_op
 
 from kernels.ema import blend
 from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from kernels.spec import Case, Inputs, Job, KernelSpec
 
 # 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes); 70 registers, so that 7
 # programs an SM keep enough loads in flight.
@@ -205,6 +206,18 @@ def _min_bytes(inputs: Inputs) -> tuple[int, int]:
     return 2 * state + inputs["grad"].nbytes + (0 if inputs["half"] is None else inputs["half"].nbytes), 0
 
 
+def _jobs() -> Iterator[Job]:
+    state = ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "ema_ptr")
+    types = dict.fromkeys((*state, "grad_ptr", "lr_ptr", "decay_ptr", "clip_ptr", "step_ptr"), "*fp32")
+    types |= {"half_ptr": "*bf16", "n": "i32"}
+    fixed, wide = constants(0.9, 0.999, 1e-8, 0.0), frozenset({*state, "grad_ptr", "half_ptr"})
+    for label, other_types, other_constants in (
+        ("35.7 M parameters", {}, {}), ("bf16 gradient, weight decay", {"grad_ptr": "*bf16"}, {"WEIGHT_DECAY": 0.01}),
+    ):  # fmt: skip
+        yield Job(label, "kernels.adam_ema:adam_ema_kernel", types | other_types, fixed | other_constants, WARPS, wide,
+                  frozenset({"n"}))  # fmt: skip
+
+
 SPEC = KernelSpec(
     name="adam_ema",
     op=adam_ema_,
@@ -218,5 +231,7 @@ SPEC = KernelSpec(
     ),
     dtypes=(torch.float32, torch.bfloat16),
     min_bytes=_min_bytes,
+    category="optimizer",
+    jobs=_jobs,
     mutates=("param", "exp_avg", "exp_avg_sq", "ema", "half"),
 )

@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kernels.group_norm_launch import backward, forward, image, statistics, vector_like
-from kernels.group_norm_silu import (
-    DTYPES,
-    Activation,
-    check,
-    check_layout,
-    draw_affine,
-    vectors_of,
-)
+from kernels.group_norm_jobs import SUMS, all_jobs
+from kernels.group_norm_launch import backward, forward, image, shares, statistics, vector_like
+from kernels.group_norm_silu import DTYPES, Activation, check, check_layout, draw_affine, each_images, summed
 from kernels.group_norm_silu import reference as norm_reference
 from kernels.spec import Case, Inputs, KernelSpec
 
@@ -61,8 +55,8 @@ def _forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Te
 def _backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
               shift: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
               c_x: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dx, dskip, dweight, dbias, dshift of x = u, whose first c_x channels are the forward's x; an empty tensor for
-    skip or shift if it was not given."""
+    """-> dx, dskip, the images' shares (N, C) of dweight and dbias, and dshift, of x = u, whose first c_x channels are
+    the forward's x; an empty tensor for skip or shift if it was not given."""
     dx, dskip, dweight, dbias, dshift, *_ = backward(dy, du, du2, x, weight, bias, shift, None, None, None, mean, rstd,
                                                      num_groups, silu, 0.0, 0, c_x, summed=True)  # fmt: skip
     grads = (dx, dskip, dweight, dbias, dshift)
@@ -79,7 +73,7 @@ def _(x, residual, skip, weight, bias, shift, num_groups, eps, silu):
 @_backward.register_fake
 def _(dy, du, du2, x, weight, bias, shift, mean, rstd, num_groups, silu, c_x):
     dskip = image(x, x.shape[1] - c_x) if c_x < x.shape[1] else x.new_empty(0)
-    return image(x, c_x), dskip, *(vector_like(v, x) for v in (weight, bias, shift))
+    return image(x, c_x), dskip, shares(x), shares(x), vector_like(shift, x)
 
 
 def _setup_context(ctx, inputs, output):
@@ -93,6 +87,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dy, du, du2, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
     u, *rest = ctx.saved_tensors
+    weight, bias, shift, _, _ = rest
     has_residual, has_skip, has_shift = ctx.given
     # Autograd may hand over an expanded or NCHW gradient, or none where a result was not used.
     dy, du, du2 = (v if v is None else v.contiguous(memory_format=torch.channels_last) for v in (dy, du, du2))
@@ -100,9 +95,10 @@ def _autograd(ctx, dy, du, du2, dmean, drstd):  # mean and rstd never leave this
         total = du2 if du is None else du if du2 is None else du + du2
         c_x = ctx.plain[-1]
         dx, dskip, dweight, dbias = total[:, :c_x], total[:, c_x:], None, None
-        dshift = dx.sum((2, 3), dtype=rest[2].dtype) if has_shift else None
+        dshift = dx.sum((2, 3), dtype=shift.dtype) if has_shift else None
     else:
         dx, dskip, dweight, dbias, dshift = _backward(dy, du, du2, u, *rest, *ctx.plain)
+        dweight, dbias = summed(dweight, weight), summed(dbias, bias)
     images = dx, dx if has_residual else None, dskip if has_skip else None
     return *images, dweight, dbias, dshift if has_shift else None, None, None, None
 
@@ -129,7 +125,7 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
     """-> y = act(group_norm(u)), u = cat(x + residual + shift, skip), and u again; differentiable once in all of them.
 
     x           (N, C1, H, W) in torch.channels_last, bf16, fp16 or fp32 (float64 too on a CPU); N may be 0
-    weight      (C,) and bias (C,), or both (N, C); see `group_norm_silu`. C = C1 + C2
+    weight      (C,) and bias (C,), C = C1 + C2
     num_groups  any divisor of C; a group may have members in both x and skip
     eps         added to the variance
     residual    (N, C1, H, W) like x
@@ -157,13 +153,13 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
         check_layout(name, v)
     channels = x.shape[1] + (0 if skip is None else skip.shape[1]) if x.dim() == 4 else 0
     check(x, channels, weight, bias, num_groups, shift, None, None, activation, 0.0, None, 0)
-    vectors = vectors_of(x.shape[0], weight, bias, shift)
-    y, u, ticket, _, _ = _forward(x, residual, skip, *vectors, num_groups, eps, activation == "silu")
+    y, u, ticket, _, _ = _forward(x, residual, skip, weight.contiguous(), bias.contiguous(),
+                                  each_images(shift, x.shape[0]), num_groups, eps, activation == "silu")  # fmt: skip
     return y, u, _Kept.apply(u.detach(), ticket)
 
 
 def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int = 0, extras: tuple[str, ...] = (),
-          rows: bool = False, **plain) -> Case:  # fmt: skip
+          **plain) -> Case:  # fmt: skip
     """Standard-normal terms; weights are exact in bf16, so that only arithmetic is compared."""
 
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -171,7 +167,7 @@ def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, c_skip: int
             v = torch.randn(n, channels, h, w, generator=generator).bfloat16()
             return v.to(dtype).to(memory_format=torch.channels_last)
 
-        inputs: Inputs = {"x": image(c)} | draw_affine(generator, (n, c + c_skip) if rows else (c + c_skip,))
+        inputs: Inputs = {"x": image(c)} | draw_affine(generator, c + c_skip)
         inputs |= {"num_groups": groups}
         if "residual" in extras:
             inputs["residual"] = image(c)
@@ -198,7 +194,7 @@ SPEC = KernelSpec(
     reference=reference,
     cases=(
         _case("residual", 2, 128, 8, 8, 32, extras=("residual",)),
-        _case("everything at once", 2, 64, 6, 6, 12, c_skip=32, extras=("residual", "shift"), rows=True),
+        _case("everything at once", 2, 64, 6, 6, 12, c_skip=32, extras=("residual", "shift")),
         _case("12 channels a group, a seam inside one", 2, 64, 16, 16, 8, c_skip=32, extras=("residual",)),
         _case("attention's norm", 1, 64, 16, 16, 32, extras=("residual", "shift"), activation="none", eps=1e-6),
         _case("7x5 pixels, odd channels", 3, 20, 7, 5, 11, c_skip=13, extras=("shift",)),
@@ -209,5 +205,7 @@ SPEC = KernelSpec(
     ),
     dtypes=DTYPES,
     min_bytes=_min_bytes,
+    category="norm",
+    jobs=lambda: all_jobs(SUMS, [(384, 32, "add", "fp32"), (128, 16, "add", "fp32")]),
     differentiable=("x", "weight", "bias", "residual", "skip", "shift"),
 )

@@ -10,6 +10,8 @@ views into one 1-D tensor, and so are their averages.
 The update is in float32: in bf16 (8 bits) an average at decay 0.9999 would never move.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from kernels.spec import Case, Inputs, Job, KernelSpec
 
 # 8 elements a thread: two 16-byte loads in flight of each buffer. 4 warps; the grid of thousands fills any GPU.
 BLOCK, WARPS = 1024, 4
@@ -106,6 +108,12 @@ def _case(n: int, decay: float, *, wide: bool = False) -> Case:
     return Case(f"n={n}, decay={decay}" + (" in float64" if wide else ""), make)
 
 
+def _jobs() -> Iterator[Job]:
+    buffers = frozenset({"ema_ptr", "param_ptr"})
+    types = dict.fromkeys(sorted(buffers), "*fp32") | {"decay_ptr": "*fp32", "n": "i32"}
+    yield Job("35.7 M parameters", "kernels.ema:ema_kernel", types, {"BLOCK": BLOCK}, WARPS, buffers, frozenset({"n"}))
+
+
 SPEC = KernelSpec(
     name="ema_update",
     op=ema_update_,
@@ -113,5 +121,7 @@ SPEC = KernelSpec(
     cases=(_case(1, 0.5), _case(1000, 0.9999), _case(4096, 0.9999, wide=True), _case(5003, 0.0), _case(0, 0.9)),
     dtypes=(torch.float32, torch.bfloat16),
     min_bytes=lambda inputs: (2 * inputs["ema"].nbytes + inputs["params"].nbytes, 0),
+    category="optimizer",
     mutates=("ema",),
+    jobs=_jobs,
 )

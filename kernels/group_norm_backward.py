@@ -21,15 +21,15 @@ from kernels.group_norm_math import (
 
 @triton.jit
 def _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
-                n, affine_row, channel, ok, C: tl.constexpr):  # fmt: skip
+                n, channel, ok, C: tl.constexpr):  # fmt: skip
     """Write what follows from A and B [BC]: the images' shares of dweight and dbias, and dscale and doffset."""
     here = n.to(tl.int64) * C + channel
     one_plus = 1.0 + per_image(scale_ptr, n, C, channel, ok)
     tl.store(part_weight_ptr + here, a * one_plus, mask=ok)
     tl.store(part_bias_ptr + here, b * one_plus, mask=ok)
     if dscale_ptr is not None:
-        weight = per_image(weight_ptr, n, affine_row, channel, ok)
-        bias = per_image(bias_ptr, n, affine_row, channel, ok)
+        weight = per_image(weight_ptr, n, 0, channel, ok)
+        bias = per_image(bias_ptr, n, 0, channel, ok)
         tl.store(dscale_ptr + here, (weight * a + bias * b).to(dscale_ptr.dtype.element_ty), mask=ok)
     if doffset_ptr is not None:
         tl.store(doffset_ptr + here, b.to(doffset_ptr.dtype.element_ty), mask=ok)
@@ -47,8 +47,8 @@ def backward_tile(
     du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
     du2_ptr,  # (N, HW, C) like x: a second part of it, or None
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32: what was normalised, but for the shift
-    weight_ptr,  # (N, C), rows affine_row apart
-    bias_ptr,  # (N, C), the same
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
     shift_ptr,  # (N, C), rows shift_row apart; or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
@@ -57,12 +57,11 @@ def backward_tile(
     rstd_ptr,  # (N, C / PER_GROUP) fp32
     dx_ptr,  # (N, HW, C_X) like x
     dskip_ptr,  # (N, HW, C - C_X) like x, or None
-    part_weight_ptr,  # (N, C) fp32: summed over N by column_sums, or later
+    part_weight_ptr,  # (N, C) fp32: the images' shares
     part_bias_ptr,  # (N, C) fp32
     dshift_ptr,  # (N, C_X) like shift, or None
     dscale_ptr,  # (N, C) like scale, or None
     doffset_ptr,  # (N, C) like offset, or None
-    affine_row,
     shift_row,
     stream_id,
     threshold,
@@ -95,7 +94,7 @@ def backward_tile(
         at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back spread to channels
         mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
         rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
-        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
         shift = per_image(shift_ptr, n, shift_row, channel, ok)
         centre = (shift - mean) * rstd  # xhat = x * rstd + centre: one instruction
 
@@ -106,7 +105,7 @@ def backward_tile(
         gz = grad_z(xhat, dy, gamma, beta, SILU)  # 0 in the padding, where dy is 0
         a, b = tl.sum(gz * xhat, 0), tl.sum(gz, 0)  # [BC]
         _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
-                    n, affine_row, channel, ok, C)  # fmt: skip
+                    n, channel, ok, C)  # fmt: skip
 
         m: tl.constexpr = HW * PER_GROUP
         mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
@@ -128,8 +127,8 @@ def backward_loop(
     du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
     du2_ptr,  # (N, HW, C) like x: a second part of it, or None
     x_ptr,  # (N, HW, C) bf16, fp16 or fp32: what was normalised, but for the shift
-    weight_ptr,  # (N, C), rows affine_row apart
-    bias_ptr,  # (N, C), the same
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
     shift_ptr,  # (N, C), rows shift_row apart; or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
@@ -138,12 +137,11 @@ def backward_loop(
     rstd_ptr,  # (N, C / PER_GROUP) fp32
     dx_ptr,  # (N, HW, C_X) like x
     dskip_ptr,  # (N, HW, C - C_X) like x, or None
-    part_weight_ptr,  # (N, C) fp32: summed over N by column_sums, or later
+    part_weight_ptr,  # (N, C) fp32: the images' shares
     part_bias_ptr,  # (N, C) fp32
     dshift_ptr,  # (N, C_X) like shift, or None
     dscale_ptr,  # (N, C) like scale, or None
     doffset_ptr,  # (N, C) like offset, or None
-    affine_row,
     shift_row,
     stream_id,
     threshold,
@@ -172,7 +170,7 @@ def backward_loop(
     at_group = n * (C // PER_GROUP) + channel // PER_GROUP  # [BC]: mean and rstd come back already spread to channels
     mean = tl.load(mean_ptr + at_group, mask=ok, other=0.0)
     rstd = tl.load(rstd_ptr + at_group, mask=ok, other=0.0)
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     # A thread holds 8 channels of every per-channel number here, so the fewer the better: xhat = x * rstd + centre.
     centre = (per_image(shift_ptr, n, shift_row, channel, ok) - mean) * rstd
 
@@ -192,7 +190,7 @@ def backward_loop(
         sum_b += gz
     a, b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)  # [BC]
     _store_sums(a, b, weight_ptr, bias_ptr, scale_ptr, part_weight_ptr, part_bias_ptr, dscale_ptr, doffset_ptr,
-                n, affine_row, channel, ok, C)  # fmt: skip
+                n, channel, ok, C)  # fmt: skip
 
     m: tl.constexpr = HW * PER_GROUP
     mean_a = to_channels(group_sum(gamma * a, local, PER_GROUP, BLOCK_G) / m, local, PER_GROUP, BLOCK_G)  # [BC]
@@ -217,28 +215,3 @@ def backward_loop(
             sum_dx += zero_outside(dx, ok2, whole)
     if dshift_ptr is not None:
         _store_dshift(dshift_ptr, tl.sum(sum_dx, 0), n, channel, ok, C_X)
-
-
-@triton.jit
-def column_sums(
-    part_weight_ptr,  # (N, C) fp32
-    part_bias_ptr,  # (N, C) fp32
-    dweight_ptr,  # (C,) like weight
-    dbias_ptr,  # (C,) like bias
-    N,
-    C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dweight and dbias from the images' shares: a second small kernel in place of atomics, so the order is fixed."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
-    row = tl.arange(0, BLOCK_N)  # [BN]
-    weight = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    bias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for i in range(0, N, BLOCK_N):
-        ok = (i + row < N)[:, None] & (channel < C)[None, :]
-        here = (i + row).to(tl.int64)[:, None] * C + channel[None, :]
-        weight += tl.load(part_weight_ptr + here, mask=ok, other=0.0)
-        bias += tl.load(part_bias_ptr + here, mask=ok, other=0.0)
-    tl.store(dweight_ptr + channel, tl.sum(weight, 0).to(dweight_ptr.dtype.element_ty), mask=channel < C)
-    tl.store(dbias_ptr + channel, tl.sum(bias, 0).to(dbias_ptr.dtype.element_ty), mask=channel < C)

@@ -25,8 +25,8 @@ def forward_tile(
     x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
     residual_ptr,  # (N, HW, C_X) like x, or None
     skip_ptr,  # (N, HW, C - C_X) like x, or None
-    weight_ptr,  # (N, C), rows affine_row apart
-    bias_ptr,  # (N, C), the same
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
     shift_ptr,  # (N, C_X), rows shift_row apart, or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
@@ -35,7 +35,6 @@ def forward_tile(
     u_ptr,  # (N, HW, C) like x: what was normalised; or None
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
-    affine_row,
     shift_row,
     stream_id,
     threshold,
@@ -86,7 +85,7 @@ def forward_tile(
         variance = tile_group_sum(centred * centred, local, PER_GROUP, BLOCK_G) / m
         rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+        gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
         y = activate(centred, gamma * to_channels(rstd, local, PER_GROUP, BLOCK_G), beta, SILU)
         y = dropped(y, seed_ptr, n, pixel, first, stream_id, threshold, C, BLOCK_C)
         store(y_ptr + here, y, ok2, whole)
@@ -103,8 +102,8 @@ def forward_loop(
     x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
     residual_ptr,  # (N, HW, C_X) like x, or None
     skip_ptr,  # (N, HW, C - C_X) like x, or None
-    weight_ptr,  # (N, C), rows affine_row apart
-    bias_ptr,  # (N, C), the same
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
     shift_ptr,  # (N, C_X), rows shift_row apart, or None
     scale_ptr,  # (N, C) or None
     offset_ptr,  # (N, C) or None
@@ -113,7 +112,6 @@ def forward_loop(
     u_ptr,  # (N, HW, C) like x: what was normalised; or None
     mean_ptr,  # (N, C / PER_GROUP) fp32
     rstd_ptr,  # (N, C / PER_GROUP) fp32
-    affine_row,
     shift_row,
     stream_id,
     threshold,
@@ -169,7 +167,7 @@ def forward_loop(
     variance = tile_group_sum(total, local, PER_GROUP, BLOCK_G) / m
     rstd = 1.0 / tl.sqrt_rn(variance + EPS)  # [BG]
 
-    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C)
+    gamma, beta = affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C)
     gamma *= to_channels(rstd, local, PER_GROUP, BLOCK_G)  # [BC]: y needs gamma * rstd only
     for i in tl.range(0, HW, BLOCK_HW, num_stages=3 if AHEAD else 1):
         pixel = i + row

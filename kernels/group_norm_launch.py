@@ -6,9 +6,9 @@ Both operators call these two functions, within which torch.compile sees the ker
 import torch
 from torch import Tensor
 
-from kernels.group_norm_backward import backward_loop, backward_tile, column_sums
+from kernels.group_norm_backward import backward_loop, backward_tile
 from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import gpu_limits, norm_tiles, runs_triton, sum_blocks, traceable
+from kernels.launch import gpu_limits, norm_tiles, runs_triton, traceable
 from kernels.philox import dropout_factor_torch, threshold_of
 
 
@@ -33,7 +33,7 @@ def _by_group(u: Tensor, num_groups: int) -> Tensor:
 def _affine(weight: Tensor, bias: Tensor, scale: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     """gamma and beta, (1 or N, C)."""
     one_plus = 1.0 if scale is None else 1 + _wide(scale)
-    gamma, beta = (_wide(v).reshape(-1, v.shape[-1]) * one_plus for v in (weight, bias))
+    gamma, beta = (_wide(v)[None] * one_plus for v in (weight, bias))
     return gamma, beta if offset is None else beta + offset
 
 
@@ -82,15 +82,12 @@ def _backward_cpu(dy, du, du2, x, weight, bias, shift, scale, offset, seed, mean
     for v in (du, du2):
         dx = dx if v is None else dx + v
 
-    def affine_gradient(v: Tensor, like: Tensor) -> Tensor:  # (N, C) -> (C,) or (N, C)
-        return (one_plus * v if like.dim() == 2 else (one_plus * v).sum(0)).to(like.dtype)
-
     plain_weight, plain_bias = _affine(weight, bias, None, None)
     return [
         _channels_last(dx, x.dtype) if c_x == x.shape[1] else _channels_last(dx[:, :c_x], x.dtype).clone(),
         None if c_x == x.shape[1] else _channels_last(dx[:, c_x:], x.dtype).clone(),
-        affine_gradient(a, weight),
-        affine_gradient(b, bias),
+        one_plus * a,
+        one_plus * b,
         None if shift is None else dx[:, :c_x].sum((2, 3)).to(shift.dtype),
         None if scale is None else (plain_weight * a + plain_bias * b).to(scale.dtype),
         None if offset is None else b.clone().to(offset.dtype),
@@ -106,6 +103,11 @@ def image(like: Tensor, channels: int) -> Tensor:
     """Uninitialised (N, channels, H, W) in channels_last memory."""
     n, _, height, width = like.shape
     return like.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def shares(x: Tensor) -> Tensor:
+    """Uninitialised (N, C), for the images' shares of a parameter's gradient."""
+    return torch.empty(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def vector_like(v: Tensor | None, x: Tensor) -> Tensor:
@@ -133,9 +135,9 @@ def _meta(x: Tensor, channels: int, num_groups: int, *, backward: bool, dropout:
     return tiles.looped, (count,), constants if tiles.looped else constants | {"N": n}
 
 
-def _row(v: Tensor | None) -> int:
-    """Elements from one image's row to the next one's; a vector (C,) is every image's."""
-    return v.stride(0) if v is not None and v.dim() == 2 else 0
+def _row(shift: Tensor | None) -> int:
+    """Elements from one image's row to the next one's."""
+    return 0 if shift is None else shift.stride(0)
 
 
 def forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Tensor, bias: Tensor,
@@ -155,8 +157,8 @@ def forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Ten
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
     images = sum(v is not None for v in (x, residual, skip))
     looped, grid, constants = _meta(x, c, num_groups, backward=False, images=images, **switches)
-    args = (x, residual, skip, weight, bias, shift, scale, offset, seed, y, u, mean, rstd, _row(weight), _row(shift),
-            stream, threshold_of(dropout_p))  # fmt: skip
+    args = (x, residual, skip, weight, bias, shift, scale, offset, seed, y, u, mean, rstd, _row(shift), stream,
+            threshold_of(dropout_p))  # fmt: skip
     if looped:
         traceable(forward_loop)[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
     else:
@@ -168,7 +170,8 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
              shift: Tensor | None, scale: Tensor | None, offset: Tensor | None, seed: Tensor | None, mean: Tensor,
              rstd: Tensor, num_groups: int, silu: bool, dropout_p: float, stream: int, c_x: int,
              summed: bool) -> list[Tensor | None]:  # fmt: skip
-    """-> dx, dskip, dweight, dbias, dshift, dscale, doffset; None for each that was not given.
+    """-> dx, dskip, the images' shares (N, C) of dweight and dbias, dshift, dscale, doffset; None for each that was not
+    given.
 
     x is u if `summed`, when the shift is in it already; c_x of its channels are those of the forward's x. du and du2
     are added to its gradient.
@@ -176,9 +179,9 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
     if not runs_triton(x):
         return _backward_cpu(dy, du, du2, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
                              dropout_p, stream, c_x, summed)  # fmt: skip
-    n, c = x.shape[0], int(x.shape[1])
+    c = int(x.shape[1])
     dx, dskip = image(x, c_x), image(x, c - c_x) if c_x < c else None
-    dweight, dbias = vector_like(weight, x), vector_like(bias, x)
+    dweight, dbias = shares(x), shares(x)  # not two views of one: Inductor would copy each back after the kernel
     dshift, dscale, doffset = (None if v is None else vector_like(v, x) for v in (shift, scale, offset))
     grads = [dx, dskip, dweight, dbias, dshift, dscale, doffset]
     if x.numel() == 0:
@@ -186,18 +189,10 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
     switches = {"dropout": seed is not None, "adaptive": scale is not None or offset is not None}
     images = sum(v is not None for v in (dy, du, du2, x))
     looped, grid, constants = _meta(x, c, num_groups, backward=True, images=images, **switches)
-    part_weight, part_bias = dweight, dbias
-    if weight.dim() == 1:
-        # Two allocations, not two views of one: Inductor would copy each view back into its base after the kernel.
-        part_weight, part_bias = (torch.empty(n, c, device=x.device, dtype=torch.float32) for _ in range(2))
     args = (dy, du, du2, x, weight, bias, None if summed else shift, scale, offset, seed, mean, rstd, dx, dskip,
-            part_weight, part_bias, dshift, dscale, doffset, _row(weight), _row(shift), stream,
-            threshold_of(dropout_p))  # fmt: skip
+            dweight, dbias, dshift, dscale, doffset, _row(shift), stream, threshold_of(dropout_p))  # fmt: skip
     if looped:
         traceable(backward_loop)[grid](*args, SILU=silu, C_X=c_x, **constants)
     else:
         traceable(backward_tile)[grid](*args, SILU=silu, C_X=c_x, **constants)
-    if weight.dim() == 1:
-        blocks = sum_blocks(c)
-        traceable(column_sums)[(-(-c // blocks["BLOCK_C"]),)](part_weight, part_bias, dweight, dbias, n, C=c, **blocks)
     return grads

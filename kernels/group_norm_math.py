@@ -17,7 +17,7 @@ Backward, with gz = dL/dz = dy * drop * s * (1 + z * (1 - s)), s = sigmoid(z):
     dx     += du + du2, the gradients of u from its other uses, where it left the kernel; the channels are those of x,
               whose gradient is residual's too, and those of skip
     dshift  = sum_p dx           doffset = B                     dscale = weight * A + bias * B
-    dweight = sum_n (1 + scale) * A                              dbias = sum_n (1 + scale) * B
+    dweight = sum_n (1 + scale) * A                              dbias = sum_n (1 + scale) * B      (see _autograd)
 
 Memory: an image is the row-major matrix [HW, C], so a tile of whole rows of BLOCK_C neighbouring channels is read in
 16-byte pieces. Such a tile, one image and one block of whole groups, is one program's, hence nothing is exchanged
@@ -125,11 +125,11 @@ def per_image(ptr, n, row, channel, ok):
 
 
 @triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, affine_row, channel, ok, C: tl.constexpr):
+def affine(weight_ptr, bias_ptr, scale_ptr, offset_ptr, n, channel, ok, C: tl.constexpr):
     """gamma and beta [BC]: the learned affine map with the image's own scale and offset (AdaGN) folded in."""
     one_plus = 1.0 + per_image(scale_ptr, n, C, channel, ok)
-    gamma = per_image(weight_ptr, n, affine_row, channel, ok) * one_plus
-    beta = per_image(bias_ptr, n, affine_row, channel, ok) * one_plus
+    gamma = per_image(weight_ptr, n, 0, channel, ok) * one_plus
+    beta = per_image(bias_ptr, n, 0, channel, ok) * one_plus
     return gamma, beta + per_image(offset_ptr, n, C, channel, ok)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kernels.group_norm_launch import backward, forward, image, statistics, vector_like
+from kernels.group_norm_jobs import NORMS, all_jobs
+from kernels.group_norm_launch import backward, forward, image, shares, statistics, vector_like
 from kernels.launch import runs_triton
 from kernels.philox import dropout_factor_torch
 from kernels.spec import Case, Inputs, KernelSpec
@@ -33,10 +34,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: flo
         return v.to(x.dtype)[..., None, None]
 
     u = x if shift is None else x + per_image(shift)
-    if weight.dim() == 1:
-        z = torch.group_norm(u, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    else:
-        z = torch.group_norm(u, num_groups, eps=eps) * per_image(weight) + per_image(bias)
+    z = torch.group_norm(u, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         z = z * (1 + per_image(scale))
     if offset is not None:
@@ -61,7 +59,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scal
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scale: Tensor | None,
               offset: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
               dropout_p: float, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dx, dweight, dbias, dshift, dscale, doffset; an empty tensor for each of the last three that was not given."""
+    """-> dx, the images' shares (N, C) of dweight and dbias, dshift, dscale, doffset; an empty tensor for each of the
+    last three that was not given."""
     dx, _, *rest = backward(dy, None, None, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu,
                             dropout_p, stream, c_x=int(x.shape[1]), summed=False)  # fmt: skip
     return tuple(x.new_empty(0) if g is None else g for g in (dx, *rest))  # ty: ignore[invalid-explicit-return]
@@ -74,7 +73,7 @@ def _(x, weight, bias, shift, scale, offset, seed, num_groups, eps, silu, dropou
 
 @_backward.register_fake
 def _(dy, x, weight, bias, shift, scale, offset, seed, mean, rstd, num_groups, silu, dropout_p, stream):
-    return image(x, x.shape[1]), *(vector_like(v, x) for v in (weight, bias, shift, scale, offset))
+    return image(x, x.shape[1]), shares(x), shares(x), *(vector_like(v, x) for v in (shift, scale, offset))
 
 
 def _setup_context(ctx, inputs, output):
@@ -86,11 +85,16 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dy, dmean, drstd):  # mean and rstd never leave this file, so their gradients are zero
     *tensors, mean, rstd = ctx.saved_tensors
-    shift, scale, offset = tensors[3:6]
+    _, weight, bias, shift, scale, offset, _ = tensors
     dy = dy.contiguous(memory_format=torch.channels_last)  # autograd may hand over an expanded or NCHW gradient
     dx, dweight, dbias, dshift, dscale, doffset = _backward(dy, *tensors, mean, rstd, *ctx.plain)
     given = (g if v is not None else None for g, v in ((dshift, shift), (dscale, scale), (doffset, offset)))
-    return dx, dweight, dbias, *given, None, None, None, None, None, None
+    return dx, summed(dweight, weight), summed(dbias, bias), *given, None, None, None, None, None, None
+
+
+def summed(parts: Tensor, like: Tensor) -> Tensor:
+    """The images' shares (N, C) of a parameter's gradient, added up where torch.compile can merge all such sums."""
+    return parts.sum(0).to(like.dtype)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -103,9 +107,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     """`dropout(act(group_norm(x + shift) * (1 + scale) + offset))`, differentiable once in every floating argument.
 
     x           (N, C, H, W) in torch.channels_last, bf16, fp16 or fp32 (float64 too on a CPU); N may be 0
-    weight      (C,) and bias (C,), usually fp32 also for a bf16 x; their gradients have their dtype. Or both (N, C):
-                a row an image; of a parameter that is expanded to all images, autograd then adds up the shares (of
-                which 16-bit ones are rounded first)
+    weight      (C,) and bias (C,), usually fp32 also for a bf16 x; their gradients have their dtype
     num_groups  any divisor of C
     eps         added to the variance
     shift, scale, offset   (N, C), any floating dtype, each optional; shift may be (C,)
@@ -125,24 +127,21 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     """
     check(x, x.shape[1] if x.dim() == 4 else 0, weight, bias, num_groups, shift, scale, offset, activation, dropout_p,
           seed, stream)  # fmt: skip
-    vectors = vectors_of(x.shape[0], weight, bias, shift)
     rows = [v if v is None else v.contiguous() for v in (scale, offset)]  # halves of a chunk() are strided
     if dropout_p == 0:
         seed = None
-    y, _, _ = _forward(x, *vectors, *rows, seed, num_groups, eps, activation == "silu", dropout_p, stream)
+    y, _, _ = _forward(x, weight.contiguous(), bias.contiguous(), each_images(shift, x.shape[0]), *rows, seed,
+                       num_groups, eps, activation == "silu", dropout_p, stream)  # fmt: skip
     return y
 
 
-def vectors_of(n: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same as the operator takes them: weight and bias rows equally far apart, a shift for each image."""
-    alike = weight.stride() == bias.stride() and weight.stride(-1) == 1
-    if not alike:
-        weight, bias = weight.contiguous(), bias.contiguous()
-    if shift is not None:
-        if shift.dim() == 1:  # in float32, in which the images' shares of its gradient are then added up
-            shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).expand(n, -1)
-        shift = shift if shift.stride(1) == 1 else shift.contiguous()
-    return weight, bias, shift
+def each_images(shift: Tensor | None, n: int) -> Tensor | None:
+    """A shift for each image, (N, C), as the operator takes it."""
+    if shift is None:
+        return None
+    if shift.dim() == 1:  # in float32, in which the images' shares of its gradient are then added up
+        shift = shift.to(torch.promote_types(shift.dtype, torch.float32)).expand(n, -1)
+    return shift if shift.stride(1) == 1 else shift.contiguous()
 
 
 def check(x, channels, weight, bias, num_groups, shift, scale, offset, activation, dropout_p, seed, stream) -> None:
@@ -157,7 +156,7 @@ def check(x, channels, weight, bias, num_groups, shift, scale, offset, activatio
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"num_groups must divide the {c} channels of {what}, got {num_groups}")
     one, each, of_x = (c,), (n, c), x.shape[1]
-    for name, v, shapes in (("weight", weight, (one, each)), ("bias", bias, (weight.shape,)),
+    for name, v, shapes in (("weight", weight, (one,)), ("bias", bias, (one,)),
                             ("shift", shift, ((n, of_x), (of_x,))), ("scale", scale, (each,)),
                             ("offset", offset, (each,))):  # fmt: skip
         if v is not None and (tuple(v.shape) not in map(tuple, shapes) or v.device != x.device):
@@ -188,13 +187,13 @@ def check_layout(name: str, v: Tensor) -> None:
         )
 
 
-def draw_affine(generator: torch.Generator, shape: tuple[int, ...]) -> Inputs:
+def draw_affine(generator: torch.Generator, channels: int) -> Inputs:
     """weight and bias of a test case, exact in bf16."""
-    weight, bias = (torch.randn(shape, generator=generator).bfloat16().float() / 4 for _ in range(2))
+    weight, bias = (torch.randn(channels, generator=generator).bfloat16().float() / 4 for _ in range(2))
     return {"weight": 1 + weight, "bias": bias}
 
 
-def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, extras: tuple[str, ...] = (), rows: bool = False,
+def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, extras: tuple[str, ...] = (),
           **plain) -> Case:  # fmt: skip
     """Standard-normal inputs around a mean of 1; weights are exact in bf16, so that only arithmetic is compared."""
 
@@ -203,7 +202,7 @@ def _case(name: str, n: int, c: int, h: int, w: int, groups: int, *, extras: tup
             return torch.randn(shape, generator=generator).bfloat16().float()
 
         inputs: Inputs = {"x": (draw(n, c, h, w) + 1).to(dtype).to(memory_format=torch.channels_last)}
-        inputs |= draw_affine(generator, (n, c) if rows else (c,)) | {"num_groups": groups}
+        inputs |= draw_affine(generator, c) | {"num_groups": groups}
         inputs |= {key: (draw(n, c) / 2).to(dtype) for key in extras if key != "seed"}
         if "seed" in extras:
             inputs["seed"] = torch.tensor([0x1234_5678_9ABC + n], dtype=torch.int64)
@@ -233,12 +232,16 @@ SPEC = KernelSpec(
         _case("7x5 pixels, odd channels", 3, 33, 7, 5, 11, extras=("scale", "seed"), dropout_p=0.5),
         _case("one pixel, one image", 1, 96, 1, 1, 2, extras=("shift", "offset")),
         _case("one group", 1, 40, 4, 4, 1),
-        _case("an affine map for each image", 3, 64, 4, 6, 4, rows=True, extras=("shift", "scale")),
+        _case("a shift and a scale for each image", 3, 64, 4, 6, 4, extras=("shift", "scale")),
         _case("a group a channel, 33x31", 1, 32, 33, 31, 32, extras=("shift",)),
         _case("looped forward", 1, 128, 20, 24, 1, extras=("shift", "seed"), dropout_p=0.1),
         _case("no images", 0, 32, 4, 4, 8, extras=("shift",)),
     ),
     dtypes=DTYPES,
     min_bytes=_min_bytes,
+    category="norm",
     differentiable=("x", "weight", "bias", "shift", "scale", "offset"),
+    jobs=lambda: all_jobs(
+        NORMS, [(384, 32, "all", "fp32"), (128, 16, "all", "fp32"), (128, 64, "shift+dropout", "bf16")]
+    ),
 )

@@ -126,8 +126,3 @@ def gpu_limits(device: torch.device) -> tuple[int, int]:
         return 1, 65536
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
-
-
-def sum_blocks(channels: int) -> dict[str, int]:
-    """Block sizes of the sums over the images: batches of up to 128 in one sweep, 64 bytes of each."""
-    return {"BLOCK_N": 128, "BLOCK_C": min(16, power_of_2(channels))}

@@ -7,14 +7,19 @@ Attention returns the gradients of q, k and v one by one; the layer's two matrix
 its bias wants the sums. One pass does both, 4 bytes an element in bf16; a concatenation and then a sum move 6.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import triton_op
 
 from kernels.launch import power_of_2, runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from kernels.spec import Case, Inputs, Job, KernelSpec
 
 # 16-byte accesses (8 bf16 of a thread's 32) of rows of 128 bytes.
 BLOCK_R, BLOCK_C, WARPS = 64, 64, 4
@@ -80,7 +85,7 @@ def _merge(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     merged, parts = _results(a)
     if not runs_triton(a):
         merged = torch.cat([a, b, c], 1)
-        padded = torch.nn.functional.pad(merged.to(parts.dtype), (0, 0, 0, parts.shape[0] * ROWS - rows))
+        padded = F.pad(merged.to(parts.dtype), (0, 0, 0, parts.shape[0] * ROWS - rows))
         return merged, padded.reshape(parts.shape[0], ROWS, 3 * columns).sum(1)
     if rows > 0 and columns > 0:
         constants = blocks(columns)
@@ -118,11 +123,44 @@ def merge_columns(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return merged, parts.sum(0)
 
 
+def linear_qkv(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each (..., C), of one linear layer: `F.linear(x, weight, bias).chunk(3, -1)`. Differentiable once.
+
+    x       (..., C_in)
+    weight  (3 C, C_in)
+    bias    (3 C,); its gradient is a result of `merge_columns`
+    """
+    return _Chunks.apply(F.linear(x, weight, bias.detach()), bias)
+
+
+class _Chunks(torch.autograd.Function):
+    """(..., 3 C) -> three views (..., C); `bias` is in them already and only gets its gradient here."""
+
+    @staticmethod
+    def forward(ctx: Any, merged: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.dtype = merged.shape, bias.dtype
+        return merged.chunk(3, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        merged, sums = merge_columns(*gradients)
+        return merged.view(ctx.shape), sums.to(ctx.dtype)
+
+
 def _case(name: str, *shape: int) -> Case:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         return {key: torch.randn(shape, generator=generator).to(dtype) for key in "abc"}
 
     return Case(name, make)
+
+
+def _jobs() -> Iterator[Job]:
+    """At the width of the U-Net's attention, and of a wider one."""
+    images = frozenset({"a_ptr", "b_ptr", "c_ptr", "merged_ptr"})
+    types = dict.fromkeys(sorted(images), "*bf16") | {"part_ptr": "*fp32", "R": "i32"}
+    for channels in (256, 512):
+        yield Job(f"C={channels}", "kernels.merge_columns:merge_kernel", types, blocks(channels), WARPS, images)
 
 
 def _min_bytes(inputs: Inputs) -> tuple[int, int]:
@@ -143,4 +181,6 @@ SPEC = KernelSpec(
     ),
     dtypes=DTYPES,
     min_bytes=_min_bytes,
+    category="attention",
+    jobs=_jobs,
 )

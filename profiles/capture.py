@@ -99,29 +99,31 @@ class Sample(_Topic):
         """Returns 0. Raises UserError for bad input."""
         import torch
 
+        from fastdiff import hardware
         from fastdiff.diffusion.objectives import make_objective
         from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
-        from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, resolve_kernels, set_backends
+        from fastdiff.nets.fuse import fuse
         from fastdiff.nets.unet import UNet
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
 
         config, net = self.config, self.config.net
-        device = resolve_device(config.device)
-        bf16 = resolve_bf16(config.precision, device)
+        device = hardware.resolve_device(config.device)
+        bf16 = hardware.resolve_bf16(config.precision, device)
         cuda = device.type == "cuda"
         lead = LEAD if cuda else 1
-        kernels = resolve_kernels(config.kernels, device)
-        set_backends(device)
+        kernels = hardware.resolve_kernels(config.kernels, device)
+        hardware.set_backends(device)
         torch.manual_seed(config.seed)
-        model = UNet(net).to(device).use_kernels(kernels).requires_grad_(False).eval()
+        model = UNet(net).to(device).requires_grad_(False).eval()
+        model = fuse(model) if kernels == "triton" else model
         if bf16:
             model = half_weights(model)
-        compiled = resolve_compile(config.compile, device)
+        compiles = hardware.resolve_compile(config.compile, device)
         objective = make_objective(**config.diffusion)
         batch, steps = config.eval_batch_size, config.eval_steps
         settings = SamplerSettings(config.eval_sampler, steps)
         batches = sample_batches(
-            torch.compile(model, fullgraph=True) if compiled else model, objective,
+            hardware.compiled(model) if compiles else model, objective,
             (lead + steps_needed(config.profile)) * batch, settings=settings, batch_size=batch,
             seed=config.seed, device=device,
             image_shape=(net.image_channels, net.image_size, net.image_size), bf16=bf16,
@@ -130,7 +132,7 @@ class Sample(_Topic):
         facts = {
             "step": f"a batch of {batch} samples, {config.eval_sampler}, {settings.evaluations} network evaluations",
             "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
-            "compile": "torch.compile" if compiled else "off",
+            "compile": "torch.compile" if compiles else "off",
             "graphs": "a CUDA graph of the sampling step" if config.graphs and cuda else "off",
             "kernels": kernels,
             "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",

@@ -22,7 +22,7 @@ from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, parse_options, sample_batches
-from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, set_backends
+from fastdiff.hardware import compiled, resolve_bf16, resolve_compile, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
@@ -158,7 +158,7 @@ def likelihood(
     )  # fmt: skip
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
-    network = trained.model.requires_grad_(False)
+    network = trained.network.requires_grad_(False)
     generator = torch.Generator(where).manual_seed(seed)
     ts = likelihood_grid(schedule, steps)
     bits: list[Tensor] = []
@@ -211,8 +211,8 @@ def _check_seed(seed: int) -> None:
 
 
 def _network(trained: Trained, device: torch.device, bf16: bool, compile: str) -> Model:
-    network = half_weights(trained.model) if bf16 else trained.model
-    return torch.compile(network, fullgraph=True) if resolve_compile(compile, device) else network
+    network = half_weights(trained.network) if bf16 else trained.network
+    return compiled(network) if resolve_compile(compile, device) else network
 
 
 def _image_shape(trained: Trained) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Model, Objective, make_objective
@@ -19,6 +19,7 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.evaluation.sampling import SamplerSettings, sample_batches
 from fastdiff.hardware import resolve_kernels
+from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
 from fastdiff.training import checkpoint
@@ -28,10 +29,15 @@ from fastdiff.training.signals import Stopped
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config."""
+    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config.
+
+    model     the network
+    network   what computes it, by the run's --kernels: itself, or fused over the same weights
+    """
 
     config: Config
     model: UNet
+    network: nn.Module
     objective: Objective
     step: int
     path: Path
@@ -58,10 +64,11 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     for skipped, reason in found.skipped:
         print(f"skipped {skipped}: {reason}", file=sys.stderr)
     config = Config.from_dict(found.state["config"])
-    model = UNet(config.net).use_kernels(resolve_kernels(config.kernels, device))
+    model = UNet(config.net)
     model.load_state_dict(found.state["ema"])
-    objective = make_objective(**config.diffusion)
-    return Trained(config, model.to(device).eval(), objective, found.step, found.path)
+    model = model.to(device).eval()
+    network = fuse(model) if resolve_kernels(config.kernels, device) == "triton" else model
+    return Trained(config, model, network, make_objective(**config.diffusion), found.step, found.path)
 
 
 def evaluate(

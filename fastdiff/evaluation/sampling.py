@@ -16,7 +16,7 @@ from fastdiff.diffusion.samplers import SAMPLERS, evaluations, own_options
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import GraphLoop
-from fastdiff.nets.layers import half_parameters
+from fastdiff.nets.fuse import half_parameters
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -11,20 +11,30 @@ import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fastdiff.errors import UserError
+from kernels import REGISTRY
 
 STEP, DRAIN = "ProfilerStep#", "profiler drain"  # torch's own range around a step; ours around the last wait
 RANGES = ("data", "forward", "backward", "all-reduce", "optimizer", "ema", "sampling")
 CATEGORIES = ("conv", "norm", "attention", "matmul", "pointwise", "optimizer", "data", "copy", "other", "idle")
 RANGE_CATEGORY = {"data": "data", "optimizer": "optimizer", "ema": "optimizer"}  # whatever runs in these, is these
 
+
+def _ours() -> Iterator[tuple[str, str]]:
+    """Operators of ours and their Triton kernels, to which Inductor adds a number."""
+    for spec in REGISTRY.values():
+        operator = rf"^fastdiff_kernels::{spec.operator}"
+        yield spec.category, "|".join([operator, *sorted({rf"^{job.name}(_\d+)?$" for job in spec.jobs()})])
+
+
 # The first pattern found in a name decides. `other` is what moves no data: views, allocations.
 RULES: tuple[tuple[str, str], ...] = (
+    *_ours(),
     # Inductor: templates compute what they are named for; fused kernels around a convolution only its bias.
     ("conv", r"^triton_tem\w*conv"),
     ("attention", r"^triton_tem\w*(flex|attention|sdpa)"),
@@ -33,12 +43,12 @@ RULES: tuple[tuple[str, str], ...] = (
     ("norm", r"^(triton|cpp)_\w*(group_norm|layer_norm|var_mean)"),
     ("attention", r"^(triton|cpp)_\w*(softmax|attention)"),
     ("pointwise", r"^triton_(poi|red|per)_|^cpp_fused"),
-    ("optimizer", r"multi_tensor|_foreach_|fused_?adam|adam_ema|ema_kernel|ema_update"),
-    ("norm", r"(forward|backward)_(tile|loop)|column_sums|group_?norm|batch_?norm|layer_?norm"),
+    ("optimizer", r"multi_tensor|_foreach_|fused_?adam"),
+    ("norm", r"group_?norm|batch_?norm|layer_?norm"),
     ("norm", r"RowwiseMoments|Compute(Internal|Backward|Fused)\w*(Gradients|Params)|GammaBeta"),
-    ("attention", r"flash|fmha|sdpa|scaled_?dot_?product|softmax|attention|merge_(kernel|columns)"),
+    ("attention", r"flash|fmha|sdpa|scaled_?dot_?product|softmax|attention"),
     ("data", r"\bdali"),
-    ("copy", r"memcpy|memset|nchwtonhwc|nhwctonchw|CatArray|cat_rows|copy_kernel|copy_device|FillFunctor"),
+    ("copy", r"memcpy|memset|nchwtonhwc|nhwctonchw|CatArray|copy_kernel|copy_device|FillFunctor"),
     ("copy", r"^aten::(copy_|_to_copy|to|contiguous|clone|cat|fill_|zero_|zeros|ones|zeros_like|ones_like)$"),
     ("conv", r"conv(?!ert)|[fdw](prop|grad)_|\w(fprop|dgrad|wgrad)|winograd|cudnn"),
     ("matmul", r"gemm|gemv|nvjet|cublas|splitk|^aten::(mm|bmm|addmm|baddbmm|linear|matmul)$|Addmm|\b[MB]mmBackward"),

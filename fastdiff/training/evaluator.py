@@ -13,6 +13,8 @@ from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.frechet import FrechetDistance, to_uint8
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, trajectory
+from fastdiff.hardware import compiled
+from fastdiff.nets.fuse import fuse
 from fastdiff.reporting import pictures
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
@@ -29,6 +31,7 @@ class Evaluator:
         config: the run; its `eval_*` fields count.
         ema: the average; with bf16 a copy in bfloat16 samples.
         distance: what is measured; None to draw pictures only.
+        kernels: "triton" for the fused network, or "torch".
         ranks: the processes that share the samples out.
         compile: whether the network that is measured is compiled.
     """
@@ -40,13 +43,16 @@ class Evaluator:
         ema: EMA,
         distance: FrechetDistance | None,
         *,
+        kernels: str,
         ranks: Ranks,
         bf16: bool,
         compile: bool,
     ) -> None:
         self.config, self.objective, self.ema, self.distance, self.ranks = config, objective, ema, distance, ranks
-        self.net = half_weights(ema.model) if bf16 else ema.model
-        self.model: Model = torch.compile(self.net, fullgraph=True) if compile else self.net
+        self.half = bf16
+        network = fuse(ema.model) if kernels == "triton" else ema.model
+        self.net = half_weights(network) if bf16 else network
+        self.model: Model = compiled(self.net) if compile else self.net
         # Kept, so that each sampling step is captured once in a run; one for each of the two networks.
         self.loop, self.trajectory_loop = GraphLoop(), GraphLoop()
         size = config.net.image_size
@@ -61,7 +67,7 @@ class Evaluator:
 
     def measure(self, check: Callable[[], object]) -> tuple[dict[str, Any], np.ndarray]:
         """The row and the first samples of `evaluate`, of the weights as they are now; all ranks call it."""
-        if self.net is not self.ema.model:
+        if self.half:
             self.ema.copy_to(self.net)
         config = self.config
         return evaluate(

@@ -12,7 +12,7 @@ of which all but `begin` can be captured in a CUDA graph. Saved states are inter
 torch.optim.AdamW. Loading one keeps every tensor in its place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 import kernels
-from fastdiff.nets.layers import half_parameters
 from fastdiff.training.ema import EMA
 
 ALIGNMENT = 64  # elements: every weight starts on a 128-byte boundary also in bf16, as tensor-core kernels want
@@ -131,26 +130,27 @@ class TorchUpdate:
 class FusedUpdate:
     """By our kernel: clip factor, AdamW, EMA and the bf16 copies of the weights in one pass over flat buffers.
 
-    With `bf16`, convolutions and linear layers compute with bf16 copies, which the pass itself writes, instead of
-    having autocast cast every weight anew in every step; norms, biases that layers leave out, and the masters stay
-    float32. The model's and the average's parameters become views of the flat buffers, under their old names, shapes
+    The network computes with bf16 copies of some parameters, which the pass itself writes, instead of having autocast
+    cast every weight anew in every step; the masters stay float32. The model's and the
+    average's parameters become views of the flat buffers, under their old names, shapes
     and memory formats.
 
     Args:
         model: its parameters move into a flat buffer.
         ema: its parameters too.
-        bf16: whether to keep bf16 copies.
+        half: parameters to keep bf16 copies of.
         accumulate: whether the gradient may come in parts (of a batch, or of ranks), whose sum is then kept in float32:
             in bf16 a part is lost where the sum is 256 times as large.
     """
 
     def __init__(
-        self, model: nn.Module, ema: EMA, *, weight_decay: float, bf16: bool, accumulate: bool = False
-    ) -> None:
+        self, model: nn.Module, ema: EMA, *, weight_decay: float, half: Collection[nn.Parameter] = (),
+        accumulate: bool = False,
+    ) -> None:  # fmt: skip
         self.ema, self.weight_decay, self.accumulate = ema, weight_decay, accumulate
         self.parameters = list(model.parameters())
         averages = dict(zip(self.parameters, ema.model.parameters(), strict=True))
-        cast = set(half_parameters(model)) if bf16 else set()
+        cast = set(half)
         groups = ([p for p in self.parameters if p in cast], [p for p in self.parameters if p not in cast])
         self.flats = [_Flat(group, averages, bf16=group[0] in cast, accumulate=accumulate) for group in groups if group]
 
@@ -295,7 +295,7 @@ def make_update(
     ema: EMA,
     *,
     weight_decay: float,
-    bf16: bool,
+    half: Collection[nn.Parameter] = (),
     accumulate: bool = False,
     graphs: bool = False,
     skip_nonfinite: bool = False,
@@ -303,10 +303,11 @@ def make_update(
     """`triton`: one fused pass (on a CPU by its PyTorch reference); `torch`: PyTorch's own kernels.
 
     Args:
+        half: parameters that the network computes with in bf16; the fused update keeps copies of them.
         accumulate: whether the gradient may come in parts, of a batch or of ranks.
         graphs: whether the update must be capturable in a CUDA graph (the fused one always is).
         skip_nonfinite: whether to pass over updates that are not finite (the fused one always does).
     """
     if kind == "triton":
-        return FusedUpdate(model, ema, weight_decay=weight_decay, bf16=bf16, accumulate=accumulate)
+        return FusedUpdate(model, ema, weight_decay=weight_decay, half=half, accumulate=accumulate)
     return TorchUpdate(model, ema, weight_decay=weight_decay, graphs=graphs, skip_nonfinite=skip_nonfinite)

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import UserError
+from fastdiff.hardware import compiled
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.graphs import Captured
 from fastdiff.training.noise_levels import NoiseLevels
@@ -81,7 +82,7 @@ class TrainStep:
     replay it. On a CPU `graphs` takes the same way through a fixed input, and runs the body as it is.
 
     Args:
-        model: the network, its weights float32 in channels_last memory.
+        model: the network, plain or fused, its weights float32 in channels_last memory.
         objective: gives the loss.
         update: clips, updates the weights and their average.
         lr, warmup_steps: the learning rate's peak and linear rise.
@@ -125,17 +126,17 @@ class TrainStep:
         self.skip_nonfinite = skip_nonfinite
         self.ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rank, self.size = (ranks.rank, ranks.size) if ranks is not None else (0, 1)
-        self.parameters = list(model.parameters())
+        self.parameters = update.parameters
         self.device = self.parameters[0].device
         self.leaves = list(update.weights.values())
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
         self.loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
-            torch.compile(self._loss, fullgraph=True) if compile else self._loss
+            compiled(self._loss) if compile else self._loss
         )
         self.account: Callable[[Tensor, Tensor, Tensor, Tensor], None] = (
-            torch.compile(self._account, fullgraph=True) if compile else self._account
+            compiled(self._account) if compile else self._account
         )
         self.metrics, self.count = Metrics.zeros(self.device), 0
         self.noise_levels = NoiseLevels(self.device)

@@ -17,6 +17,7 @@ from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.errors import TrainingFailed
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.hardware import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
+from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import TrainingProgress
@@ -66,13 +67,14 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.kernels = resolve_kernels(config.kernels, device)
-        self.model = UNet(config.net).to(device).use_kernels(self.kernels)
+        self.model = UNet(config.net).to(device)
+        network = fuse(self.model) if self.kernels == "triton" else self.model
         self.objective: Objective = make_objective(**config.diffusion)
         self.ema = EMA(self.model, config.ema_decay)
         self.update = make_update(
-            self.kernels, self.model, self.ema, weight_decay=config.weight_decay, bf16=self.bf16,
-            accumulate=config.accumulate * ranks.size > 1, graphs=config.graphs,
-            skip_nonfinite=config.skip_nonfinite > 0,
+            self.kernels, self.model, self.ema, weight_decay=config.weight_decay,
+            half=half_parameters(network) if self.bf16 else (), accumulate=config.accumulate * ranks.size > 1,
+            graphs=config.graphs, skip_nonfinite=config.skip_nonfinite > 0,
         )  # fmt: skip
         self.step, self.seconds, self.last_log = 0, 0.0, (0, 0.0)
         self.loss_history: list[tuple[int, float]] = []
@@ -84,7 +86,7 @@ class Trainer:
         self.not_saved = False  # the last save failed: the next boundary tries again
         self.stopping = False  # all ranks know by now that a signal came
         self.train_step = TrainStep(
-            self.model, self.objective, self.update, lr=config.lr, warmup_steps=config.warmup_steps,
+            network, self.objective, self.update, lr=config.lr, warmup_steps=config.warmup_steps,
             grad_clip=config.grad_clip, seed=config.seed, bf16=self.bf16, compile=compiled,
             accumulate=config.accumulate, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite,
             ranks=ranks,
@@ -92,8 +94,9 @@ class Trainer:
         if resumed is not None:
             run_state.restore(self, resumed)
         self.evaluator = Evaluator(
-            config, self.objective, self.ema, distance, ranks=ranks, bf16=self.bf16, compile=compiled
-        )
+            config, self.objective, self.ema, distance, kernels=self.kernels, ranks=ranks, bf16=self.bf16,
+            compile=compiled,
+        )  # fmt: skip
         if ranks.is_main:
             self._describe(compiled)
 

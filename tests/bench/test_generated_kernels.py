@@ -16,7 +16,7 @@ from kernels import launch
 from tests import generated
 
 OURS = re.compile(r"async_compile\.triton\('((?:forward|backward)_(?:tile|loop)|merge_kernel)', '''(.*?)'''", re.DOTALL)
-IMAGES = aot.WIDE | aot.WIDE_SUM | aot.WIDE_MORE | {"a_ptr", "b_ptr", "c_ptr", "merged_ptr"}
+IMAGES = frozenset().union(*(job.wide for job in aot.all_jobs()))
 
 
 # Two levels of the published network, with its widths: norms of other shapes are not promised to be free of spills.

@@ -12,6 +12,7 @@ import torch
 from bench import inductor_mock, step_variants
 from fastdiff.config import UNetConfig
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.training.step import normalize
 from kernels import launch
@@ -33,13 +34,14 @@ AHEAD = {
 
 def truth(kernels, weights, batch, *, wide, dropout):
     """Each image's loss, and gradients of their mean, in eager PyTorch, float64 if `wide`: {name: tensor}."""
-    model = UNet(replace(NET, dropout=dropout)).use_kernels(kernels)
+    model = UNet(replace(NET, dropout=dropout))
     model.load_state_dict({name: w.float() for name, w in weights.items()})
     model = model.double() if wide else model
+    network = fuse(model) if kernels == "triton" else model
     images, t, eps = batch
     x0, eps = (normalize(images).double(), eps.double()) if wide else (normalize(images), eps)
     with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
-        loss = make_objective("eps", schedule="ddpm-linear").loss(model, x0, t, eps)
+        loss = make_objective("eps", schedule="ddpm-linear").loss(network, x0, t, eps)
     names, parameters = zip(*model.named_parameters(), strict=True)
     return {"loss": loss.detach()} | dict(zip(names, torch.autograd.grad(loss.mean(), parameters), strict=True))
 

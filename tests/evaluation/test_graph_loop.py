@@ -11,6 +11,7 @@ from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.evaluation import graph_loop
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
+from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.graphs import WARMUP
@@ -32,10 +33,10 @@ def deterministic():
 
 def network(device="cpu", *, kernels="torch"):
     torch.manual_seed(0)
-    net = UNet(NET).use_kernels(kernels).to(device).eval().requires_grad_(False)
+    net = UNet(NET).to(device).eval().requires_grad_(False)
     for p in net.parameters():
         p.add_(0.05 * torch.randn(p.shape).to(device))
-    return net
+    return fuse(net) if kernels == "triton" else net
 
 
 def run(name, loop, *, generator, device="cpu", dtype=torch.float32, model=None, **options):

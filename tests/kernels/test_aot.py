@@ -6,6 +6,8 @@ import pytest
 
 from bench import aot
 from bench.compiled_code import width_of
+from kernels import REGISTRY
+from kernels.group_norm_jobs import UNET_SHAPES, VARIANTS, norm_jobs
 from kernels.launch import _tiles
 
 # Both extremes of height and of channels a group, the 12-channel groups; with nothing and with everything switched on.
@@ -13,19 +15,19 @@ SHAPES = ((128, 32), (384, 32), (512, 16), (512, 8), (512, 4))
 
 
 def test_no_spills_and_wide_accesses(compiled):
-    jobs = [job for shape in SHAPES for variant in ("plain", "all") for job in aot.norm_jobs(*shape, variant)]
-    jobs += [job for shape in ((128, 32), (256, 16)) for job in aot.norm_jobs(*shape, "shift+dropout")]
-    jobs += [job for shape in SHAPES for job in aot.norm_jobs(*shape, "add")]
-    jobs += [*aot.norm_jobs(128, 16, "add, kept"), *aot.merge_jobs()]
-    jobs += [job for job in aot.flat_jobs() if job.kernel != "column_sums" or job.label == "C=384"]
+    jobs = [job for shape in SHAPES for variant in ("plain", "all") for job in norm_jobs(*shape, variant)]
+    jobs += [job for shape in ((128, 32), (256, 16)) for job in norm_jobs(*shape, "shift+dropout")]
+    jobs += [job for shape in SHAPES for job in norm_jobs(*shape, "add")]
+    jobs += [*norm_jobs(128, 16, "add, kept"), *REGISTRY["merge_columns"].jobs()]
+    jobs += [*REGISTRY["adam_ema"].jobs(), *REGISTRY["ema_update"].jobs()]
     work = [(job, 90) for job in jobs]
     work += [(job, sm) for job in jobs if job.label in ("C=128 32x32 all", "C=384 32x32 plain") for sm in (80, 100)]
     rows = aot.build_all(work)
     assert {(r.job.label, r.sm, r.stack) for r in rows if r.stack} == set()
     assert {(r.job.label, r.sm, r.narrow) for r in rows if r.narrow} == set()
-    assert all(r.wide >= 2 for r in rows if r.job.kernel != "column_sums")
+    assert all(r.wide >= 2 for r in rows)
     # two programs of 8 warps share a multiprocessor's 65,536 registers
-    assert all(r.registers <= 128 for r in rows if r.job.kernel == "backward_loop"), "the backward halves its occupancy"
+    assert all(r.registers <= 128 for r in rows if r.job.name == "backward_loop"), "the backward halves its occupancy"
 
 
 # Channels, side, what is switched on -> channels, pixels and warps of a tile; images that forward and backward read.
@@ -43,30 +45,28 @@ def test_programs_load_ahead_within_their_shared_memory(shape, compiled):
     channels, side, variant = shape
     own, pixels, warps, images = AHEAD[shape]
     tiles = _tiles(own, channels // 32, pixels, pixels < side**2, warps, 1)
-    for job, read in zip(aot.norm_jobs(channels, side, variant, tiles=tiles), images, strict=True):
+    for job, read in zip(norm_jobs(channels, side, variant, tiles=tiles), images, strict=True):
         row = aot.build(job, 90)
         assert row.ahead
         assert (row.stack, row.narrow) == (0, ())
         assert 2 * read * tiles.block_c * pixels * 2 <= row.shared <= tiles.shared_bytes(read, 2)
-    for job in aot.norm_jobs(channels, side, variant, tiles=replace(tiles, ahead=0)):
+    for job in norm_jobs(channels, side, variant, tiles=replace(tiles, ahead=0)):
         assert not aot.build(job, 90).ahead
 
 
 def test_no_argument_has_the_name_that_inductors_launcher_adds():
     """It would be a SyntaxError, and only on a GPU."""
-    assert aot.KERNELS
-    assert not [name for name, kernel in aot.KERNELS.items() if "stream" in kernel.arg_names]
+    kernels = {job.kernel: aot.function(job) for job in aot.all_jobs()}
+    assert len(kernels) == 7
+    assert not [name for name, kernel in kernels.items() if "stream" in kernel.arg_names]
 
 
 def test_a_spill_and_a_narrow_access_are_noticed(compiled):
     """The counters count: a tile too large for its warps spills; rows of 99 channels are not 16-byte aligned."""
-    forward, _ = aot.norm_jobs(128, 32, "plain")
-    crowded = aot.Job(forward.label, forward.kernel, forward.types, forward.constants, num_warps=2)
-    assert aot.build(crowded, 90).stack > 0
-    odd = aot.Job(
-        "odd", forward.kernel, forward.types, forward.constants | {"C": 99, "PER_GROUP": 3, "OWN": 24, "BLOCK_G": 8}, 16
-    )
-    assert aot.build(odd, 90).narrow
+    forward, _ = norm_jobs(128, 32, "plain")
+    assert aot.build(replace(forward, num_warps=2), 90).stack > 0
+    odd = dict(forward.constants) | {"C": 99, "PER_GROUP": 3, "OWN": 24, "BLOCK_G": 8}
+    assert aot.build(replace(forward, constants=odd, num_warps=16), 90).narrow
 
 
 def test_the_committed_table_is_clean(repo):
@@ -78,9 +78,9 @@ def test_the_committed_table_is_clean(repo):
 
 def test_every_unet_shape_is_in_the_table(repo):
     text = (repo / "bench" / "results" / "aot.md").read_text()
-    for channels, side in aot.UNET_SHAPES:
+    for channels, side in UNET_SHAPES:
         for sm in aot.ARCHITECTURES:
-            for variant in aot.VARIANTS:
+            for variant in VARIANTS:
                 rows = [
                     line for line in text.splitlines() if f"| C={channels} {side}x{side} {variant} | {sm} |" in line
                 ]

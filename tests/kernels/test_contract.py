@@ -27,7 +27,9 @@ def drawn(case, dtype):
 
 
 def test_every_kernel_is_registered(repo):
-    assert sorted(REGISTRY) == ["adam_ema", "add_group_norm_silu", "ema_update", "group_norm_silu", "merge_columns"]
+    assert sorted(REGISTRY) == [
+        *("adam_ema", "add_group_norm_silu", "ema_update", "group_norm_silu", "merge_columns", "upsample_conv")
+    ]
     assert kernels.__file__ == str(repo / "kernels" / "__init__.py")
 
 
@@ -104,7 +106,8 @@ def test_opcheck(spec, device):
     inputs = drawn(case, torch.float32)
     with Recorder() as recorder:
         outcome(spec, spec.op, copy(inputs, device))
-    assert len(recorder.calls) == (2 if spec.differentiable else 1)
+    ours = bool(list(spec.jobs()))  # else it is made of PyTorch's operators
+    assert len(recorder.calls) == ours * (2 if spec.differentiable else 1)
     for i, (op, args) in enumerate(recorder.calls):
         if i == 0 and spec.differentiable:
             args = [v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in args]

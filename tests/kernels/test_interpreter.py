@@ -52,10 +52,10 @@ BUGS = {
         "u - mean_c[None, :]",
         "group_norm_silu and 7x5",
     ),
-    "forgotten images": (
+    "an image's share at its neighbour's place": (
         "group_norm_backward.py",
-        "range(0, N, BLOCK_N)",
-        "range(BLOCK_N, N, BLOCK_N)",
+        "tl.store(part_bias_ptr + here, b * one_plus",
+        "tl.store(part_bias_ptr + channel, b * one_plus",
         "group_norm_silu",
     ),
     "programs that load ahead forget their last tile": (
@@ -92,7 +92,7 @@ BUGS = {
         "group_norm_math.py",
         "n.to(tl.int64) * row + channel",
         "n.to(tl.int64) * 0 + channel",
-        "group_norm_silu and map",
+        "group_norm_silu and each",
     ),
     "columns of the next matrix": ("merge_columns.py", "which * C + column[None, :], v", "column[None, :], v", "merge"),
     "no bias correction": ("adam_ema.py", "(lr / correction1)", "lr", "adam_ema"),

@@ -1,9 +1,10 @@
-"""merge_columns and cat_rows beyond their contract."""
+"""merge_columns beyond its contract, and the linear layer whose backward it is."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import cat_rows, merge_columns
+from kernels import linear_qkv, merge_columns
 
 
 def test_strided_parts_are_taken(device):
@@ -34,10 +35,13 @@ def test_refusals_name_the_argument(error, message, change):
         merge_columns(**(dict.fromkeys("abc", torch.ones(4, 8)) | change))
 
 
-def test_rows_are_concatenated_in_their_common_dtype(device):
-    parts = [torch.randn(3, 2, device=device), torch.randn(3, 5, device=device).bfloat16()]
-    result = cat_rows(parts)
-    assert result.dtype == torch.float32
-    assert torch.equal(result, torch.cat(parts, 1))
-    fn = torch.compile(cat_rows, fullgraph=True, backend="aot_eager")
-    assert torch.equal(fn(parts), result)
+def test_q_k_and_v_are_the_linear_layers_chunks_and_so_are_their_gradients(device):
+    drawn = [torch.randn(shape, device=device, dtype=torch.float64) for shape in ((2, 1, 5, 6), (24, 6), (24,))]
+    weights = [torch.randn(2, 1, 5, 8, device=device, dtype=torch.float64) for _ in range(3)]
+    outcomes = []
+    for fn in (linear_qkv, lambda x, weight, bias: F.linear(x, weight, bias).chunk(3, -1)):
+        leaves = [v.clone().requires_grad_() for v in drawn]
+        parts = fn(*leaves)
+        outcomes.append([*parts, *torch.autograd.grad(parts, leaves, weights)])
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdiff.diffusion.objectives import make_objective
-from fastdiff.nets.layers import Conv2d, Linear
+from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import learning_rate, make_update
@@ -21,14 +21,15 @@ def make_step(
     graphs=False, ranks=None, wrap=lambda model: model,
 ):  # fmt: skip
     torch.manual_seed(0)
-    model = wrap(UNet(net).to(device).use_kernels(kernels))
+    model = wrap(UNet(net).to(device))
+    network = fuse(model) if kernels == "triton" else model
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     update = make_update(
-        kernels, model, EMA(model, 0.99), weight_decay=0.0, bf16=bf16, accumulate=accumulate > 1 or ranks is not None,
-        graphs=graphs,
+        kernels, model, EMA(model, 0.99), weight_decay=0.0, half=half_parameters(network) if bf16 else (),
+        accumulate=accumulate > 1 or ranks is not None, graphs=graphs,
     )  # fmt: skip
     return TrainStep(
-        model, objective, update, lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
+        network, objective, update, lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
         bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks,
     )  # fmt: skip
 
@@ -133,7 +134,7 @@ def test_weights_in_another_layout_are_refused():
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     with pytest.raises(ValueError, match="channels_last"):
         TrainStep(
-            model, objective, make_update("torch", model, EMA(model, 0.9), weight_decay=0.0, bf16=False), lr=1e-3,
+            model, objective, make_update("torch", model, EMA(model, 0.9), weight_decay=0.0), lr=1e-3,
             warmup_steps=0, grad_clip=1.0, seed=0, bf16=False, compile=False,
         )  # fmt: skip
 
@@ -245,14 +246,13 @@ def test_the_fused_step_computes_with_bf16_copies_of_its_masters():
     assert curve(fused, 10) == pytest.approx(curve(plain, 10), rel=0.02)
     masters = dict(fused.model.named_parameters())
     assert fused.update.weights.keys() == masters.keys()
-    added_by_norms = {
-        f"{name}.bias" for name, m in fused.model.named_modules() if isinstance(m, Conv2d | Linear) and m.leaves_bias
-    }
-    assert "conv_in.bias" in added_by_norms
+    half = {name for name, p in masters.items() if p in set(half_parameters(fused.model))}
+    assert "conv_in.weight" in half
+    assert "conv_in.bias" not in half
     for name, weight in fused.update.weights.items():
         assert masters[name].dtype == torch.float32
         assert weight.stride() == masters[name].stride()
-        if "norm" in name or name in added_by_norms:
+        if name not in half:
             assert weight is masters[name]
         else:
             assert weight.dtype == torch.bfloat16
@@ -293,7 +293,7 @@ def test_only_a_guarded_update_gives_the_average_a_mask(monkeypatch, options):
     for flags in ({}, options):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
-        update = make_update("torch", model, EMA(model, 0.9), weight_decay=0.0, bf16=False, **flags)
+        update = make_update("torch", model, EMA(model, 0.9), weight_decay=0.0, **flags)
         update.begin(lr=0.1)
         update.add([torch.ones_like(w) for w in update.weights.values()])
         update.apply(grad_clip=1.0)

@@ -1,20 +1,15 @@
-"""Nearest-neighbour upsampling, alone and with the convolution after it."""
+"""upsample_conv beyond its contract: memory, types under autocast, one gradient alone, compiled and cached."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.test_upsampling import transposed
 from fastdiff.hardware import set_backends
-from fastdiff.nets.resampling import padded_sums, upsample_nearest, upsampling_conv
+from kernels.upsample_conv import padded_sums, reference, upsample_conv
 from tests.numerics import assert_as_accurate
 
 SHAPES = [(2, 8, 5, 4, 8), (1, 3, 1, 1, 5), (3, 16, 8, 8, 4), (1, 1, 2, 7, 1)]  # N, C, H, W, C_out
-
-
-def plain(x, weight):
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -39,21 +34,12 @@ def outcome(fn, x, weight, gradient):
     return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, (x, weight), gradient), strict=True))
 
 
-def test_upsampling_and_its_gradient_are_interpolates():
-    x = torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
-    y, expected = upsample_nearest(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
-    assert torch.equal(y, expected)
-    weight = torch.randn(y.shape)
-    (mine,), (theirs,) = (torch.autograd.grad(out, x, weight) for out in (y, expected))
-    assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_upsampling_with_its_convolution(shape, dtype, device):
     inputs = drawn(shape, dtype, device)
-    ours, eager = outcome(upsampling_conv, *inputs), outcome(plain, *inputs)
-    exact = outcome(plain, *(v.double() for v in inputs))
+    ours, eager = outcome(upsample_conv, *inputs), outcome(reference, *inputs)
+    exact = outcome(reference, *(v.double() for v in inputs))
     for name, value in ours.items():
         assert value.dtype == dtype
         # cuDNN computes float64 in NCHW.
@@ -67,8 +53,8 @@ def test_under_autocast_the_types_are_those_of_a_convolution(dtypes):
     x, weight, gradient = drawn(SHAPES[0], torch.float32)
     x, weight, gradient = x.to(dtypes[0]), weight.to(dtypes[1]), gradient.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, eager = outcome(upsampling_conv, x, weight, gradient), outcome(plain, x, weight, gradient)
-    exact = outcome(plain, *(v.double() for v in (x, weight, gradient)))
+        ours, eager = outcome(upsample_conv, x, weight, gradient), outcome(reference, x, weight, gradient)
+    exact = outcome(reference, *(v.double() for v in (x, weight, gradient)))
     for name, value in ours.items():
         assert value.dtype == eager[name].dtype
         assert_as_accurate(value, eager[name], exact[name], name)
@@ -77,9 +63,9 @@ def test_under_autocast_the_types_are_those_of_a_convolution(dtypes):
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
 def test_one_gradient_alone_is_the_same_and_half_the_work(needed):
     x, weight, gradient = drawn(SHAPES[0], torch.float32)
-    both = outcome(upsampling_conv, x, weight, gradient)
+    both = outcome(upsample_conv, x, weight, gradient)
     x, weight = x.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
-    y = upsampling_conv(x, weight)
+    y = upsample_conv(x, weight)
     with FlopCounterMode(display=False) as flops:
         y.backward(gradient)
     n, c, height, width, c_out = SHAPES[0]
@@ -90,7 +76,7 @@ def test_one_gradient_alone_is_the_same_and_half_the_work(needed):
 
 def test_a_second_derivative_is_refused():
     x, weight, gradient = (v.requires_grad_() for v in drawn(SHAPES[0], torch.float64))
-    (dx,) = torch.autograd.grad(upsampling_conv(x, weight), x, gradient, create_graph=True)
+    (dx,) = torch.autograd.grad(upsample_conv(x, weight), x, gradient, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -105,18 +91,18 @@ def test_weights_are_added_in_float32_or_better(dtype):
 
 def test_the_benchmarks_rival_computes_the_same():
     x, weight, gradient = drawn((2, 6, 5, 4, 6), torch.float64)
-    rival, exact = outcome(transposed, x, weight, gradient), outcome(plain, x, weight, gradient)
+    rival, exact = outcome(transposed, x, weight, gradient), outcome(reference, x, weight, gradient)
     for name, value in rival.items():
         torch.testing.assert_close(value, exact[name])
 
 
-def test_both_compile_as_one_graph():
+def test_it_compiles_as_one_graph():
     inputs = drawn(SHAPES[0], torch.float32)
-    compiled = torch.compile(upsampling_conv, fullgraph=True)
+    compiled = torch.compile(upsample_conv, fullgraph=True)
     ours, eager, exact = (
         outcome(compiled, *inputs),
-        outcome(plain, *inputs),
-        outcome(plain, *(v.double() for v in inputs)),
+        outcome(reference, *inputs),
+        outcome(reference, *(v.double() for v in inputs)),
     )
     for name, value in ours.items():
         assert_as_accurate(value, eager[name], exact[name], name)
@@ -130,7 +116,7 @@ def test_what_is_compiled_comes_from_the_cache_the_second_time(tmp_path, monkeyp
     for _ in range(2):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        run = torch.compile(upsampling_conv, fullgraph=True)
+        run = torch.compile(upsample_conv, fullgraph=True)
         outcomes.append(outcome(run, *drawn(SHAPES[0], torch.float32)))
         hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 1]

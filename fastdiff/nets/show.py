@@ -1,0 +1,53 @@
+"""A network as a table: resolution, channels, parameters and floating-point operations of each of its parts."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The network's parts by name, those in lists one by one, in the order of registration."""
+    for name, child in net.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{i}", part) for i, part in enumerate(child))
+        else:
+            yield name, child
+
+
+def table(net: nn.Module, *, image_size: int, image_channels: int) -> str:
+    """A row for each part, in the order in which the network calls them, and the sums.
+
+    Nothing is computed. Operations are additions and multiplications of one evaluation of one image, in convolutions,
+    matrix products and attention; all else does not count.
+    """
+    net = copy.deepcopy(net).to("meta").eval()
+    lines = [_line("part", "resolution", "channels", "parameters", "GFLOP an image")]
+    for name, part in parts(net):
+        counter = FlopCounterMode(display=False)
+
+        def begin(module: nn.Module, inputs: Any, counter: FlopCounterMode = counter) -> None:
+            counter.__enter__()
+
+        def end(module: nn.Module, inputs: Any, y: Tensor, name: str = name, counter: Any = counter) -> None:
+            counter.__exit__(None, None, None)
+            sides = dict.fromkeys(str(v.shape[-1]) for v in (inputs[0], y)) if y.ndim == 4 else ()
+            lines.append(_line(name, " -> ".join(sides), f"{y.shape[1]:,}", *_costs(module, counter)))
+
+        part.register_forward_pre_hook(begin)
+        part.register_forward_hook(end)
+    x = torch.empty(1, image_channels, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as total:
+        net(x, torch.empty(1, device="meta"))
+    return "\n".join([*lines, _line("sum", "", "", *_costs(net, total))]) + "\n"
+
+
+def _costs(module: nn.Module, counter: FlopCounterMode) -> tuple[str, str]:
+    return f"{sum(p.numel() for p in module.parameters()):,}", f"{counter.get_total_flops() / 1e9:.3f}"
+
+
+def _line(name: str, *cells: str) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>16}" for cell in cells)
