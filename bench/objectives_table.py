@@ -64,9 +64,13 @@ class Flags:
 
 def steps_within(sampler: str, budget: int) -> int:
     """The most sampling steps, at least 1, that cost at most `budget` network evaluations."""
-    from fastdiff.diffusion.samplers import evaluations
+    from fastdiff.diffusion.plan import evaluations
+    from fastdiff.diffusion.samplers import PLANS
+    from fastdiff.diffusion.schedules import make_schedule
 
-    return max(n for n in range(1, budget + 1) if n == 1 or evaluations(sampler, n) <= budget)
+    schedule = make_schedule("flow")  # whichever: a sampler asks as often on all
+    steps = range(2, budget + 1)
+    return max((n for n in steps if evaluations(PLANS[sampler](schedule, schedule.grid(n))) <= budget), default=1)
 
 
 def train(flags: Flags, objective: str) -> Path:
@@ -91,10 +95,11 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     import numpy as np
 
     from fastdiff.data.datasets import load_dataset
+    from fastdiff.diffusion.plan import evaluations
     from fastdiff.evaluation.evaluate import evaluate, load_trained
     from fastdiff.evaluation.features import make_extractor
     from fastdiff.evaluation.frechet import FrechetDistance
-    from fastdiff.evaluation.sampling import SamplerSettings
+    from fastdiff.evaluation.generate import SamplerSettings
     from fastdiff.hardware import resolve_bf16, resolve_device
 
     path = flags.work / objective / f"measured-{flags.steps}-{flags.samples}.jsonl"
@@ -110,25 +115,22 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     data = load_dataset(config.data, root=config.data_root, split=config.split, image_size=config.net.image_size)
     extractor = make_extractor("efficientnet_lite0", device=device, size=config.feature_size)
     distance = FrechetDistance(extractor, data, cache_dir=Path(config.data_root) / ".cache", device=device)
-    size = config.net.image_size
     for sampler, steps in plan:
-        settings = SamplerSettings(sampler, steps)
-        row, kept = evaluate(
-            trained.model, trained.objective, distance, n=flags.samples, settings=settings, image_shape=(3, size, size),
-            batch_size=min(flags.samples, 256), seed=0, device=device, bf16=resolve_bf16("auto", device), graphs=True,
-            keep=8,
-        )  # fmt: skip
+        generator = trained.generator(
+            SamplerSettings(sampler, steps), batch_size=256, device=device, bf16=resolve_bf16("auto", device)
+        )
+        row, kept = evaluate(generator, distance, n=flags.samples, seed=0, keep=8)
         row |= {
             "objective": objective,
             "schedule": config.resolved_schedule,
             "train_steps": trained.step,
-            "evaluations": settings.evaluations,
+            "evaluations": evaluations(generator.plan),
         }
         rows.append({name: row[name] for name in COLUMNS})
         np.save(flags.work / objective / f"{sampler}-{steps}.npy", kept)
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        print(f"{objective}: {sampler}, {settings.evaluations} evaluations: {row['value']:.4g}", flush=True)
+        print(f"{objective}: {sampler}, {rows[-1]['evaluations']} evaluations: {row['value']:.4g}", flush=True)
     return [row for row in rows if (row["sampler"], row["sampler_steps"]) in wanted]
 
 

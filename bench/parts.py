@@ -10,8 +10,7 @@ from bench.suite import Size, image_set, network_flops
 from bench.timing import Workload
 from fastdiff.data.loaders import Loader, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
-from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
-from fastdiff.hardware import compiled
+from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.training.ema import EMA
@@ -87,12 +86,10 @@ def sampling(size: Size, settings: SamplerSettings, n: int, *, captured: bool) -
     torch.manual_seed(0)
     net = UNet(size.config.net).to(size.device).requires_grad_(False).eval()
     net = fuse(net) if size.ours else net
-    if size.bf16:
-        net = half_weights(net)
     side = size.config.net.image_size
-    batches = sample_batches(
-        compiled(net) if size.ours else net, objective(size), n * 2**40, settings=settings,
-        image_shape=(3, side, side), batch_size=n, seed=0, device=size.device, bf16=size.bf16, graphs=captured,
-        progress=lambda done: None,  # evaluations show theirs
+    generator = Generator(
+        net, objective(size), settings, image_shape=(3, side, side), batch_size=n, device=size.device, bf16=size.bf16,
+        compile=size.ours, graphs=captured,
     )  # fmt: skip
+    batches = generator.batches(n * 2**40, seed=0, progress=lambda done: None)  # evaluations show theirs
     return lambda i: next(batches)

@@ -13,7 +13,7 @@ from bench.timing import Workload
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import EfficientNetLite0, FeatureExtractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.sampling import SamplerSettings
+from fastdiff.evaluation.generate import SamplerSettings
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -16,7 +16,6 @@ from kernels import REGISTRY
 from kernels.spec import Case, Inputs, KernelSpec
 
 COPY = "device copy"
-ROWS = "ours, an image's rows"  # as the network calls a norm: it adds up the images' shares of all norms at once
 PASSES = ("forward", "backward", "both")
 
 
@@ -70,6 +69,19 @@ def _merge(size: Size) -> Iterator[Case]:
     yield Case("x".join(map(str, shape)), make)
 
 
+def _upsampling(size: Size) -> Iterator[Case]:
+    """To the full resolution, where most of the time of all upsamplings goes."""
+    net, n = size.config.net, size.norms[0][0]
+    channels, side = net.channels * net.channel_mult[min(1, len(net.channel_mult) - 1)], net.image_size // 2
+
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        shapes = {"x": (n, channels, side, side), "weight": (channels, channels, 3, 3)}
+        drawn = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        return {name: v.to(memory_format=torch.channels_last) for name, v in drawn.items()}
+
+    yield Case(f"{n}x{channels}x{side}x{side}", make)
+
+
 def _ema(size: Size) -> Iterator[Case]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         ema, params = torch.randn(2, size.flat, generator=generator).unbind()
@@ -94,6 +106,7 @@ CASES: dict[str, Callable[[Size], Iterator[Case]]] = {
     "group_norm_silu": _norms,
     "add_group_norm_silu": _sums,
     "merge_columns": _merge,
+    "upsample_conv": _upsampling,
     "ema_update": _ema,
     "adam_ema": _adam_ema,
 }
@@ -123,12 +136,7 @@ def _work(
         result = fn(**sets[i % copies])
         return result if isinstance(result, tuple) else (result,)
 
-    results = len(outputs(0))
-    # One weight for each result, as large as x and skip together.
-    weights = [
-        [torch.randn_like(torch.cat([s["x"], s["skip"]], 1) if "skip" in s else s["x"]) for _ in range(results)]
-        for s in sets
-    ]
+    weights = [[torch.randn_like(y.detach()) for y in outputs(i)] for i in range(copies)]
     if which == "forward":  # as in training: with what the backward will need
         return Workload(lambda i: alive.append([y.detach() for y in outputs(i)]), bytes=moved)
     if which == "both":
@@ -162,11 +170,10 @@ def _copy(moved: int, copies: int, device: torch.device) -> Workload:
 
 
 def _comparison(size: Size, spec: KernelSpec, case: Case, which: str) -> Comparison:
-    rows = spec.name == "group_norm_silu" and which == "backward"
-    mine = ("ours", *((ROWS,) if rows else ())) if size.ours else ()
+    mine = ("ours",) if size.ours else ()
     variants = ("eager", "torch.compile", *mine, COPY)
     copy = Against(COPY, "lower", BARS.get((spec.name, which)))
-    ratios = {"torch.compile": (Against("eager", "higher"),), ROWS: (copy,)}
+    ratios = {"torch.compile": (Against("eager", "higher"),)}
     ratios["ours"] = (copy, Against("torch.compile", "higher"), Against("eager", "higher"))
 
     def build() -> dict[str, Workload]:
@@ -184,9 +191,6 @@ def _comparison(size: Size, spec: KernelSpec, case: Case, which: str) -> Compari
             for name, fn in functions.items()
             if name in variants
         }
-        if ROWS in variants:
-            expanded = {name: inputs[name].expand(len(inputs["x"]), -1) for name in ("weight", "bias")}
-            work[ROWS] = _work(spec, spec.op, inputs | expanded, which, copies, moved, size.device)
         return work | {COPY: _copy(moved, copies, size.device)}
 
     suffix = f" {which}" if spec.differentiable else ""

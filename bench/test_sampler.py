@@ -8,7 +8,7 @@ from bench.parts import objective, sampling
 from bench.suite import FLOOR, Against, Comparison, Size, network_flops
 from bench.timing import Workload
 from fastdiff.diffusion.samplers import SAMPLERS
-from fastdiff.evaluation.sampling import SamplerSettings
+from fastdiff.evaluation.generate import SamplerSettings
 from fastdiff.nets.unet import UNet
 
 pytestmark = pytest.mark.timeout(900)

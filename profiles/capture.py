@@ -101,7 +101,8 @@ class Sample(_Topic):
 
         from fastdiff import hardware
         from fastdiff.diffusion.objectives import make_objective
-        from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
+        from fastdiff.diffusion.plan import evaluations
+        from fastdiff.evaluation.generate import Generator, SamplerSettings
         from fastdiff.nets.fuse import fuse
         from fastdiff.nets.unet import UNet
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
@@ -116,21 +117,17 @@ class Sample(_Topic):
         torch.manual_seed(config.seed)
         model = UNet(net).to(device).requires_grad_(False).eval()
         model = fuse(model) if kernels == "triton" else model
-        if bf16:
-            model = half_weights(model)
         compiles = hardware.resolve_compile(config.compile, device)
         objective = make_objective(**config.diffusion)
         batch, steps = config.eval_batch_size, config.eval_steps
         settings = SamplerSettings(config.eval_sampler, steps)
-        batches = sample_batches(
-            hardware.compiled(model) if compiles else model, objective,
-            (lead + steps_needed(config.profile)) * batch, settings=settings, batch_size=batch,
-            seed=config.seed, device=device,
-            image_shape=(net.image_channels, net.image_size, net.image_size), bf16=bf16,
-            graphs=config.graphs,
+        generator = Generator(
+            model, objective, settings, image_shape=(net.image_channels, net.image_size, net.image_size),
+            batch_size=batch, device=device, bf16=bf16, compile=compiles, graphs=config.graphs,
         )  # fmt: skip
+        batches = generator.batches((lead + steps_needed(config.profile)) * batch, seed=config.seed)
         facts = {
-            "step": f"a batch of {batch} samples, {config.eval_sampler}, {settings.evaluations} network evaluations",
+            "step": f"a batch of {batch} samples, {config.eval_sampler}, {evaluations(generator.plan)} evaluations",
             "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
             "compile": "torch.compile" if compiles else "off",
             "graphs": "a CUDA graph of the sampling step" if config.graphs and cuda else "off",

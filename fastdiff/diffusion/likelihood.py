@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.base_schedule import Schedule
-from fastdiff.diffusion.loops import Denoise, check_grid
+from fastdiff.diffusion.plan import Denoise, check_grid
 from fastdiff.errors import UserError
 
 NOISE = -12.0  # a log-SNR below which there is nothing but noise: at -infinity the angle is only 0.0025 larger

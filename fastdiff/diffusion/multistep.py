@@ -16,69 +16,23 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.base_schedule import Schedule
-from fastdiff.diffusion.loops import (
-    Denoise,
-    Loop,
-    OnStep,
-    State,
-    clipping,
-    eager_loop,
-    run_linear,
-    step_ends,
-    to_table,
-    to_times,
-)
+from fastdiff.diffusion.plan import Denoise, Noise, Plan, Rows, State, linear, step_ends
 from fastdiff.errors import UserError
 
 
-def dpmpp_2m(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    ts: Tensor,
-    *,
-    clip_x0: bool = False,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    loop: Loop = eager_loop,
-) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
-
-    Args:
-        clip_x0: clamp each x0_hat to [-1, 1].
-
-    Raises:
-        UserError: a bad grid.
-    """
+def dpmpp_2m(schedule: Schedule, ts: Tensor) -> Plan:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step."""
     alpha_t, sigma_t, alpha_s, sigma_s = step_ends(schedule, ts)
     h = _log_steps(alpha_t, sigma_t, alpha_s, sigma_s)
     # Algorithm 2, lines 8 and 9, with 1 / r = h / h_earlier: D = (1 + 1 / (2r)) x0_hat - 1 / (2r) x0_hat_earlier.
     half = 0.5 * _ratio(h, _earlier(h, 1))
     whole = -alpha_s * torch.expm1(-h)
     from_x0 = [whole * (1.0 + half), -whole * half]
-    denoise = clipping(denoise, clip_x0)
-    return run_linear(denoise, x_T, ts, sigma_s / sigma_t, from_x0, generator=generator, on_step=on_step, loop=loop)
+    return linear(ts, sigma_s / sigma_t, from_x0)
 
 
-def dpmpp_2m_sde(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    ts: Tensor,
-    *,
-    clip_x0: bool = False,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    loop: Loop = eager_loop,
-) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): the reverse SDE, one evaluation a step.
-
-    Args:
-        clip_x0: clamp each x0_hat to [-1, 1].
-
-    Raises:
-        UserError: a bad grid.
-    """
+def dpmpp_2m_sde(schedule: Schedule, ts: Tensor) -> Plan:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): the reverse SDE, one evaluation a step."""
     alpha_t, sigma_t, alpha_s, sigma_s = step_ends(schedule, ts)
     h = _log_steps(alpha_t, sigma_t, alpha_s, sigma_s)
     # x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z, with D as in 2M.
@@ -86,31 +40,14 @@ def dpmpp_2m_sde(
     share = -torch.expm1(-2.0 * h)
     from_x0 = [alpha_s * share * (1.0 + half), -alpha_s * share * half]
     from_x_t, std = sigma_s / sigma_t * torch.exp(-h), sigma_s * share.sqrt()
-    denoise = clipping(denoise, clip_x0)
-    return run_linear(denoise, x_T, ts, from_x_t, from_x0, std, generator=generator, on_step=on_step, loop=loop)
+    return linear(ts, from_x_t, from_x0, std)
 
 
-def dpmpp_3m(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    ts: Tensor,
-    *,
-    clip_x0: bool = False,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    loop: Loop = eager_loop,
-) -> Tensor:
+def dpmpp_3m(schedule: Schedule, ts: Tensor) -> Plan:
     """DPM-Solver++(3M): third order, one evaluation a step.
 
     The parabola through the last three estimates, integrated exactly (proposition 4.1). The paper's
     code, and diffusers after it, weigh the second difference by half of that, which lowers the order to 2.
-
-    Args:
-        clip_x0: clamp each x0_hat to [-1, 1].
-
-    Raises:
-        UserError: a bad grid.
     """
     alpha_t, sigma_t, alpha_s, sigma_s = step_ends(schedule, ts)
     h = _log_steps(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -126,22 +63,10 @@ def dpmpp_3m(
     second = r_12 * c_2 + share * c_1
     first, second = alpha_s * r_1 * (c_1 + second), alpha_s * r_2 * second
     from_x0 = [alpha_s * c_0 + first, -first - second, second]
-    denoise = clipping(denoise, clip_x0)
-    return run_linear(denoise, x_T, ts, sigma_s / sigma_t, from_x0, generator=generator, on_step=on_step, loop=loop)
+    return linear(ts, sigma_s / sigma_t, from_x0)
 
 
-def unipc(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    ts: Tensor,
-    *,
-    order: int = 3,
-    clip_x0: bool = False,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    loop: Loop = eager_loop,
-) -> Tensor:
+def unipc(schedule: Schedule, ts: Tensor, *, order: int = 3) -> Plan:
     """UniPC on the estimate of x0, with B(h) = e^h - 1 (Zhao et al. 2023): one evaluation a step.
 
     The estimate at s first corrects the step that led to s (UniC-p), then predicts the next (UniP-p). The whole is of
@@ -149,10 +74,6 @@ def unipc(
 
     Args:
         order: p, 1 to 3; lower where there are fewer earlier estimates, and 1 in a step to sigma = 0.
-        clip_x0: clamp each x0_hat to [-1, 1].
-
-    Raises:
-        UserError: order outside 1 to 3, or a bad grid.
     """
     if order not in (1, 2, 3):
         raise UserError(f"order is {order}, but unipc has orders 1, 2 and 3.")
@@ -172,23 +93,23 @@ def unipc(
     # Row 0 has nothing to correct and keeps its x.
     correct = [[1.0] + [0.0] * (order + 2), *correct[:-1]]
     table = torch.tensor([[*a, *b] for a, b in zip(correct, predict, strict=True)], dtype=torch.float64)
-    denoise = clipping(denoise, clip_x0)
+    return [Rows(unified_step, ts.double().cpu()[:-1, None], table, memory=order + 1)]
 
-    def step(t: Tensor, row: Tensor, state: State) -> tuple[State, Tensor]:
-        x, last, *past = state
-        x0 = denoise(x, t[0])
-        weights, estimates = row.unbind(), [x0, *past]
-        corrected = weights[0] * x + weights[1] * last
-        for weight, estimate in zip(weights[2 : 3 + order], estimates, strict=True):
-            corrected = corrected + weight * estimate
-        x = weights[3 + order] * corrected
-        for weight, estimate in zip(weights[4 + order :], estimates, strict=False):
-            x = x + weight * estimate
-        return (x, corrected, *estimates[:order]), x0
 
-    state = (x_T, torch.zeros_like(x_T), *[torch.zeros_like(x_T) for _ in range(order)])
-    times = to_times(x_T, ts[:-1])
-    return loop(step, state, times, to_table(x_T, *table.unbind(1)), generator=generator, on_step=on_step)[0]
+def unified_step(denoise: Denoise, noise: Noise, t: Tensor, row: Tensor, state: State) -> tuple[State, Tensor]:
+    """A row: how the last step is corrected (weights of its result, of where it started, of each estimate), and how the
+    next is predicted (weights of the corrected x, of each estimate but the oldest)."""
+    x, last, *past = state
+    order = len(past)
+    x0 = denoise(x, t[0])
+    weights, estimates = row.unbind(), [x0, *past]
+    corrected = weights[0] * x + weights[1] * last
+    for weight, estimate in zip(weights[2 : 3 + order], estimates, strict=True):
+        corrected = corrected + weight * estimate
+    x = weights[3 + order] * corrected
+    for weight, estimate in zip(weights[4 + order :], estimates, strict=False):
+        x = x + weight * estimate
+    return (x, corrected, *estimates[:order]), x0
 
 
 def _reachable(earlier: list[float], count: int) -> list[float]:

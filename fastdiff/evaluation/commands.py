@@ -16,13 +16,12 @@ from torch import Tensor
 
 from fastdiff.data.datasets import load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
-from fastdiff.diffusion.objectives import Model
 from fastdiff.errors import UsageError, UserError
-from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
+from fastdiff.evaluation.evaluate import evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.sampling import SamplerSettings, half_weights, parse_options, sample_batches
-from fastdiff.hardware import compiled, resolve_bf16, resolve_compile, resolve_device, set_backends
+from fastdiff.evaluation.generate import SamplerSettings, parse_options
+from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
@@ -61,13 +60,13 @@ def sample(
     set_backends(where)
     bf16 = resolve_bf16(precision, where)
     trained = load_trained(checkpoint, device=where)
-    shape = _image_shape(trained)
+    generator = trained.generator(
+        settings, batch_size=batch_size, device=where, bf16=bf16, compile=resolve_compile(compile, where), graphs=graphs
+    )
+    c, height, width = generator.image_shape
     shown: list[np.ndarray] = []
-    with bar("sampling", n) as show, _npz_writer(save_npz, (n, *shape[1:], shape[0])) as write:
-        for images in sample_batches(
-            _network(trained, where, bf16, compile), trained.objective, n, settings=settings, image_shape=shape,
-            batch_size=batch_size, seed=seed, device=where, bf16=bf16, graphs=graphs, progress=show,
-        ):  # fmt: skip
+    with bar("sampling", n) as show, _npz_writer(save_npz, (n, height, width, c)) as write:
+        for images in generator.batches(n, seed=seed, progress=show):
             array = _nhwc(images)
             write(array)
             if sum(map(len, shown)) < GRID_LIMIT:
@@ -114,11 +113,11 @@ def measure(
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
         extractor = make_extractor(features, device=where, size=feature_size)
         distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
-        row, _ = evaluate(
-            _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
-            image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
-            graphs=graphs, keep=1,
-        )  # fmt: skip
+        compiles = resolve_compile(compile, where)
+        generator = trained.generator(
+            settings, batch_size=batch_size, device=where, bf16=bf16, compile=compiles, graphs=graphs
+        )
+        row, _ = evaluate(generator, distance, n=n, seed=seed, keep=1)
         images = trained.step * config.batch_size
         row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
         if run is not None:
@@ -208,16 +207,6 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
-
-
-def _network(trained: Trained, device: torch.device, bf16: bool, compile: str) -> Model:
-    network = half_weights(trained.network) if bf16 else trained.network
-    return compiled(network) if resolve_compile(compile, device) else network
-
-
-def _image_shape(trained: Trained) -> tuple[int, int, int]:
-    net = trained.config.net
-    return net.image_channels, net.image_size, net.image_size
 
 
 def _nhwc(images: Tensor) -> np.ndarray:

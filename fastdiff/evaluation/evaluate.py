@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.config import Config
-from fastdiff.diffusion.objectives import Model, Objective, make_objective
+from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.errors import UserError
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.graph_loop import GraphLoop
-from fastdiff.evaluation.sampling import SamplerSettings, sample_batches
+from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.hardware import resolve_kernels
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
@@ -41,6 +40,12 @@ class Trained:
     objective: Objective
     step: int
     path: Path
+
+    def generator(self, settings: SamplerSettings, **options: Any) -> Generator:
+        """Draws from it; see `Generator` for the options."""
+        net = self.config.net
+        shape = net.image_channels, net.image_size, net.image_size
+        return Generator(self.network, self.objective, settings, image_shape=shape, **options)
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
@@ -72,19 +77,11 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
 
 
 def evaluate(
-    model: Model,
-    objective: Objective,
+    generator: Generator,
     distance: FrechetDistance | None,
     *,
     n: int,
-    settings: SamplerSettings,
-    image_shape: tuple[int, int, int],
-    batch_size: int,
     seed: int,
-    device: torch.device,
-    bf16: bool,
-    graphs: bool = True,
-    loop: GraphLoop | None = None,
     keep: int,
     check: Callable[[], object] = lambda: None,
     ranks: Ranks | None = None,
@@ -95,7 +92,6 @@ def evaluate(
         distance: holds the reference; None to draw samples only.
         n: samples for the distance.
         keep: the first samples, to be looked at; all that is drawn without a distance.
-        graphs, loop: see `sample_batches`.
         check: called at every sampling step; may raise Stopped to break off, which then all ranks do.
         ranks: the processes that share the samples out, by whole batches; all call with the same arguments. The sums of
             the features are added up over them, in float64. None for one alone.
@@ -104,7 +100,7 @@ def evaluate(
         A row that names the metric, its value, the number of samples, the sampler, its steps, the extractor, the
         reference set and the seconds it took; and the kept samples, uint8 (keep, H, W, C), which only rank 0 has.
     """
-    ranks = ranks or Ranks(device)
+    ranks = ranks or Ranks(generator.device)
     started = time.perf_counter()
     total = max(n, keep) if distance is not None else keep
     if distance is not None:
@@ -113,13 +109,11 @@ def evaluate(
     stopped = False
     try:
         with bar("sampling", total) if ranks.is_main else nullcontext() as show:
-            batches = sample_batches(
-                model, objective, total, settings=settings, image_shape=image_shape, batch_size=batch_size, seed=seed,
-                device=device, bf16=bf16, graphs=graphs, loop=loop, on_step=lambda *_: check(), progress=show,
-                rank=ranks.rank, ranks=ranks.size,
-            )  # fmt: skip
+            batches = generator.batches(
+                total, seed=seed, on_step=lambda *_: check(), progress=show, rank=ranks.rank, ranks=ranks.size
+            )
             for i, images in enumerate(batches):
-                first = (i * ranks.size + ranks.rank) * min(batch_size, total)
+                first = (i * ranks.size + ranks.rank) * min(generator.batch_size, total)
                 if first < keep:
                     kept.append((first, images[: keep - first].cpu()))
                 if distance is not None and first < n:
@@ -129,6 +123,7 @@ def evaluate(
     if ranks.any(stopped, "the end of sampling"):  # also if a signal reached only some of the ranks in time
         raise Stopped
     grid = sorted((each for part in ranks.gather(kept, "the samples") for each in part), key=lambda each: each[0])
+    settings = generator.settings
     row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}
     if distance is not None:
         ranks.sum_(list(distance.sums), "the features' sums")
@@ -141,5 +136,5 @@ def evaluate(
             "reference": distance.reference,
         }
     row["seconds"] = time.perf_counter() - started
-    empty = torch.empty(0, *image_shape, dtype=torch.uint8)
+    empty = torch.empty(0, *generator.image_shape, dtype=torch.uint8)
     return row, torch.cat([empty, *(images for _, images in grid)]).permute(0, 2, 3, 1).numpy()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from fastdiff.errors import UserError
 from kernels import REGISTRY
+from kernels.spec import KernelSpec
 
 STEP, DRAIN = "ProfilerStep#", "profiler drain"  # torch's own range around a step; ours around the last wait
 RANGES = ("data", "forward", "backward", "all-reduce", "optimizer", "ema", "sampling")
@@ -25,11 +26,15 @@ CATEGORIES = ("conv", "norm", "attention", "matmul", "pointwise", "optimizer", "
 RANGE_CATEGORY = {"data": "data", "optimizer": "optimizer", "ema": "optimizer"}  # whatever runs in these, is these
 
 
+def _kernels(spec: KernelSpec) -> list[str]:
+    return sorted({job.name for job in spec.jobs()})
+
+
 def _ours() -> Iterator[tuple[str, str]]:
     """Operators of ours and their Triton kernels, to which Inductor adds a number."""
     for spec in REGISTRY.values():
         operator = rf"^fastdiff_kernels::{spec.operator}"
-        yield spec.category, "|".join([operator, *sorted({rf"^{job.name}(_\d+)?$" for job in spec.jobs()})])
+        yield spec.category, "|".join([operator, *(rf"^{name}(_\d+)?$" for name in _kernels(spec))])
 
 
 # The first pattern found in a name decides. `other` is what moves no data: views, allocations.
@@ -72,7 +77,7 @@ SIZES = {
 ELEMENTWISE = re.compile(
     r"^aten::(add|sub|mul|div|neg|silu|sigmoid|exp|sqrt|lerp|addcmul|addcdiv|clamp|silu_backward|sigmoid_backward)_?$"
 )
-OUR_KERNELS = re.compile(r"^(triton_|forward_|backward_|column_sums|merge_kernel|adam_ema_kernel|ema_kernel)")
+OUR_KERNELS = re.compile("^triton_|" + "|".join(f"^{name}" for spec in REGISTRY.values() for name in _kernels(spec)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,8 +361,6 @@ def _nbytes(shape: Any, kind: str) -> int:
 
 def _spec_bytes(op: Event) -> int | None:
     import torch  # here: reading a trace of anything else needs neither torch nor Triton
-
-    from kernels import REGISTRY
 
     base = op.name.split("::")[1]
     spec = REGISTRY.get(base.removesuffix("_backward").rstrip("_"))

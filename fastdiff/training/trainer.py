@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.errors import TrainingFailed
+from fastdiff.evaluation.evaluate import evaluate
+from fastdiff.evaluation.figures import draw_forward_noising, draw_trajectory
 from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.hardware import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
@@ -26,11 +29,13 @@ from fastdiff.reporting.run import DISK_FULL, Run, write_atomically
 from fastdiff.training import checkpoint, run_state
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
-from fastdiff.training.evaluator import Evaluator, draw_forward_noising
 from fastdiff.training.optim import learning_rate, make_update
 from fastdiff.training.saving import BackgroundSaver
 from fastdiff.training.signals import Stopped, StopRequest
-from fastdiff.training.step import TrainStep
+from fastdiff.training.step import TrainStep, step_seed
+
+# Evaluations draw the same noise every time, so that grids of one run can be compared; apart from the steps' streams.
+EVALUATION_STREAM = 2**32 - 1
 
 
 class Trainer:
@@ -93,9 +98,12 @@ class Trainer:
         )  # fmt: skip
         if resumed is not None:
             run_state.restore(self, resumed)
-        self.evaluator = Evaluator(
-            config, self.objective, self.ema, distance, kernels=self.kernels, ranks=ranks, bf16=self.bf16,
-            compile=compiled,
+        size = config.net.image_size
+        self.generator = Generator(
+            fuse(self.ema.model) if self.kernels == "triton" else self.ema.model, self.objective,
+            SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
+            image_shape=(config.net.image_channels, size, size), device=device, bf16=self.bf16, compile=compiled,
+            graphs=config.graphs,
         )  # fmt: skip
         if ranks.is_main:
             self._describe(compiled)
@@ -379,7 +387,7 @@ class Trainer:
             write_atomically(self.run.path / "loss-by-noise.jsonl", lines.encode())
 
     @contextmanager
-    def _spared_on_a_full_disk(self) -> Generator[None]:
+    def _spared_on_a_full_disk(self) -> Iterator[None]:
         """A picture, or a note, that the disk has no room for is not worth a run."""
         try:
             yield
@@ -396,13 +404,17 @@ class Trainer:
             self.stop.check()
 
         check()
-        row, grid = self.evaluator.measure(check)
+        seed = step_seed(self.config.seed, EVALUATION_STREAM)
+        row, grid = evaluate(
+            self.generator, self.distance, n=self.config.eval_samples, seed=seed, keep=self.config.grid_samples,
+            check=check, ranks=self.ranks,
+        )  # fmt: skip
         self.evaluated = self.step
         if not self.ranks.is_main:
             return
         with self._spared_on_a_full_disk():
             pictures.save_grid(grid, self.run.saves / f"samples-{self.step:08d}.png")
-            self.evaluator.draw_trajectory(self.run.saves / f"trajectory-{self.step:08d}.png")
+            draw_trajectory(self.generator, self.run.saves / f"trajectory-{self.step:08d}.png", seed=seed)
         self.run.log_image("samples", pictures.image_grid(grid), self.step)
         if self.distance is None:
             return

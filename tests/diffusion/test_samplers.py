@@ -1,10 +1,9 @@
-import inspect
-
 import pytest
 import torch
 
-from fastdiff.diffusion.loops import eager_loop
-from fastdiff.diffusion.samplers import SAMPLERS, evaluations, own_options
+from fastdiff.diffusion import plan
+from fastdiff.diffusion.plan import noise_like
+from fastdiff.diffusion.samplers import PLANS, SAMPLERS, own_options
 from fastdiff.errors import UserError
 from fastdiff.evaluation.graph_loop import GraphLoop
 from tests.diffusion.truths import ALL, gaussian_denoise, time
@@ -60,40 +59,45 @@ def test_any_grid_works_on_any_schedule(name, options, schedule, dtype):
 @pytest.mark.parametrize("schedule", ["cosine", "flow", "edm"])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_step_is_a_static_function_of_its_row(name, options, schedule, end, n):
-    """A loop that copies each row into the same buffers, as a captured graph must, gives the same bits; so does the
-    one that sampling captures."""
+    """Copying each row into the same buffers, as a captured graph must, gives the same bits; so does the loop that
+    sampling captures."""
     schedule = ALL[schedule]
-    ts = torch.linspace(schedule.t_max, end, n + 1, dtype=torch.float64)
+    steps = PLANS[name](schedule, torch.linspace(schedule.t_max, end, n + 1, dtype=torch.float64), **options)
+    denoise = denoiser(schedule)
 
-    def static_loop(step, state, times, table, *, generator=None, on_step=None, first=0):
-        buffers, t, row = tuple(x.clone() for x in state), times[0].clone(), table[0].clone()
-        for i in range(len(table)):
-            t.copy_(times[i])
-            row.copy_(table[i])
-            before = buffers[0].clone()
-            new, x0 = step(t, row, buffers)
-            for buffer, value in zip(buffers, new, strict=True):
-                assert (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
-            for buffer, value in zip(buffers, [value.clone() for value in new], strict=True):
-                buffer.copy_(value)
-            on_step(first + i, before, x0)
-        return buffers
+    def eager(x, generator, on_step):
+        return plan.run(steps, denoise, x, generator=generator, on_step=on_step)
+
+    def static(x, generator, on_step):
+        count = 0
+        for rows in steps:
+            times, table = rows.on(x)
+            if len(table) == 0:
+                continue
+            buffers, t, row = tuple(v.clone() for v in rows.state(x)), times[0].clone(), table[0].clone()
+            for i in range(len(table)):
+                t.copy_(times[i])
+                row.copy_(table[i])
+                before = buffers[0].clone()
+                new, x0 = rows.step(denoise, lambda like: noise_like(like, generator), t, row, buffers)
+                for buffer, value in zip(buffers, new, strict=True):
+                    assert (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
+                for buffer, value in zip(buffers, [value.clone() for value in new], strict=True):
+                    buffer.copy_(value)
+                on_step(count, before, x0)
+                count += 1
+            x = buffers[0].clone()
+        return x
+
+    def captured(x, generator, on_step):
+        loop = GraphLoop(denoise, torch.device("cpu"))
+        loop.generator.set_state(generator.get_state())
+        return loop.run(steps, x, on_step=on_step)
 
     seen, results = [[], [], []], []
-    for loop, calls in zip((eager_loop, static_loop, GraphLoop()), seen, strict=True):
+    for run, calls in zip((eager, static, captured), seen, strict=True):
         x_T, generator = noise(schedule), torch.Generator().manual_seed(5)
-        results.append(
-            SAMPLERS[name](
-                denoiser(schedule),
-                schedule,
-                x_T,
-                ts,
-                generator=generator,
-                loop=loop,
-                on_step=lambda i, x, x0, calls=calls: calls.append((i, x.clone(), x0.clone())),
-                **options,
-            )
-        )
+        results.append(run(x_T, generator, lambda i, x, x0, calls=calls: calls.append((i, x.clone(), x0.clone()))))
         assert torch.equal(x_T, noise(schedule))
     assert [i for i, _, _ in seen[0]] == list(range(n))
     assert torch.equal(seen[0][0][1], noise(schedule))
@@ -147,7 +151,7 @@ def test_evaluations_are_counted(name, n):
         return denoiser(LINEAR)(x, t)
 
     SAMPLERS[name](denoise, LINEAR, noise(), LINEAR.grid(n))
-    assert len(calls) == evaluations(name, n)
+    assert len(calls) == plan.evaluations(PLANS[name](LINEAR, LINEAR.grid(n)))
 
 
 def test_the_network_is_asked_at_the_grid_s_times():
@@ -157,12 +161,20 @@ def test_the_network_is_asked_at_the_grid_s_times():
         assert times == LINEAR.grid(5)[:-1].tolist()
 
 
-def test_all_samplers_have_the_common_arguments():
-    for name, sampler in SAMPLERS.items():
-        parameters = list(inspect.signature(sampler).parameters)
-        assert parameters[:4] == ["denoise", "schedule", "x_T", "ts"]
-        assert parameters[-4:] == ["clip_x0", "generator", "on_step", "loop"]
-        assert set(own_options(name)) == set(parameters[4:-4])
+def test_samplers_have_the_options_of_their_plans_and_no_others():
+    assert own_options("ddim") == {"eta": 0.0}
+    assert set(own_options("heun")) == {"S_churn", "S_tmin", "S_tmax", "S_noise"}
+    assert SAMPLERS["ddim"].__doc__.startswith("DDIM")
+    with pytest.raises(TypeError, match="eta"):
+        SAMPLERS["ddpm"](denoiser(LINEAR), LINEAR, noise(), LINEAR.grid(2), eta=1.0)
+
+
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC))
+def test_deterministic_samplers_draw_nothing(name):
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    SAMPLERS[name](denoiser(LINEAR), LINEAR, noise(), LINEAR.grid(3), generator=generator)
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

@@ -14,7 +14,7 @@ from fastdiff.errors import UserError
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.sampling import SamplerSettings
+from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures
 from fastdiff.training.distributed import Ranks
@@ -78,14 +78,13 @@ def shared_samples(config: dict) -> None:
         model = UNet(config.net).eval()
         for p in model.parameters():
             p.data += 0.02 * torch.randn_like(p)  # no layer is zero
-        common = {
-            "n": 22, "keep": 10, "batch_size": 4, "settings": SamplerSettings("ddpm", 3), "image_shape": (3, 8, 8),
-            "seed": 3, "device": torch.device("cpu"), "bf16": False,
-        }  # fmt: skip
         objective = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
-        row, grid = evaluate(model, objective, distances[0], ranks=ranks, **common)
+        generator = Generator(
+            model, objective, SamplerSettings("ddpm", 3), image_shape=(3, 8, 8), batch_size=4, device=ranks.device
+        )
+        row, grid = evaluate(generator, distances[0], n=22, seed=3, keep=10, ranks=ranks)
         if ranks.is_main:
-            alone, whole_grid = evaluate(model, objective, distances[1], **common)
+            alone, whole_grid = evaluate(generator, distances[1], n=22, seed=3, keep=10)
             assert whole_grid.shape == (10, 8, 8, 3)
             assert (grid == whole_grid).all()
             for mine, theirs in zip(distances[0].sums, distances[1].sums, strict=True):

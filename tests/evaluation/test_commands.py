@@ -147,7 +147,7 @@ def test_likelihood_agrees_with_the_closed_form(run, monkeypatch, capsys):
 def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys, monkeypatch, compile):
     pytest.importorskip("efficientnet_lite_pytorch")
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net, *, fullgraph: (compiled.append(net), net)[1])
+    monkeypatch.setattr(torch, "compile", lambda net, **options: (compiled.append(net), net)[1])
     arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--steps", 2, "--sampler", "ddpm", "--feature-size", 32,
                  "--features", "efficientnet_lite0", "--compile", compile)  # fmt: skip
     assert call(*arguments) == 0
@@ -211,13 +211,13 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, tmp_path, monkeypatch, ca
 
 
 def test_an_interrupted_sampling_leaves_no_file(run, tmp_path, monkeypatch):
-    from fastdiff.evaluation import commands
+    from fastdiff.evaluation.generate import Generator
 
     def interrupted(*arguments, **options):
         yield torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "sample_batches", interrupted)
+    monkeypatch.setattr(Generator, "batches", interrupted)
     before = sorted(tmp_path.rglob("*"))
     assert call("sample", "--checkpoint", run, "--out", tmp_path / "a.png", "--save-npz", tmp_path / "a.npz") == 130
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,19 +1,20 @@
 """Sampling through fixed buffers, as a CUDA graph replays it; on a CPU without the capture, or with a recorded one."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 
-from fastdiff.diffusion.loops import eager_loop
+from fastdiff.diffusion import plan
 from fastdiff.diffusion.objectives import make_objective
-from fastdiff.diffusion.samplers import SAMPLERS
+from fastdiff.diffusion.plan import Rows
+from fastdiff.diffusion.samplers import PLANS, clipping
 from fastdiff.evaluation import graph_loop
+from fastdiff.evaluation.generate import Generator, SamplerSettings, half_weights
 from fastdiff.evaluation.graph_loop import GraphLoop
-from fastdiff.evaluation.sampling import SamplerSettings, half_weights, sample_batches
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet, UNetConfig
-from fastdiff.training.ema import EMA
 from fastdiff.training.graphs import WARMUP
 from tests.recorded import captured, recorded_cuda
 
@@ -31,6 +32,13 @@ def deterministic():
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
+@pytest.fixture
+def replaying(monkeypatch):
+    """Steps are captured on a CPU too, see tests/recorded.py."""
+    recorded_cuda(monkeypatch)
+    monkeypatch.setattr(graph_loop, "Captured", captured)
+
+
 def network(device="cpu", *, kernels="torch"):
     torch.manual_seed(0)
     net = UNet(NET).to(device).eval().requires_grad_(False)
@@ -39,130 +47,165 @@ def network(device="cpu", *, kernels="torch"):
     return fuse(net) if kernels == "triton" else net
 
 
-def run(name, loop, *, generator, device="cpu", dtype=torch.float32, model=None, **options):
-    """One batch from fixed noise by a closed-form denoiser or a network, and what on_step saw."""
-    schedule, seen = OBJECTIVE.schedule, []
-
-    def denoise(x_t, t):
-        return OBJECTIVE.denoise(model, x_t, t) if model else torch.tanh(x_t) * schedule.alpha(t).to(x_t.dtype)
-
-    x_T = torch.randn(2, 8, 8, 3, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        x_0 = SAMPLERS[name](
-            denoise, schedule, x_T, schedule.grid(STEPS), generator=generator, loop=loop,
-            on_step=lambda i, x_t, x0_hat: seen.append((i, x_t.clone(), x0_hat.clone())), **options,
-        )  # fmt: skip
-    return x_0, seen
+def denoise(x_t, t):
+    """A closed form."""
+    return torch.tanh(x_t) * OBJECTIVE.schedule.alpha(t).to(x_t.dtype)
 
 
-CASES = [*((name, {}) for name in SAMPLERS), ("ddim", {"eta": 1.0}), ("ddpm", {"clip_x0": True})]
+def denoiser(net):
+    return lambda x_t, t: OBJECTIVE.denoise(net, x_t, t)
+
+
+def make(name, **options):
+    """A plan, and noise for it by a generator."""
+    schedule = OBJECTIVE.schedule
+    clip = options.pop("clip_x0", False)
+    return PLANS[name](schedule, schedule.grid(STEPS), **options), clip
+
+
+def compare(name, options, loop, eager, *, fn=denoise, batches=3):
+    """The loop's results and what on_step sees, beside the eager ones, batch after batch; -> kinds of steps after each.
+
+    Both draw from generators of one seed, first the noise that they start from.
+    """
+    steps, clip = make(name, **options)
+    fn = clipping(fn) if clip else fn
+    made = []
+    for _ in range(batches):
+        results = []
+        for generator in (eager, loop.generator):
+            seen = []
+
+            def note(i, x_t, x0, seen=seen):
+                seen.append((i, x_t.clone(), x0.clone()))
+
+            x_T = torch.randn(2, 8, 8, 3, generator=generator, device=loop.device).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                if generator is eager:
+                    x_0 = plan.run(steps, fn, x_T, generator=generator, on_step=note)
+                else:
+                    x_0 = loop.run(steps, x_T, on_step=note)
+            results.append((x_0, seen))
+        (expected, theirs), (x_0, mine) = results
+        assert torch.equal(x_0, expected)
+        assert [i for i, *_ in mine] == [i for i, *_ in theirs]
+        for (_, *ours), (_, *others) in zip(mine, theirs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+        made.append(len(loop.steps))
+    return made
+
+
+def looped(name, options, fn=denoise, device="cpu"):
+    """A loop for the case, and a generator for the eager run beside it."""
+    loop = GraphLoop(clipping(fn) if options.get("clip_x0") else fn, torch.device(device))
+    loop.generator.manual_seed(5)
+    return loop, torch.Generator(device).manual_seed(5)
+
+
+CASES = [*((name, {}) for name in PLANS), ("ddim", {"eta": 1.0}), ("ddpm", {"clip_x0": True})]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_fixed_buffers_give_the_eager_result_bit_for_bit_batch_after_batch(name, options):
-    eager, fixed = (torch.Generator().manual_seed(5) for _ in range(2))
-    loop, made = GraphLoop(), []
-    for _ in range(3):
-        expected, expected_seen = run(name, eager_loop, generator=eager, **options)
-        x_0, seen = run(name, loop, generator=fixed, **options)
-        assert torch.equal(x_0, expected)
-        assert [i for i, *_ in seen] == [i for i, *_ in expected_seen]
-        for (_, *mine), (_, *theirs) in zip(seen, expected_seen, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        made.append(len(loop.steps))
-    assert made[0] == made[2] <= 3  # a body that is new in each batch would be captured in each batch
+    made = compare(name, options, *looped(name, options))
+    assert made[0] == made[2] <= 3  # a step that is new in each batch would be captured in each batch
+
+
+def rows(step, n, memory=0, value=2.0):
+    return [Rows(step, torch.zeros(n, 1, dtype=torch.float64), torch.full((n, 1), value, dtype=torch.float64), memory)]
 
 
 def test_members_of_the_state_may_change_places():
     """A multistep sampler moves old estimates on; buffers must not be overwritten before they are read."""
 
-    def step(t, row, state):
+    def step(denoise, noise, t, row, state):
         x, newer, older = state
-        x0 = row[0] * x + older
-        return (x0 + t[0].to(x.dtype), x, newer), x0
+        x0 = row[0] * x + older + 1
+        return (x0, x, newer), x0
 
-    generator = torch.Generator().manual_seed(0)
-    state = tuple(torch.randn(3, 3, generator=generator) for _ in range(3))
-    times, table = torch.rand(6, 1, dtype=torch.float64), torch.rand(6, 1)
-    expected = eager_loop(step, state, times, table)
-    got = GraphLoop()(step, state, times, table)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    steps, x = rows(step, 6, memory=2), torch.randn(3, 3)
+    assert torch.equal(GraphLoop(denoise, torch.device("cpu")).run(steps, x), plan.run(steps, denoise, x))
+
+
+def double(denoise, noise, t, row, state):
+    return (row[0] * state[0],), state[0]
 
 
 def test_the_result_is_not_overwritten_by_the_next_batch_nor_the_input_by_the_loop():
-    def step(t, row, state):
-        return (row[0] * state[0],), state[0]
-
-    loop, x = GraphLoop(), torch.ones(2)
-    times, table = torch.zeros(2, 1, dtype=torch.float64), torch.full((2, 1), 2.0)
-    (first,) = loop(step, (x,), times, table)
-    loop(step, (3 * x,), times, table)
+    loop, x = GraphLoop(denoise, torch.device("cpu")), torch.ones(2)
+    first = loop.run(rows(double, 2), x)
+    loop.run(rows(double, 2), 3 * x)
     assert first.tolist() == [4.0, 4.0]
     assert x.tolist() == [1.0, 1.0]
 
 
-def test_another_constant_shape_or_generator_is_another_step():
-    def make(scale):
-        return lambda t, row, state: ((scale * state[0],), state[0])
+def test_another_step_or_shape_is_captured_anew_and_other_numbers_are_not():
+    def once(denoise, noise, t, row, state):
+        return state, state[0]
 
-    loop, results = GraphLoop(), []
-    times, table = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1)
-    for scale, n, generator in ((2.0, 1, None), (3.0, 1, None), (2.0, 2, None), (2.0, 1, torch.Generator())):
-        (x,) = loop(make(scale), (torch.ones(n),), times, table, generator=generator)
-        results.append(x.sum().item())
-    assert results == [2.0, 3.0, 4.0, 2.0]
-    assert len(loop.steps) == 4
-    loop(make(2.0), (torch.ones(1),), times, table)
-    assert len(loop.steps) == 4
+    loop = GraphLoop(denoise, torch.device("cpu"))
+    for step, n, value, result, kinds in (
+        (double, 1, 2.0, 2.0, 1), (once, 1, 2.0, 1.0, 2), (double, 2, 2.0, 4.0, 3), (double, 1, 3.0, 3.0, 3),
+    ):  # fmt: skip
+        assert loop.run(rows(step, 1, value=value), torch.ones(n)).sum() == result
+        assert len(loop.steps) == kinds
 
 
-def test_a_step_that_closes_over_a_tensor_is_refused():
-    hidden = torch.ones(1)
-    with pytest.raises(ValueError, match="closes over the tensor hidden"):
-        GraphLoop()(
-            lambda t, row, state: ((hidden * state[0],), state[0]), (torch.ones(1),),
-            torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1),
-        )  # fmt: skip
+def labelled(x_t, t, *, labels):
+    return torch.tanh(x_t) * labels.to(x_t.dtype)[:, None, None, None]
 
 
-def draw(model, n, *, device="cpu", bf16=False, batch_size=4, **options):
-    return torch.cat(
-        list(
-            sample_batches(
-                model, OBJECTIVE, n, settings=SamplerSettings("ddim", STEPS, 0.5), image_shape=(3, 8, 8),
-                batch_size=batch_size, seed=1, device=torch.device(device), bf16=bf16, **options,
-            )
-        )
+@pytest.mark.parametrize("name", ["ddim", "heun", "unipc"])
+def test_each_call_sees_its_own_conditions(replaying, name):
+    """A replayed step reads the labels of this call, whatever those of the call that was captured were."""
+    steps, _ = make(name)
+    loop, x = GraphLoop(labelled, torch.device("cpu")), torch.randn(2, 3, 8, 8)
+    for labels in ([1, 2], [7, 8], [1, 2]) * (WARMUP + 1):
+        labels = torch.tensor(labels)
+        got = loop.run(steps, x, conditions={"labels": labels})
+        assert torch.equal(got, plan.run(steps, partial(labelled, labels=labels), x))
+    assert all(step.call.graph.replays >= 2 for step in loop.steps.values())
+
+
+def drawer(net, *, device="cpu", bf16=False, batch_size=4, **options):
+    return Generator(
+        net, OBJECTIVE, SamplerSettings("ddim", STEPS, 0.5), image_shape=(3, 8, 8), batch_size=batch_size,
+        device=torch.device(device), bf16=bf16, **options,
     )  # fmt: skip
+
+
+def draw(generator, n):
+    return torch.cat(list(generator.batches(n, seed=1)))
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_images_are_the_same_with_and_without_graphs(kernels):
     net = network(kernels=kernels)
-    assert torch.equal(draw(net, 10), draw(net, 10, graphs=False))
+    assert torch.equal(draw(drawer(net), 10), draw(drawer(net, graphs=False), 10))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_kept_loop_follows_weights_that_change_in_place(deterministic, device):
-    """As a run's evaluations use it: new averages are copied into the network that samples are drawn from."""
-    ema = EMA(network(device), 0.5)
-    net, loop = half_weights(ema.model), GraphLoop()
-    options = {"device": device, "bf16": True}
-    first, made = draw(net, 10, loop=loop, **options), dict(loop.steps)
-    places = [p.data_ptr() for p in net.parameters()]
-    for p in ema.model.parameters():
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "replayed", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_generator_follows_weights_that_change_in_place(deterministic, request, device, bf16, kernels):
+    """As a run's evaluations use it: the averages change from one to the next."""
+    if device == "replayed":
+        request.getfixturevalue("replaying")
+    device = "cuda" if device == "cuda" else "cpu"
+    net = network(device, kernels=kernels)
+    images = drawer(net, device=device, bf16=bf16)
+    first, made = draw(images, 10), dict(images.loop.steps)
+    for p in net.parameters():
         p.mul_(1.1)
-    ema.copy_to(net)
-    assert [p.data_ptr() for p in net.parameters()] == places
-    again = draw(net, 10, loop=loop, **options)
-    assert loop.steps == made
+    again = draw(images, 10)
+    assert images.loop.steps == made
     assert not torch.equal(again, first)
-    assert torch.equal(again, draw(net, 10, graphs=False, **options))
+    assert torch.equal(again, draw(drawer(net, device=device, bf16=bf16, graphs=False), 10))
 
 
 def test_progress_counts_images_up_to_the_last():
     shown = []
-    draw(lambda x, t: 0.5 * x, 10, progress=shown.append)
+    list(drawer(lambda x, t: 0.5 * x).batches(10, seed=1, progress=shown.append))
     assert len(shown) == 3 * STEPS
     assert shown == sorted(shown)
     assert shown[STEPS - 1] == 4
@@ -178,41 +221,14 @@ def test_half_weights_compute_what_autocast_would():
     assert half.conv_in.weight.dtype == torch.bfloat16
     assert half.norm_out.weight.dtype == net.conv_in.weight.dtype == torch.float32
     assert half.conv_in.weight.stride() == net.conv_in.weight.stride()
-    assert torch.equal(draw(half, 4, bf16=True), draw(net, 4, bf16=True))
-
-
-# Captured and replayed, on a CPU: see tests/recorded.py
-
-
-@pytest.fixture
-def replaying(monkeypatch):
-    """Steps are captured on a CPU too."""
-    recorded_cuda(monkeypatch)
-    monkeypatch.setattr(graph_loop, "Captured", captured)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_replayed_sampling_is_the_eager_one_bit_for_bit(replaying, name, options):
-    net = network(kernels="triton")
-    eager, replayed = (torch.Generator().manual_seed(5) for _ in range(2))
-    loop = GraphLoop()
-    for _ in range(WARMUP + 2):  # so that a body of one row is captured too
-        expected, expected_seen = run(name, eager_loop, generator=eager, model=net, **options)
-        x_0, seen = run(name, loop, generator=replayed, model=net, **options)
-        assert torch.equal(x_0, expected)
-        assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(seen, expected_seen, strict=True))
+    fn = denoiser(network(kernels="triton"))
+    loop, eager = looped(name, options, fn)
+    compare(name, options, loop, eager, fn=fn, batches=WARMUP + 2)  # so that a plan of one row is captured too
     assert all(step.call.graph.replays >= 2 for step in loop.steps.values())
-
-
-def test_a_replay_follows_weights_that_change_in_place(replaying):
-    net, loop = half_weights(network(kernels="triton")), GraphLoop()
-    first = draw(net, 10, bf16=True, loop=loop)
-    for p in net.parameters():
-        p.mul_(1.1)
-    again = draw(net, 10, bf16=True, loop=loop)
-    assert not torch.equal(again, first)
-    assert torch.equal(again, draw(net, 10, bf16=True, graphs=False))
-    assert all(step.call.graph.replays > STEPS for step in loop.steps.values())
 
 
 # On a GPU
@@ -221,36 +237,28 @@ def test_a_replay_follows_weights_that_change_in_place(replaying):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_captured_sampling_is_the_uncaptured_one_bit_for_bit(deterministic, name, options):
-    net = network("cuda", kernels="triton")
-    eager, captured = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
-    loop = GraphLoop()
-    for _ in range(WARMUP + 2):  # so that a body of one row is captured too
-        expected, _ = run(name, eager_loop, generator=eager, device="cuda", model=net, **options)
-        x_0, _ = run(name, loop, generator=captured, device="cuda", model=net, **options)
-        assert torch.equal(x_0, expected)
+    fn = denoiser(network("cuda", kernels="triton"))
+    loop, eager = looped(name, options, fn, "cuda")
+    compare(name, options, loop, eager, fn=fn, batches=WARMUP + 2)
     assert all(step.call.graph is not None for step in loop.steps.values())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_captured_bf16_network_draws_the_same_images(deterministic, compile):
-    net = half_weights(network("cuda", kernels="triton"))
-    model = torch.compile(net) if compile else net
-    options = {"device": "cuda", "bf16": True, "batch_size": 16}
-    assert torch.equal(draw(model, 40, **options), draw(model, 40, **options, graphs=False))
+    net = network("cuda", kernels="triton")
+    options = {"device": "cuda", "bf16": True, "batch_size": 16, "compile": compile}
+    assert torch.equal(draw(drawer(net, **options), 40), draw(drawer(net, **options, graphs=False), 40))
 
 
 @pytest.mark.gpu
 def test_captured_sampling_needs_no_more_memory_for_more_images():
-    net, peaks = half_weights(network("cuda", kernels="triton")), []
+    net, peaks = network("cuda", kernels="triton"), []
     for n in (64, 512):
         gc.collect()  # the graphs of the draws before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        for _ in sample_batches(
-            net, OBJECTIVE, n, settings=SamplerSettings("ddim", STEPS), image_shape=(3, 8, 8), batch_size=32, seed=1,
-            device=torch.device("cuda"), bf16=True,
-        ):  # fmt: skip
+        for _ in drawer(net, device="cuda", bf16=True, batch_size=32).batches(n, seed=1):
             pass
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] <= peaks[0] + 2**20

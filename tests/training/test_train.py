@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import fastdiff.training.evaluator as evaluator_module
 import fastdiff.training.train as train_module
+import fastdiff.training.trainer as trainer_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.training import checkpoint
 from fastdiff.training.step import Metrics, TrainStep
@@ -145,18 +145,18 @@ def test_a_signal_saves_and_says_how_to_resume(tiny_config, tmp_path, monkeypatc
 
 
 def test_a_signal_during_an_evaluation_breaks_it_off(tiny_config, tmp_path, monkeypatch):
-    real = evaluator_module.evaluate
+    real = trainer_module.evaluate
 
     def evaluate(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
     assert train(tiny_config(eval_every=10)) == 130
     run = tmp_path / "working" / "1"
     assert checkpoint.load_latest(run / "checkpoints").step == 10
     assert not list((run / "saves").glob("samples-*"))
-    monkeypatch.setattr(evaluator_module, "evaluate", real)
+    monkeypatch.setattr(trainer_module, "evaluate", real)
     assert train(tiny_config(eval_every=10), resume=run) == 0
     assert sorted(p.name for p in (run / "saves").glob("samples-*")) == [
         f"samples-000000{step}.png" for step in (10, 20, 30)
@@ -240,7 +240,7 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
                "samples": 4, "features": "fake", "feature_size": 8, "reference": "tiny", "seconds": 0.1}  # fmt: skip
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
-    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
     monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
     monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
     train(tiny_config(eval_every=5, keep_last=2, features="auto"))

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from fastdiff.diffusion import plan
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.errors import UserError
 from fastdiff.evaluation.evaluate import evaluate
-from fastdiff.evaluation.sampling import SamplerSettings, parse_options, sample_batches, trajectory
+from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
 SHAPE = (3, 4, 4)
@@ -15,13 +16,15 @@ def model(x, t):
     return 0.5 * x
 
 
-def draw(n, *, name="ddim", steps=5, eta=0.0, spacing="auto", extra=None, batch_size=4, seed=0, **options):
-    settings = SamplerSettings(name, steps, eta, spacing, extra or {})
-    batches = sample_batches(
-        options.pop("model", model), OBJECTIVE, n, settings=settings, image_shape=SHAPE, batch_size=batch_size,
-        seed=seed, device=torch.device("cpu"), bf16=False, **options,
+def drawer(name="ddim", steps=5, eta=0.0, spacing="auto", extra=None, batch_size=4, model=model, **options):
+    return Generator(
+        model, OBJECTIVE, SamplerSettings(name, steps, eta, spacing, extra or {}), image_shape=SHAPE,
+        batch_size=batch_size, device=torch.device("cpu"), **options,
     )  # fmt: skip
-    return list(batches)
+
+
+def draw(n, *, seed=0, **options):
+    return list(drawer(**options).batches(n, seed=seed))
 
 
 @pytest.mark.parametrize(("name", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
@@ -49,53 +52,48 @@ def test_every_batch_has_one_size_for_the_network():
 
 def test_the_networks_own_bf16_keeps_the_state_in_float32():
     seen = []
-    layer = torch.nn.Conv2d(3, 3, 1)
 
-    def spy(x, t):
-        out = layer(x)
-        seen.append((x.dtype, out.dtype))
-        return out
+    class Spy(torch.nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 3, 1)
 
-    settings = SamplerSettings("ddim", 2)
-    list(
-        sample_batches(
-            spy,
-            OBJECTIVE,
-            2,
-            settings=settings,
-            image_shape=SHAPE,
-            batch_size=2,
-            seed=0,
-            device=torch.device("cpu"),
-            bf16=True,
-        )
-    )
-    assert set(seen) == {(torch.float32, torch.bfloat16)}
+        def forward(self, x, t):
+            out = super().forward(x)
+            seen.append((x.dtype, out.dtype, self.weight.dtype))
+            return out
+
+    list(drawer(steps=2, model=Spy(), bf16=True).batches(2, seed=0))
+    assert set(seen) == {(torch.float32, torch.bfloat16, torch.bfloat16)}
 
 
 def test_the_trajectory_ends_where_sampling_ends():
-    settings = SamplerSettings("ddim", 20)
-    options = {"settings": settings, "image_shape": SHAPE, "seed": 3, "device": torch.device("cpu"), "bf16": False}
-    x_t, x0_hat, times = trajectory(model, OBJECTIVE, samples=2, columns=5, **options)
+    x_t, x0_hat, times = drawer(steps=20).trajectory(seed=3, samples=2, columns=5)
     assert x_t.shape == x0_hat.shape == (2, 5, *SHAPE)
     assert times == sorted(times, reverse=True)
     assert times[0] == 100.0
     (final,) = draw(2, steps=20, seed=3, batch_size=2)
     assert torch.equal(x0_hat[:, -1], final)  # the last step returns its estimate of x0
-    assert trajectory(model, OBJECTIVE, samples=1, columns=9, **{**options, "settings": SamplerSettings("ddpm", 1)})[
-        2
-    ] == [100.0]
+    assert drawer("ddpm", 1).trajectory(seed=3, samples=1, columns=9)[2] == [100.0]
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_every_sampler_draws_images_and_has_a_trajectory(name):
-    settings = SamplerSettings(name, 6)
-    options = {"image_shape": SHAPE, "seed": 3, "device": torch.device("cpu"), "bf16": False}
-    x_t, x0_hat, times = trajectory(model, OBJECTIVE, settings=settings, samples=2, columns=4, **options)
+    x_t, x0_hat, times = drawer(name, 6).trajectory(seed=3, samples=2, columns=4)
     assert x_t.shape == x0_hat.shape == (2, 4, *SHAPE)
     assert times == [OBJECTIVE.schedule.grid(6)[i].item() for i in (0, 2, 3, 5)]
     (final,) = draw(2, name=name, steps=6, seed=3, batch_size=2)
     assert torch.equal(x0_hat[:, -1], final)
+
+
+def test_each_image_is_drawn_with_its_own_condition_and_the_last_batch_is_filled_up():
+    seen = []
+
+    def conditional(x, t, *, labels):
+        seen.append(labels.tolist())
+        return 0.5 * x
+
+    list(drawer(steps=1, model=conditional).batches(6, seed=0, conditions={"labels": torch.arange(6)}))
+    assert seen == [[0, 1, 2, 3], [4, 5, 5, 5]]
 
 
 def test_spacing_and_options_reach_the_sampler_and_the_label():
@@ -103,10 +101,12 @@ def test_spacing_and_options_reach_the_sampler_and_the_label():
     assert not torch.equal(plain, draw(2, name="unipc", steps=9, spacing="log-snr")[0])
     assert not torch.equal(plain, draw(2, name="unipc", steps=9, extra={"order": 1})[0])
     settings = SamplerSettings("heun", 9, 0.0, "karras", parse_options("heun", ["S_churn=40", "S_noise=1.003"]))
-    assert settings.options == {"S_churn": 40.0, "S_noise": 1.003}
+    assert settings.extra == {"S_churn": 40.0, "S_noise": 1.003}
     assert settings.label == "heun (karras, S_churn=40, S_noise=1.003)"
-    assert (settings.evaluations, SamplerSettings("ddim", 9).evaluations) == (17, 9)
-    assert SamplerSettings("predictor-corrector", 9, extra={"corrector_steps": 2}).evaluations == 25
+    for each, count in ((SamplerSettings("heun", 9), 17), (SamplerSettings("ddim", 9), 9)):
+        assert plan.evaluations(each.plan(OBJECTIVE.schedule)) == count
+    corrected = SamplerSettings("predictor-corrector", 9, extra={"corrector_steps": 2})
+    assert plan.evaluations(corrected.plan(OBJECTIVE.schedule)) == 25
 
 
 def test_bad_requests_are_named():
@@ -154,12 +154,9 @@ class CountingDistance:
 @pytest.mark.parametrize(("n", "keep"), [(10, 3), (3, 10), (8, 8)])
 def test_an_evaluation_measures_n_samples_and_keeps_the_first(n, keep):
     distance = CountingDistance()
-    options = {
-        "n": n, "settings": SamplerSettings("ddim", 5), "image_shape": SHAPE, "batch_size": 4, "seed": 0,
-        "device": torch.device("cpu"), "bf16": False, "keep": keep,
-    }  # fmt: skip
+    generator, options = drawer(), {"n": n, "seed": 0, "keep": keep}
     for _ in range(2):  # a second evaluation starts afresh
-        row, kept = evaluate(model, OBJECTIVE, distance, **options)
+        row, kept = evaluate(generator, distance, **options)
         assert row["value"] == row["samples"] == n
     expected_row = {
         "metric": "fd_count", "sampler": "ddim", "sampler_steps": 5, "eta": 0.0, "features": "count", "feature_size": 4,
@@ -170,6 +167,6 @@ def test_an_evaluation_measures_n_samples_and_keeps_the_first(n, keep):
     expected = torch.cat(draw(max(n, keep)))
     assert (kept == expected[:keep].permute(0, 2, 3, 1).numpy()).all()
     assert torch.equal(torch.cat(distance.seen), expected[:n])
-    row, kept = evaluate(model, OBJECTIVE, None, **options)
+    row, kept = evaluate(generator, None, **options)
     assert "metric" not in row
     assert kept.shape == (keep, 4, 4, 3)

@@ -1,0 +1,33 @@
+"""Pictures of the two processes: how images dissolve into noise, and how a sampler finds its way back."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdiff.diffusion.objectives import Objective
+from fastdiff.evaluation.frechet import to_uint8
+from fastdiff.evaluation.generate import Generator
+from fastdiff.reporting import pictures
+
+
+def draw_forward_noising(objective: Objective, images: np.ndarray, path: Path, *, seed: int) -> None:
+    """How images, uint8 (N, H, W, 3), dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
+    schedule = objective.schedule
+    later = schedule.time_at(torch.linspace(0, 1, 8, dtype=torch.float64)[1:])
+    times = torch.cat([later.new_zeros(1), later])
+    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype)
+    columns = [to_uint8(schedule.c_in(t) * objective.add_noise(x0, t.expand(len(x0)), eps)) for t in times]
+    labels = [f"t = {t:.3g}\nlog-SNR {schedule.log_snr(t):.1f}" for t in times]
+    pictures.plot_forward_noising(_nhwc(torch.stack(columns, 1)), labels, path)
+
+
+def draw_trajectory(generator: Generator, path: Path, *, seed: int) -> None:
+    """One sampling on its way: x_t and the estimate of x0 at each stage."""
+    x_t, x0_hat, times = generator.trajectory(seed=seed)
+    pictures.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, path)
+
+
+def _nhwc(images: torch.Tensor) -> np.ndarray:
+    return images.movedim(-3, -1).numpy()

@@ -1,0 +1,269 @@
+"""Images from a network, in batches of bounded memory: what commands, evaluations and training runs use alike."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from fastdiff.diffusion import plan
+from fastdiff.diffusion.base_schedule import Schedule
+from fastdiff.diffusion.objectives import Objective
+from fastdiff.diffusion.plan import OnStep, Plan
+from fastdiff.diffusion.samplers import PLANS, own_options
+from fastdiff.errors import UsageError
+from fastdiff.evaluation.frechet import to_uint8
+from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
+from fastdiff.hardware import compiled
+from fastdiff.nets.fuse import half_parameters
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How samples are drawn.
+
+    Args:
+        name: a name in PLANS.
+        steps: steps of the sampler, each from one time of the grid to the next; most samplers evaluate the network
+            once in each (see `plan.evaluations`).
+        eta: of ddim, in [0, 1]; 0 for samplers without it.
+        spacing: of the grid, see `Schedule.grid`; `auto` is the schedule's own.
+        extra: the sampler's other options, by their names in its function.
+
+    Raises:
+        UsageError: an unknown sampler, no step, or an option or eta that it does not have.
+    """
+
+    name: str
+    steps: int
+    eta: float = 0.0
+    spacing: str = "auto"
+    extra: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in PLANS:
+            raise UsageError(f"sampler {self.name!r} is unknown; choose one of {', '.join(PLANS)}.")
+        if self.steps < 1:
+            raise UsageError(f"--steps is {self.steps}, but must be at least 1.")
+        if self.eta and self.name != "ddim":
+            instead = f"; use --options eta={self.eta:g}" if "eta" in own_options(self.name) else ""
+            raise UsageError(f"--eta belongs to ddim, not to {self.name}{instead}.")
+        if not 0.0 <= self.eta <= 1.0:
+            raise UsageError(f"--eta is {self.eta}, but must lie in [0, 1] (0: deterministic, 1: as noisy as ddpm).")
+        _check_options(self.name, self.extra)
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The grid (steps + 1,) float64. Raises UserError where the schedule has no such grid."""
+        return schedule.grid(self.steps, spacing=self.spacing)
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """The sampler's steps on the schedule. Raises UserError for a grid or an option that it does not have."""
+        options = {"eta": self.eta, **self.extra} if self.name == "ddim" else self.extra
+        return PLANS[self.name](schedule, self.times(schedule), **options)
+
+    @property
+    def label(self) -> str:
+        """The sampler's name, with whatever is not its default: unipc (log-snr, order=2)."""
+        parts = [self.spacing] if self.spacing != "auto" else []
+        parts += [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.extra.items()
+        ]
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
+
+
+def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float | int | str]:
+    """Options of a sampler from the command line's NAME=VALUE, with the types that it gives them.
+
+    Raises:
+        UsageError: an unknown sampler or option, or a value of another type.
+    """
+    if name not in PLANS:
+        raise UsageError(f"sampler {name!r} is unknown; choose one of {', '.join(PLANS)}.")
+    options: dict[str, float | int | str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--options {pair} is not of the form NAME=VALUE, e.g. order=2.")
+        _check_options(name, (key,))
+        kind = type(own_options(name)[key])
+        try:
+            options[key] = kind(text)
+        except ValueError:
+            raise UsageError(f"--options {pair}: {key} of {name} is of type {kind.__name__}.") from None
+    return options
+
+
+def _check_options(name: str, keys: Iterable[str]) -> None:
+    known = own_options(name).keys() - ({"eta"} if name == "ddim" else set())  # which has a flag of its own
+    for key in keys:
+        if key not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise UsageError(f"--options {key}: {name} has no such option; {has}.")
+
+
+def half_weights(model: Network) -> Network:
+    """A copy in eval mode whose convolutions and linear layers hold bfloat16 weights.
+
+    Under autocast it computes what the model would, without casting every weight anew in every step.
+    """
+    half = copy.deepcopy(model).requires_grad_(False).eval()
+    for p in half_parameters(half):
+        p.data = p.data.bfloat16()
+    return half
+
+
+def _batch_seed(seed: int, batch: int) -> int:
+    """The 63-bit seed of all randomness in a batch; that of the first is the given one."""
+    if batch == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Generator:
+    """Draws images from a network.
+
+    The network runs in bfloat16 if asked; the state of the sampler is float32. Estimates of x0 are clamped to [-1, 1].
+    Every batch is of the same size and the last is cut, so that a compiled network sees one shape. However many images
+    are drawn, memory is that of one batch, and each kind of step is compiled and captured once.
+
+    Args:
+        network: `network(x_t, t, **conditions)`, in eval mode; its weights may change in place between calls.
+        image_shape: (C, H, W).
+        batch_size: images drawn at a time, at least 1.
+        bf16: autocast activations, and compute with bfloat16 copies of the weights.
+        compile: torch.compile the network.
+        graphs: on CUDA, capture a sampling step in a CUDA graph and replay it; see `GraphLoop`.
+
+    Raises:
+        UserError: a batch size below 1, or steps that the schedule does not have.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        settings: SamplerSettings,
+        *,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        device: torch.device,
+        bf16: bool = False,
+        compile: bool = False,
+        graphs: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"cannot draw images in batches of {batch_size}; it must be at least 1.")
+        self.network, self.objective, self.settings = network, objective, settings
+        self.image_shape, self.batch_size, self.device = image_shape, batch_size, device
+        self.bf16, self.graphs = bf16, graphs
+        self.plan = settings.plan(objective.schedule)
+        self.net = half_weights(network) if bf16 else network  # what computes
+        self.loop = GraphLoop(self._denoiser(compiled(self.net) if compile else self.net), device)
+        self.trajectory_loop = GraphLoop(self._denoiser(self.net), device)  # of few images, not worth compiling
+
+    def _denoiser(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def denoise(x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self.objective.denoise(model, x_t, t, **conditions).clamp(-1.0, 1.0)
+
+        return denoise
+
+    def batches(
+        self,
+        n: int,
+        *,
+        seed: int,
+        conditions: Conditions | None = None,
+        on_step: OnStep | None = None,
+        progress: Callable[[float], object] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Iterator[Tensor]:
+        """Draw n images, a batch at a time; the same for the same seed, n, batch size and machine.
+
+        Each batch has a seed of its own, so that several ranks can share them out: each draws every `ranks`-th batch,
+        from that of its own number on, and together they draw what one alone would.
+
+        Args:
+            n: images, at least 1.
+            conditions: of the n images, (n, ...) each.
+            on_step: see `plan.run`; called in every batch.
+            progress: called after each step with the images drawn so far, a step counting as its share of a batch.
+            rank, ranks: this process among all.
+
+        Yields:
+            uint8 (b, C, H, W) on the device, b <= batch_size.
+
+        Raises:
+            UserError: n below 1, or a network that cannot be captured.
+        """
+        if n < 1:
+            raise UsageError(f"cannot draw {n} images; there must be at least 1.")
+        self._take_weights()
+        size = min(self.batch_size, n)
+        for start in range(rank * size, n, ranks * size):
+
+            def after(i: int, x_t: Tensor, x0_hat: Tensor, start: int = start) -> None:
+                if progress is not None:
+                    progress(min(n, start + size * min(1.0, (i + 1) / self.settings.steps)))
+                if on_step is not None:
+                    on_step(i, x_t, x0_hat)
+
+            listening = on_step is not None or progress is not None
+            # The last batch's missing images repeat the last condition.
+            place = torch.arange(start, start + size).clamp(max=n - 1)
+            given = {name: v[place.to(v.device)] for name, v in (conditions or {}).items()}
+            x_0 = self._draw(self.loop, size, _batch_seed(seed, start // size), given, after if listening else None)
+            yield to_uint8(x_0[: n - start])
+
+    def trajectory(
+        self, *, seed: int, conditions: Conditions | None = None, samples: int = 4, columns: int = 10
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """What the sampler sees on its way: x_t, scaled as for the network, and x0_hat at evenly spaced steps, first
+        and last included.
+
+        Returns:
+            x_t and x0_hat, uint8 (samples, columns, C, H, W) on the CPU, and the time of each column. With fewer steps
+            than columns there is one column for each step.
+        """
+        self._take_weights()
+        columns = min(columns, self.settings.steps)
+        kept = {round(i * (self.settings.steps - 1) / max(columns - 1, 1)) for i in range(columns)}
+        times = self.settings.times(self.objective.schedule)
+        scales = self.objective.schedule.c_in(times).tolist()
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def on_step(i: int, x_t: Tensor, x0_hat: Tensor) -> None:
+            if i in kept:
+                seen.append((to_uint8(scales[i] * x_t), to_uint8(x0_hat)))
+
+        self._draw(self.trajectory_loop, samples, seed, dict(conditions or {}), on_step)
+        x_t, x0_hat = (torch.stack(images, 1).cpu() for images in zip(*seen, strict=True))
+        return x_t, x0_hat, [times[i].item() for i in sorted(kept)]
+
+    def _take_weights(self) -> None:
+        if self.net is not self.network:
+            self.net.load_state_dict(self.network.state_dict())
+
+    @torch.no_grad()
+    def _draw(self, loop: GraphLoop, n: int, seed: int, conditions: Conditions, on_step: OnStep | None) -> Tensor:
+        """x_0, float32 (n, C, H, W)."""
+        generator, (c, height, width) = loop.generator.manual_seed(seed), self.image_shape
+        with record_function("sampling"):
+            # Drawn in NHWC order, so that the state is channels_last from the start.
+            z = torch.randn(n, height, width, c, generator=generator, device=self.device).permute(0, 3, 1, 2)
+            x_T = self.objective.schedule.prior_std * z
+            if self.graphs:
+                return loop.run(self.plan, x_T, conditions=conditions, on_step=on_step)
+
+            def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+                return loop.denoise(x_t, t, **conditions)
+
+            return plan.run(self.plan, denoise, x_T, generator=generator, on_step=on_step)
