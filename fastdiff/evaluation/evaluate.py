@@ -14,54 +14,47 @@ from torch import Tensor
 
 from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Model, Objective, make_objective
-from fastdiff.errors import UserError
+from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.evaluation.sampling import SamplerSettings, sample_batches
 from fastdiff.hardware import resolve_kernels
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
-from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.signals import Stopped
+from fastdiff.training.weights import read_trained
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config."""
+    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config.
+
+    `run` is the run directory of a checkpoint that lies in one.
+    """
 
     config: Config
     model: UNet
     objective: Objective
     step: int
     path: Path
+    run: Path | None
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
-    """Load the averaged weights of a run's newest checkpoint, or of one `step-N` folder, to run by the run's --kernels.
+    """Load averaged weights, see `read_trained`, to run by the run's --kernels.
 
     Raises:
         UserError: nothing there, or nothing that verifies.
     """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():
-        found = checkpoint.load_latest(path / "checkpoints")
-    elif (path / "manifest.json").is_file():
-        found = checkpoint.load(path)
-    else:
-        raise UserError(
-            f"{path} is neither a run directory nor a checkpoint; name one such as working/1 or "
-            "working/1/checkpoints/step-10000."
-        )
-    if found is None:
-        raise UserError(f"{path} has no checkpoint yet.")
-    for skipped, reason in found.skipped:
-        print(f"skipped {skipped}: {reason}", file=sys.stderr)
-    config = Config.from_dict(found.state["config"])
+    saved = read_trained(path)
+    config = saved.config
     model = UNet(config.net).use_kernels(resolve_kernels(config.kernels, device))
-    model.load_state_dict(found.state["ema"])
+    model.load_state_dict(saved.state)
     objective = make_objective(**config.diffusion)
-    return Trained(config, model.to(device).eval(), objective, found.step, found.path)
+    if warning := unnoised_end(objective.schedule):
+        print(f"warning: {warning}", file=sys.stderr)
+    return Trained(config, model.to(device).eval(), objective, saved.step, saved.path, saved.run)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastdiff.config import Config
+from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Model, Objective
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.frechet import FrechetDistance, to_uint8
@@ -75,8 +76,9 @@ class Evaluator:
         pictures.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, path)
 
 
-def draw_forward_noising(objective: Objective, images: np.ndarray, path: Path, *, seed: int) -> None:
-    """How images, uint8 (N, H, W, 3), dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
+def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, *, seed: int) -> None:
+    """How up to four random images dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
+    images = image_set.images[image_set.draw(min(4, len(image_set.images)), seed=seed)]
     schedule = objective.schedule
     later = schedule.time_at(torch.linspace(0, 1, 8, dtype=torch.float64)[1:])
     times = torch.cat([later.new_zeros(1), later])

@@ -14,6 +14,7 @@ from fastdiff.config import PRESETS, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.hardware import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
@@ -30,6 +31,7 @@ from fastdiff.training.optim import learning_rate, make_update
 from fastdiff.training.saving import BackgroundSaver
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.step import TrainStep
+from fastdiff.training.weights import InitialWeights
 
 
 class Trainer:
@@ -40,6 +42,7 @@ class Trainer:
         ranks: the processes that train together, each with a Trainer of its own; rank 0 alone writes.
         run: the run directory, held open; None on other ranks.
         resumed: the checkpoint to continue from.
+        initial: the weights that a new run starts from, if not from random ones.
         after_evaluation: see `train`.
     """
 
@@ -54,6 +57,7 @@ class Trainer:
         progress: TrainingProgress,
         stop: StopRequest,
         resumed: checkpoint.Checkpoint | None,
+        initial: InitialWeights | None = None,
         after_evaluation: Callable[[Run], object] = lambda run: None,
     ) -> None:
         device = ranks.device
@@ -67,6 +71,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.kernels = resolve_kernels(config.kernels, device)
         self.model = UNet(config.net).to(device).use_kernels(self.kernels)
+        if initial is not None:
+            self.model.load_state_dict(initial.state)
         self.objective: Objective = make_objective(**config.diffusion)
         self.ema = EMA(self.model, config.ema_decay)
         self.update = make_update(
@@ -95,7 +101,7 @@ class Trainer:
             config, self.objective, self.ema, distance, ranks=ranks, bf16=self.bf16, compile=compiled
         )
         if ranks.is_main:
-            self._describe(compiled)
+            self._describe(compiled, initial)
 
     @property
     def run(self) -> Run:
@@ -103,7 +109,7 @@ class Trainer:
         assert self._run is not None
         return self._run
 
-    def _describe(self, compiled: bool) -> None:
+    def _describe(self, compiled: bool, initial: InitialWeights | None) -> None:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
         cuda = self.device.type == "cuda"
         size = config.net.image_size
@@ -122,12 +128,16 @@ class Trainer:
             "data": f"{self.image_set.name}: {len(self.image_set.images):,} images of {size}x{size}",
             "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
             "network": f"U-Net, {parameters:,} parameters",
+            **({"weights": f"from {initial.source}"} if initial is not None else {}),
             "distance": reference,
             "run": str(self.run.path),
         }
         self.facts = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "data", "network")}
         for name, value in lines.items():
             self.progress.print(f"{name:<10} {value}")
+        for warning in (initial and initial.warning, unnoised_end(self.objective.schedule)):
+            if warning:
+                self.progress.print(f"{'warning':<10} {warning}")
 
     def loop(self) -> None:
         """Train until the last step, or until a signal asks to stop; either way the last step is saved.
@@ -155,7 +165,7 @@ class Trainer:
         if self.step == 0 and self.ranks.is_main:
             with self._spared_on_a_full_disk():
                 path = self.run.saves / "forward-noising.png"
-                draw_forward_noising(self.objective, self.image_set.images[:4], path, seed=config.seed)
+                draw_forward_noising(self.objective, self.image_set, path, seed=config.seed)
         due = config.eval_at_start if self.step == 0 else self._evaluates()
         if due and self.evaluated != self.step:  # at the start, or where the last run was stopped before it
             try:
