@@ -215,7 +215,10 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
 
 
 def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    try:
+        return not os.listdir(path)
+    except OSError:
+        return False
 
 
 @contextmanager
