@@ -59,7 +59,8 @@ class _FromCheckpoint:
     """What every command that draws samples needs to know."""
 
     checkpoint: Path
-    """A run directory (its newest checkpoint is taken), or one checkpoint, e.g. working/1/checkpoints/step-10000."""
+    """A run directory (its newest checkpoint is taken), one checkpoint, e.g. working/1/checkpoints/step-10000, or a
+    folder that `export --to safetensors` has written."""
     sampler: SamplerName = "ddim"
     """How samples are drawn."""
     steps: int = 50
@@ -94,7 +95,7 @@ class Sample(_FromCheckpoint):
     n: int = 64
     """Images to draw."""
     out: Path = Path("samples.png")
-    """The grid, a PNG; of more than 1,024 images it shows the first 1,024."""
+    """The grid, a .png or .jpg; of more than 1,024 images it shows the first 1,024."""
     save_npz: Path | None = None
     """Also write all images here: `images`, uint8 (n, H, W, C)."""
 
@@ -134,15 +135,15 @@ class Likelihood:
     """Estimate how likely a trained network finds images: one JSON line, in bits per dimension (lower is likelier)."""
 
     checkpoint: Path
-    """A run directory (its newest checkpoint is taken), or one checkpoint."""
+    """A run directory (its newest checkpoint is taken), one checkpoint, or a folder of `export --to safetensors`."""
     n: int = 256
-    """Images to measure, at least 2."""
+    """Images to measure, drawn at random; at least 2."""
     steps: int = 50
     """Steps of the probability-flow ODE, each 4 evaluations of the network and as many backward passes."""
     probes: int = 1
     """Random vectors of the estimate of the divergence for each image; its error falls as 1 / sqrt(probes)."""
     seed: int = 0
-    """Of the dequantisation and the probes."""
+    """Of the images drawn, the dequantisation and the probes."""
     batch_size: int = 64
     """Images at a time; bounds the memory."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -167,9 +168,9 @@ class Export:
     """Write a trained network's averaged weights for other programs."""
 
     checkpoint: Path
-    """A run directory (its newest checkpoint is taken), or one checkpoint."""
+    """A run directory (its newest checkpoint is taken), one checkpoint, or a folder of `export --to safetensors`."""
     out: Path
-    """Folder to write; it must not exist yet."""
+    """Folder to write, which must be new or empty."""
     to: Literal["diffusers", "safetensors"] = "diffusers"
     """`diffusers`: a folder for DDPMPipeline.from_pretrained; `safetensors`: our weights and config.json."""
 

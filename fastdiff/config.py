@@ -29,6 +29,12 @@ AUTO_SCHEDULE = {
 }  # fmt: skip
 
 
+def task(objective: str, schedule: str, *, timesteps: int | None, zero_terminal_snr: bool) -> str:
+    """What a network predicts of which process, in words; two networks with the same words mean the same."""
+    levels = "" if timesteps is None else f", {timesteps} timesteps"
+    return f"{objective} on {schedule}{levels}{', zero terminal SNR' if zero_terminal_snr else ''}"
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Shape of the U-Net; the defaults are google/ddpm-cifar10-32 (35,746,307 parameters)."""
@@ -97,6 +103,9 @@ class Config:
     flip: Literal["auto", "on", "off"] = "auto"
     """Mirror every other image at random; `auto`: on, but off for digits."""
 
+    init_from: str | None = None
+    """Start from the averaged weights of a network of the same shape, as step 0 of a new run: a run, a checkpoint, a
+    folder of `export`, or the folder of a diffusers pipeline or UNet2DModel."""
     net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
 
     objective: Literal["eps", "x0", "v", "score", "flow", "edm"] = "eps"
@@ -203,6 +212,7 @@ class Config:
         }  # fmt: skip
         for name, least in at_least.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        _require(self.init_from != "", "init_from", self.init_from, "the path of a folder")
         _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -254,6 +264,14 @@ class Config:
     def resolved_schedule(self) -> str:
         """The schedule, with `auto` resolved by the objective."""
         return AUTO_SCHEDULE[self.objective] if self.schedule == "auto" else self.schedule
+
+    @property
+    def task(self) -> str:
+        """What the network is trained for; see the function `task`."""
+        schedule = self.resolved_schedule
+        timesteps = self.timesteps if schedule in DISCRETE_SCHEDULES else None
+        words = task(self.objective, schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr)
+        return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
 
     @property
     def diffusion(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights from and to diffusers' `UNet2DModel`, in the layout of google/ddpm-cifar10-32.
+"""Networks from and to diffusers' `UNet2DModel`, in the layout of google/ddpm-cifar10-32.
 
 The two networks compute the same function; they differ in the names of their parts, and in that diffusers keeps the
 query, key and value projections apart. diffusers itself is imported only to build one of its objects.
@@ -7,6 +7,7 @@ query, key and value projections apart. diffusers itself is imported only to bui
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from torch import Tensor
 
 from fastdiff.config import UNetConfig
 from fastdiff.errors import UserError
+from fastdiff.interop_settings import (
+    scheduler_to_diffusers,
+    trained_as,
+    unet_config_from_diffusers,
+    unet_config_to_diffusers,
+)
 from fastdiff.nets.unet import UNet
-
-# diffusers' scheduler settings that reproduce each of our schedules.
-SCHEDULER_SETTINGS: dict[str, dict[str, Any]] = {
-    "ddpm-linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-}
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
@@ -41,6 +41,10 @@ _RENAMES = [
     (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
     (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
 ]
+# What older versions of diffusers called the parts of attention, as in the files of google/ddpm-cifar10-32.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def _diffusers_names(name: str) -> list[str]:
@@ -50,60 +54,8 @@ def _diffusers_names(name: str) -> list[str]:
     return [name.replace(".qkv.", f".to_{part}.") for part in "qkv"] if ".qkv." in name else [name]
 
 
-def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
-    """The settings of a diffusers `UNet2DModel` of the same shape."""
-    attends = [
-        config.image_size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))
-    ]
-    return {
-        "sample_size": config.image_size,
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "block_out_channels": [config.channels * m for m in config.channel_mult],
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "layers_per_block": config.blocks_per_level,
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": config.norm_eps,
-        "norm_num_groups": config.norm_groups,
-        "dropout": config.dropout,
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "mid_block_scale_factor": 1,
-        "time_embedding_type": "positional",
-        "add_attention": True,
-    }
-
-
-def unet_config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
-    """The inverse of `unet_config_to_diffusers`.
-
-    Raises:
-        UserError: a setting that our U-Net has no counterpart for; the message names it.
-    """
-    widths = list(settings["block_out_channels"])
-    attends = [kind == "AttnDownBlock2D" for kind in settings["down_block_types"]]
-    size = settings["sample_size"]
-    config = UNetConfig(
-        image_size=size,
-        image_channels=settings["in_channels"],
-        channels=widths[0],
-        channel_mult=tuple(w // widths[0] for w in widths),
-        blocks_per_level=settings["layers_per_block"],
-        attention_resolutions=tuple(size // 2**level for level, attention in enumerate(attends) if attention),
-        norm_groups=settings["norm_num_groups"],
-        norm_eps=settings["norm_eps"],
-        dropout=settings.get("dropout", 0.0),
-    )
-    for name, expected in unet_config_to_diffusers(config).items():
-        value = settings.get(name, expected)
-        value = list(value) if isinstance(value, tuple) else value
-        if value != expected:
-            raise UserError(f"this diffusers U-Net has {name} = {value!r}, but only {expected!r} can be converted.")
-    return config
+def _modern_name(name: str) -> str:
+    return re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name)
 
 
 def unet_state_to_diffusers(model: UNet) -> dict[str, Tensor]:
@@ -116,34 +68,123 @@ def unet_state_to_diffusers(model: UNet) -> dict[str, Tensor]:
     return state
 
 
-def unet_from_diffusers(source: Any) -> UNet:
+def unet_state_from_diffusers(config: UNetConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unet_state_to_diffusers`, from a network of this shape. Raises UserError if it has another."""
+    shapes, expected = unet_shapes(config), {}
+    names = {name: _diffusers_names(name) for name in shapes}
+    for name, others in names.items():
+        rows, *rest = shapes[name]
+        expected |= {other: (rows // len(others), *rest) for other in others}
+    modern = {_modern_name(name): value for name, value in theirs.items()}
+    if len(modern) < len(theirs):
+        raise UserError("the weights have parts of attention under both their old names (query) and the new (to_q).")
+    check_shapes(modern, expected)
+    return {name: torch.cat([modern[other] for other in others]) for name, others in names.items()}
+
+
+def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of a U-Net's parameters."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in UNet(config).state_dict().items()}
+
+
+def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError unless `state` holds floating-point tensors of just these names and shapes."""
+    found = {n: tuple(v.shape) if isinstance(v, Tensor) and v.is_floating_point() else None for n, v in state.items()}
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if wrong:
+        listed = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:3]]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the weights do not fit the network's shape: {'; '.join(listed)}{more}.")
+
+
+@dataclass(frozen=True)
+class DiffusersNetwork:
+    """A network as diffusers saved it, under our names.
+
+    Attributes:
+        config: its shape.
+        state: its weights, on the CPU.
+        task: what it was trained for, by the pipeline around it; None without one.
+    """
+
+    config: UNetConfig
+    state: dict[str, Tensor]
+    task: str | None
+
+
+def read_diffusers(folder: Path, *, image_size: int | None = None) -> DiffusersNetwork:
+    """Read a pipeline's or a U-Net's folder; it needs no diffusers, and runs no code of a .bin file.
+
+    Args:
+        image_size: of a network whose sample_size is null.
+
+    Raises:
+        UserError: no such folder, a damaged file, or a network that our U-Net has no counterpart for.
+    """
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), unet / WEIGHTS[0])
+    for path in (unet / "config.json", weights):
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing; expected the folder of a diffusers pipeline or U-Net, with {' or '.join(WEIGHTS)} "
+                "(download it first)."
+            )
+    settings, theirs = read_json(unet / "config.json"), read_tensors(weights)
+    try:
+        config = unet_config_from_diffusers(settings, image_size=image_size)
+        state = unet_state_from_diffusers(config, theirs)
+    except UserError as error:
+        raise UserError(f"{unet}: {error}") from error
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return DiffusersNetwork(config, state, trained_as(read_json(scheduler)) if scheduler.is_file() else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it cannot be read as one."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, but must hold an object.")
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .bin file, on the CPU. Raises UserError for anything else; no pickle is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file torch.load raises whatever its parser stumbles over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as tensors ({reason}); download or export it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds no tensors by name, as a state dict has them.")
+    return state
+
+
+def unet_from_diffusers(source: Any, *, image_size: int | None = None) -> UNet:
     """Build a UNet from a diffusers one.
 
     Args:
-        source: a `diffusers.UNet2DModel`, or the path of a pipeline's or U-Net's folder (config.json and
-            diffusion_pytorch_model.safetensors); a folder needs no diffusers.
+        source: a `diffusers.UNet2DModel`, or the path of a pipeline's or U-Net's folder, see `read_diffusers`.
+        image_size: of a network whose sample_size is null.
 
     Raises:
-        UserError: no such folder, or a network that our U-Net has no counterpart for.
+        UserError: no such folder, a damaged file, or a network that our U-Net has no counterpart for.
     """
     if isinstance(source, str | Path):
-        folder = Path(source)
-        folder = folder / "unet" if (folder / "unet").is_dir() else folder
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        for path in (folder / "config.json", weights):
-            if not path.is_file():
-                raise UserError(f"{path} is missing; expected the folder of a diffusers pipeline or U-Net.")
-        settings, theirs = json.loads((folder / "config.json").read_text()), load_file(weights)
+        found = read_diffusers(Path(source), image_size=image_size)
+        config, state = found.config, found.state
     else:
-        settings, theirs = source.config, source.state_dict()
-    model = UNet(unet_config_from_diffusers(settings))
-    wanted = {name: _diffusers_names(name) for name in model.state_dict()}
-    unmatched = set(theirs) ^ {other for names in wanted.values() for other in names}
-    if unmatched:
-        raise UserError(
-            f"the diffusers weights do not match the U-Net's parts: {', '.join(sorted(unmatched)[:3])}, ..."
-        )
-    model.load_state_dict({name: torch.cat([theirs[other] for other in names]) for name, names in wanted.items()})
+        config = unet_config_from_diffusers(source.config, image_size=image_size)
+        state = unet_state_from_diffusers(config, source.state_dict())
+    model = UNet(config)
+    model.load_state_dict(state)
     return model
 
 
@@ -161,51 +202,31 @@ def unet_to_diffusers(model: UNet) -> Any:
 def save_diffusers_pipeline(
     model: UNet, folder: Path, *, schedule: str, timesteps: int, objective: str = "eps", zero_terminal_snr: bool = False
 ) -> None:
-    """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
+    """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that draws as our `ddpm` does.
+
+    `DDIMPipeline.from_pretrained` loads it as well, and draws as our `ddim` with use_clipped_model_output=True.
 
     Args:
-        model: a UNet that was trained with the following.
+        model: a UNet that was trained with the following, see `scheduler_to_diffusers`.
         folder: made if missing; files of the same names are replaced.
-        schedule: a name in SCHEDULER_SETTINGS.
-        timesteps: T.
-        objective: a name in PREDICTION_TYPES.
-        zero_terminal_snr: the schedule is rescaled to end in pure noise.
 
     Raises:
-        UserError: a schedule or an objective that diffusers' DDPMScheduler does not know, or more than 1000 timesteps.
+        UserError: diffusers has no counterpart; nothing is written.
     """
-    if timesteps > 1000:
-        raise UserError(
-            f"{timesteps} timesteps cannot be exported: this network is given numbers up to 1000, and diffusers' would "
-            "be given the step's own; use --to safetensors."
-        )
-    for what, name, known in (("schedule", schedule, SCHEDULER_SETTINGS), ("objective", objective, PREDICTION_TYPES)):
-        if name not in known:
-            raise UserError(
-                f"{what} {name!r} cannot be exported, as diffusers' DDPMScheduler has only {', '.join(known)}; use "
-                "--to safetensors."
-            )
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": timesteps,
-        "prediction_type": PREDICTION_TYPES[objective],
-        "rescale_betas_zero_snr": zero_terminal_snr,
-        "variance_type": "fixed_large",
-        "clip_sample": True,
-        **SCHEDULER_SETTINGS[schedule],
-    }
+    scheduler = scheduler_to_diffusers(
+        objective=objective, schedule=schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr
+    )
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
-    unet = {"_class_name": "UNet2DModel", **unet_config_to_diffusers(model.config)}
     for name, content in (
         ("model_index.json", index),
-        ("unet/config.json", unet),
-        ("scheduler/scheduler_config.json", scheduler),
+        ("unet/config.json", {"_class_name": "UNet2DModel", **unet_config_to_diffusers(model.config)}),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler", **scheduler}),
     ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
-    save_file(unet_state_to_diffusers(model), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(unet_state_to_diffusers(model), folder / "unet" / WEIGHTS[0])

@@ -10,6 +10,7 @@ import kernels
 # Of fastdiff.training, below the step and the evaluation.
 PARTS = (
     "optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch", "processes",
+    "weights",
 )  # fmt: skip
 # Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
 LAYERS = [
@@ -18,10 +19,10 @@ LAYERS = [
     ["fastdiff.hardware"],
     ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting"],
     ["fastdiff.nets"],
+    ["fastdiff.interop_settings"],
     ["fastdiff.interop"],
     [f"fastdiff.training.{name}" for name in PARTS],
     ["fastdiff.training.step", "fastdiff.evaluation"],
-    ["fastdiff.training.evaluator"],
     ["fastdiff.training.trainer", "fastdiff.training.run_state", "fastdiff.training.train"],
     ["fastdiff.cli"],
     ["fastdiff.__main__", "train_cifar"],

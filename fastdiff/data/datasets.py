@@ -44,6 +44,10 @@ class ImageSet:
         _at_least_two(len(images), name)
         return cls(images, labels, name, content_sha256(images, labels))
 
+    def draw(self, n: int, *, seed: int) -> np.ndarray:
+        """Indices of n different images, drawn at random: the first n of a folder are of one class."""
+        return np.random.default_rng(seed).choice(len(self.images), n, replace=False)
+
 
 def load_dataset(
     name: str | os.PathLike[str],

@@ -149,7 +149,8 @@ class Schedule(ABC):
             n: steps, at least 1.
             spacing: of the first n times; the last is always 0.
                 `trailing`: t_max, down by t_max / n (Lin et al. 2024, table 2).
-                `leading`: discrete schedules only: ends at 1 in strides of T // n, so that it starts below T.
+                `leading`: discrete schedules only: 1 + floor(i T / n) for i < n, so that it ends at 1 and starts about
+                    T / n below T (Song et al. 2021, appendix D.2: "linear").
                 `uniform`: from t_max to t_min, evenly in t.
                 `karras`: from t_max to t_min, evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
                 `log-snr`: from t_max to t_min, evenly in log-SNR (Lu et al. 2022, section 3.3).

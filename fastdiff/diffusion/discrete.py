@@ -117,8 +117,8 @@ class DiscreteSchedule(Schedule):
             raise UserError(
                 f"{n} sampling steps were asked for, but spacing {spacing} of {self.name} allows 1 to {self.T}."
             )
-        if spacing == "leading":  # the choice of DDIM's code
-            times = 1.0 + torch.arange(n - 1, -1, -1, dtype=torch.float64) * (self.T // n)
+        if spacing == "leading":  # whole numbers until the floor, so that nothing is rounded across one
+            times = 1.0 + (torch.arange(n - 1, -1, -1, dtype=torch.float64) * self.T / n).floor()
             return torch.cat([times, times.new_zeros(1)])
         return super().grid(n, spacing=spacing).round()
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 
+import torch
+
 from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.continuous import EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 from fastdiff.diffusion.discrete import DiscreteSchedule, cosine, ddpm_linear
 from fastdiff.errors import UserError
 
-__all__ = ["SCHEDULES", "DiscreteSchedule", "Schedule", "make_schedule"]
+__all__ = ["SCHEDULES", "DiscreteSchedule", "Schedule", "make_schedule", "unnoised_end"]
+
+# Of alpha^2 / sigma^2 at t_max. All schedules end below it as they are meant: ve-sde at 4e-4, ddpm-linear at 4e-5.
+LARGEST_TERMINAL_SNR = 1e-3
 
 DISCRETE: dict[str, Callable[..., DiscreteSchedule]] = {"ddpm-linear": ddpm_linear, "cosine": cosine}
 CONTINUOUS: dict[str, Callable[..., Schedule]] = {
@@ -34,3 +39,17 @@ def make_schedule(name: str, *, timesteps: int = 1000, zero_terminal_snr: bool =
     if zero_terminal_snr:
         raise UserError(f"--zero-terminal-snr rescales {' and '.join(DISCRETE)}; drop it for schedule {name}.")
     return CONTINUOUS[name]()
+
+
+def unnoised_end(schedule: Schedule) -> str | None:
+    """A warning where the forward process keeps part of the image to its end, but sampling starts from pure noise."""
+    t = torch.tensor(schedule.t_max, dtype=torch.float64)
+    snr = schedule.log_snr(t).exp().item()
+    if snr <= LARGEST_TERMINAL_SNR:
+        return None
+    end = f"{schedule.name} with T = {schedule.t_max:g}" if schedule.name in DISCRETE else schedule.name
+    return (
+        f"{end} does not end in noise: x_T keeps {schedule.alpha(t).item():.2g} of the image (SNR {snr:.2g}), but "
+        "sampling starts from noise alone, so samples will be poor. Train with --zero-terminal-snr (not for eps and "
+        "score), --schedule cosine, or more --timesteps."
+    )

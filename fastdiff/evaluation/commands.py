@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Generator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,6 +52,11 @@ def sample(
 ) -> None:
     """Draw n images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
     _check_seed(seed)
+    if save_npz is not None and save_npz.resolve() == out.resolve():
+        raise UsageError(f"--out and --save-npz are both {out}, and one would replace the other; name two files.")
+    if out.suffix.lower() == ".npz":
+        raise UsageError(f"--out {out} is for the grid, a picture; write the images by --save-npz {out}.")
+    pictures.image_format(out)
     for path in filter(None, (out, save_npz)):
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a file in it.")
@@ -106,9 +113,8 @@ def measure(
     trained = load_trained(checkpoint, device=where)
     config = trained.config
     root = data_root or config.data_root
-    run_path = trained.path.resolve().parent.parent
     # Opened first, so that a run in use is refused before the work and not after it.
-    run = open_run(run_path) if (run_path / "config.json").is_file() else None
+    run = open_run(trained.run) if trained.run is not None else None
     try:
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
         extractor = make_extractor(features, device=where, size=feature_size)
@@ -123,6 +129,8 @@ def measure(
         if run is not None:
             run.log_eval(row)
             plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+        else:
+            print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
     finally:
         if run is not None:
             run.close()
@@ -142,7 +150,7 @@ def likelihood(
     data_root: str | None,
     split: Literal["train", "test"] | None,
 ) -> dict[str, Any]:
-    """Bits per dimension of the first n images by the probability flow, in float32: their mean and its error."""
+    """Bits per dimension of n random images, by the probability flow in float32: their mean and its error."""
     _check_seed(seed)
     for name, value, least in (("n", n, 2), ("steps", steps, 2), ("probes", probes, 1), ("batch-size", batch_size, 1)):
         if value < least:
@@ -157,13 +165,14 @@ def likelihood(
     )  # fmt: skip
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
+    chosen = images.draw(n, seed=seed)
     network = trained.network.requires_grad_(False)
     generator = torch.Generator(where).manual_seed(seed)
     ts = likelihood_grid(schedule, steps)
     bits: list[Tensor] = []
     with bar("likelihood", n) as show:
         for start in range(0, n, batch_size):
-            batch = torch.from_numpy(images.images[start : min(n, start + batch_size)]).to(where).permute(0, 3, 1, 2)
+            batch = torch.from_numpy(images.images[chosen[start : start + batch_size]]).to(where).permute(0, 3, 1, 2)
             x = dequantize(batch, generator=generator)
             log_p, _ = log_likelihood(
                 lambda x_t, t: trained.objective.denoise(network, x_t, t), schedule, x, ts, probes=probes,
@@ -174,34 +183,70 @@ def likelihood(
     values = torch.cat(bits)
     return {
         "bits_per_dim": values.mean().item(), "standard_error": values.std().item() / n**0.5, "images": n,
+        "drawn": f"at random from {len(images.images)}, seed {seed}",
         "data": images.name, "steps": steps, "probes": probes, "step": trained.step, "checkpoint": trained.path.name,
     }  # fmt: skip
 
 
 def export(*, checkpoint: Path, out: Path, to: str) -> None:
-    """Write the averaged weights into the new folder `out`, which appears only when it is complete."""
-    if out.exists():
-        raise UserError(f"--out {out} exists already; name a folder that does not.")
+    """Write the averaged weights into the folder `out`, new or empty, where they appear only when they are complete."""
+    if out.exists() and not _is_empty_folder(out):
+        raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
     trained = load_trained(checkpoint, device=torch.device("cpu"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    config = trained.config
+    with _complete_folder(out) as folder:
         if to == "diffusers":
-            config = trained.config
             save_diffusers_pipeline(
-                trained.model, temporary, schedule=config.resolved_schedule, timesteps=config.timesteps,
+                trained.model, folder, schedule=config.resolved_schedule, timesteps=config.timesteps,
                 objective=config.objective, zero_terminal_snr=config.zero_terminal_snr,
             )  # fmt: skip
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-            save_file(state, temporary / "model.safetensors", metadata={"step": str(trained.step)})
-            write_atomically(temporary / "config.json", trained.config.to_json().encode())
-        os.chmod(temporary, 0o755)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
+            write_atomically(folder / "config.json", config.to_json().encode())
     print(f"{out}: {to}, averaged weights of {trained.path}")
+    if to == "diffusers":
+        print(
+            "DDPMPipeline draws from it as `sample --sampler ddpm` does, and DDIMPipeline with "
+            "use_clipped_model_output=True as `--sampler ddim`; with both, choose num_inference_steps among the "
+            f"divisors of {config.timesteps}, as diffusers rounds other grids differently."
+        )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not os.listdir(path)
+    except OSError:
+        return False
+
+
+@contextmanager
+def _complete_folder(out: Path) -> Generator[Path]:
+    """A folder to write in, whose content is moved to `out` in the end; after an error nothing is left.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    there = _is_empty_folder(out)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # An empty folder is filled, not replaced: it may be a mount, or where the user is.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
+        yield temporary
+        if there:
+            for path in sorted(temporary.iterdir(), reverse=True):  # config.json or model_index.json last
+                path.rename(out / path.name)
+            temporary.rmdir()
+        else:
+            os.chmod(temporary, 0o755)
+            temporary.rename(out)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"--out {out} cannot be written: {error}.") from error
+        raise
 
 
 def _check_seed(seed: int) -> None:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Objective, make_objective
-from fastdiff.errors import UserError
+from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.hardware import resolve_kernels
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
-from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.signals import Stopped
+from fastdiff.training.weights import read_trained
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Trained:
 
     model     the network
     network   what computes it, by the run's --kernels: itself, or fused over the same weights
+    run       the run directory of a checkpoint that lies in one
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Trained:
     objective: Objective
     step: int
     path: Path
+    run: Path | None
 
     def generator(self, settings: SamplerSettings, **options: Any) -> Generator:
         """Draws from it; see `Generator` for the options."""
@@ -49,31 +51,21 @@ class Trained:
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
-    """Load the averaged weights of a run's newest checkpoint, or of one `step-N` folder, to run by the run's --kernels.
+    """Load averaged weights, see `read_trained`, to run by the run's --kernels.
 
     Raises:
         UserError: nothing there, or nothing that verifies.
     """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():
-        found = checkpoint.load_latest(path / "checkpoints")
-    elif (path / "manifest.json").is_file():
-        found = checkpoint.load(path)
-    else:
-        raise UserError(
-            f"{path} is neither a run directory nor a checkpoint; name one such as working/1 or "
-            "working/1/checkpoints/step-10000."
-        )
-    if found is None:
-        raise UserError(f"{path} has no checkpoint yet.")
-    for skipped, reason in found.skipped:
-        print(f"skipped {skipped}: {reason}", file=sys.stderr)
-    config = Config.from_dict(found.state["config"])
+    saved = read_trained(path)
+    config = saved.config
     model = UNet(config.net)
-    model.load_state_dict(found.state["ema"])
+    model.load_state_dict(saved.state)
     model = model.to(device).eval()
     network = fuse(model) if resolve_kernels(config.kernels, device) == "triton" else model
-    return Trained(config, model, network, make_objective(**config.diffusion), found.step, found.path)
+    objective = make_objective(**config.diffusion)
+    if warning := unnoised_end(objective.schedule):
+        print(f"warning: {warning}", file=sys.stderr)
+    return Trained(config, model, network, objective, saved.step, saved.path, saved.run)
 
 
 def evaluate(

@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.generate import Generator
 from fastdiff.reporting import pictures
 
 
-def draw_forward_noising(objective: Objective, images: np.ndarray, path: Path, *, seed: int) -> None:
-    """How images, uint8 (N, H, W, 3), dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
+def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, *, seed: int) -> None:
+    """How up to four random images dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
+    images = image_set.images[image_set.draw(min(4, len(image_set.images)), seed=seed)]
     schedule = objective.schedule
     later = schedule.time_at(torch.linspace(0, 1, 8, dtype=torch.float64)[1:])
     times = torch.cat([later.new_zeros(1), later])

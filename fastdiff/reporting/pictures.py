@@ -10,16 +10,20 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastdiff.errors import UsageError
 from fastdiff.reporting.run import write_atomically
 
 PathLike = str | os.PathLike
 
+# By the suffix of a file's name; none is PNG.
+FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 DPI = 120
 GRID_CELL, LABELLED_CELL = 64, 80  # pixels: small images are enlarged to at least this; labels need more room
 
@@ -45,10 +49,10 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, scale: int | N
 
 
 def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None, scale: int | None = None) -> None:
-    """Writes `image_grid` of the images as a PNG. No file for no images."""
+    """Writes `image_grid` of the images, see `write_image`. No file for no images."""
     if len(images) == 0:
         return
-    write_png(image_grid(images, columns=columns, scale=scale), path)
+    write_image(image_grid(images, columns=columns, scale=scale), path)
 
 
 def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: PathLike) -> None:
@@ -118,11 +122,20 @@ def save_figure(figure: Figure, path: PathLike) -> None:
     """Writes a figure as a PNG."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    write_png(np.asarray(canvas.buffer_rgba())[..., :3], path)
+    write_image(np.asarray(canvas.buffer_rgba())[..., :3], path)
 
 
-def write_png(image: np.ndarray, path: PathLike) -> None:
-    """Writes uint8 (H, W, 3) as a PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
+def image_format(path: PathLike) -> str:
+    """Pillow's name of the format that a file's suffix asks for. Raises UsageError for one that is not in FORMATS."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"{path} ends in {suffix}, but pictures are written as {', '.join(filter(None, FORMATS))}.")
+    return FORMATS[suffix]
+
+
+def write_image(image: np.ndarray, path: PathLike) -> None:
+    """Writes uint8 (H, W, 3) in the format of the path's suffix. Raises UsageError for an unknown suffix."""
+    kind, buffer = image_format(path), io.BytesIO()
+    options = {"optimize": True} if kind == "PNG" else {"quality": 95, "subsampling": 0}
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, **options)
     write_atomically(path, buffer.getvalue())

@@ -26,6 +26,7 @@ from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.trainer import Trainer
+from fastdiff.training.weights import initial_weights
 
 OWN_FLAGS = ("device", "data_root")  # which may differ from rank to rank
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
@@ -68,6 +69,8 @@ def train(
             checkpoint.recover(run.checkpoints)
             saved = _find_checkpoint(config, run.path)
         saved = ranks.share(saved, "the checkpoint")
+        initial = initial_weights(config) if resume is None and ranks.is_main else None
+        initial = ranks.share(initial, "the initial weights")
         with ranks.first_on_host("loading the data"):
             image_set = load_dataset(
                 config.data, root=config.data_root, split=config.split, image_size=config.net.image_size
@@ -83,7 +86,7 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.steps, console))
         trainer = Trainer(
             config, ranks=ranks, image_set=image_set, distance=distance, run=run, progress=progress, stop=stop,
-            resumed=saved, after_evaluation=after_evaluation,
+            resumed=saved, initial=initial, after_evaluation=after_evaluation,
         )  # fmt: skip
         if run is not None and run.config != json.loads(config.to_json()):
             write_atomically(run.path / "config.json", config.to_json().encode())

@@ -14,6 +14,7 @@ from fastdiff.config import PRESETS, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.figures import draw_forward_noising, draw_trajectory
@@ -33,6 +34,7 @@ from fastdiff.training.optim import learning_rate, make_update
 from fastdiff.training.saving import BackgroundSaver
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.step import TrainStep, step_seed
+from fastdiff.training.weights import InitialWeights
 
 # Evaluations draw the same noise every time, so that grids of one run can be compared; apart from the steps' streams.
 EVALUATION_STREAM = 2**32 - 1
@@ -46,6 +48,7 @@ class Trainer:
         ranks: the processes that train together, each with a Trainer of its own; rank 0 alone writes.
         run: the run directory, held open; None on other ranks.
         resumed: the checkpoint to continue from.
+        initial: the weights that a new run starts from, if not from random ones.
         after_evaluation: see `train`.
     """
 
@@ -60,6 +63,7 @@ class Trainer:
         progress: TrainingProgress,
         stop: StopRequest,
         resumed: checkpoint.Checkpoint | None,
+        initial: InitialWeights | None = None,
         after_evaluation: Callable[[Run], object] = lambda run: None,
     ) -> None:
         device = ranks.device
@@ -73,6 +77,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.kernels = resolve_kernels(config.kernels, device)
         self.model = UNet(config.net).to(device)
+        if initial is not None:
+            self.model.load_state_dict(initial.state)
         network = fuse(self.model) if self.kernels == "triton" else self.model
         self.objective: Objective = make_objective(**config.diffusion)
         self.ema = EMA(self.model, config.ema_decay)
@@ -106,7 +112,7 @@ class Trainer:
             graphs=config.graphs,
         )  # fmt: skip
         if ranks.is_main:
-            self._describe(compiled)
+            self._describe(compiled, initial)
 
     @property
     def run(self) -> Run:
@@ -114,7 +120,7 @@ class Trainer:
         assert self._run is not None
         return self._run
 
-    def _describe(self, compiled: bool) -> None:
+    def _describe(self, compiled: bool, initial: InitialWeights | None) -> None:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
         cuda = self.device.type == "cuda"
         size = config.net.image_size
@@ -133,12 +139,16 @@ class Trainer:
             "data": f"{self.image_set.name}: {len(self.image_set.images):,} images of {size}x{size}",
             "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
             "network": f"U-Net, {parameters:,} parameters",
+            **({"weights": f"from {initial.source}"} if initial is not None else {}),
             "distance": reference,
             "run": str(self.run.path),
         }
         self.facts = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "data", "network")}
         for name, value in lines.items():
             self.progress.print(f"{name:<10} {value}")
+        for warning in (initial and initial.warning, unnoised_end(self.objective.schedule)):
+            if warning:
+                self.progress.print(f"{'warning':<10} {warning}")
 
     def loop(self) -> None:
         """Train until the last step, or until a signal asks to stop; either way the last step is saved.
@@ -166,7 +176,7 @@ class Trainer:
         if self.step == 0 and self.ranks.is_main:
             with self._spared_on_a_full_disk():
                 path = self.run.saves / "forward-noising.png"
-                draw_forward_noising(self.objective, self.image_set.images[:4], path, seed=config.seed)
+                draw_forward_noising(self.objective, self.image_set, path, seed=config.seed)
         due = config.eval_at_start if self.step == 0 else self._evaluates()
         if due and self.evaluated != self.step:  # at the start, or where the last run was stopped before it
             try:

@@ -232,3 +232,13 @@ def test_the_hash_is_of_the_content_alone():
     truth = hashlib.sha256(b"(6, 8, 8, 3)" + IMAGES.tobytes() + b"(6,)" + labels.tobytes()).hexdigest()
     assert data.sha256 == ImageSet.from_arrays(IMAGES.copy(), labels, "b").sha256 == truth
     assert data.sha256 != ImageSet.from_arrays(IMAGES, None, "a").sha256
+
+
+def test_images_are_drawn_from_the_whole_set():
+    image_set = ImageSet.from_arrays(np.zeros((1000, 2, 2, 3), np.uint8), None, "sorted")
+    drawn = image_set.draw(300, seed=3)
+    assert len(set(drawn.tolist())) == 300
+    assert abs(drawn.mean() - 499.5) < 60  # 4 standard deviations
+    assert (drawn == image_set.draw(300, seed=3)).all()
+    assert (drawn != image_set.draw(300, seed=4)).any()
+    assert sorted(image_set.draw(1000, seed=0)) == list(range(1000))

@@ -195,3 +195,12 @@ def test_two_modes_get_their_weights_and_widths(name, schedule):
     for part, mode in ((~upper, MODES[0]), (upper, MODES[1])):
         assert abs(x[part].mean() - mode) < 0.02
         assert abs(x[part].std() / WIDTH - 1) < 0.15
+
+
+def test_leading_times_lead_to_the_data_whatever_the_steps():
+    schedule = ALL["ddpm-linear"]
+    x_T = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for n in (500, 501, 999):
+        ts = schedule.grid(n, spacing="leading")
+        x = SAMPLERS["ddim"](gaussian_denoise(schedule, mean=-0.5), schedule, x_T, ts)
+        assert float(x) == pytest.approx(-0.5, abs=0.01)

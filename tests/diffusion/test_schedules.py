@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.diffusion.schedules import CONTINUOUS, DISCRETE, SCHEDULES, DiscreteSchedule, make_schedule
+from fastdiff.diffusion.schedules import CONTINUOUS, DISCRETE, SCHEDULES, DiscreteSchedule, make_schedule, unnoised_end
 from fastdiff.errors import UserError
 
 ZERO = [f"{name}-zero" for name in DISCRETE]
@@ -220,6 +220,25 @@ def test_grids_are_even_in_what_they_are_named_after():
     torch.testing.assert_close(steps, steps[:1].expand(9), rtol=1e-9, atol=0)
     assert vp.grid(4, spacing="uniform").tolist() == pytest.approx([1, 0.66667, 0.33334, 1e-5, 0])
     assert build("flow").grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+@given(st.integers(1, 1000), st.data())
+def test_leading_strides_are_even_and_reach_to_the_end(T, data):
+    n = data.draw(st.integers(1, T))
+    ts = build("cosine", T).grid(n, spacing="leading")
+    assert (ts[-2], ts[-1]) == (1, 0)
+    strides = {int(stride) for stride in -ts[:-1].diff()}
+    assert strides <= {T // n, -(-T // n)}
+    assert T - ts[0] < T / n
+
+
+def test_a_schedule_that_does_not_end_in_noise_says_so():
+    assert [name for name in NAMES if unnoised_end(build(name))] == []
+    said = unnoised_end(build("ddpm-linear", 100))
+    assert "ddpm-linear with T = 100 does not end in noise: x_T keeps 0.6 of the image (SNR 0.57)" in said
+    assert "--zero-terminal-snr" in said
+    assert unnoised_end(build("ddpm-linear-zero", 100)) is None
+    assert unnoised_end(build("cosine", 100)) is None
 
 
 def test_bad_arguments_are_named():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastdiff.cli import main, run_command
 from fastdiff.config import Config, UNetConfig
+from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
@@ -127,20 +128,41 @@ def test_likelihood_prints_one_json_line_and_is_deterministic(run, capsys):
 
 def test_likelihood_agrees_with_the_closed_form(run, monkeypatch, capsys):
     """For the denoiser of standard normal data, log p is that of the normal distribution itself."""
-    from fastdiff.diffusion.objectives import Objective
-
-    def denoise(self, model, x_t, t, **cond):
-        a, s = self.schedule.alpha(t), self.schedule.sigma(t)
-        return (a / (a**2 + s**2)).to(x_t.dtype) * x_t
-
-    monkeypatch.setattr(Objective, "denoise", denoise)
+    monkeypatch.setattr(Objective, "denoise", normal_denoise)
     assert call("likelihood", "--checkpoint", run, "--n", 40, "--steps", 30) == 0
     bits = json.loads(capsys.readouterr().out)["bits_per_dim"]
     with np.load(run.parents[1] / "images.npz") as file:
-        x = (file["images"] / 127.5 - 1).astype(np.float64)
-    square = (x**2).mean() + 1 / (12 * 127.5**2)  # with the dequantisation's
-    expected = 0.5 * (square + np.log(2 * np.pi)) / np.log(2) + np.log2(127.5)
+        expected = normal_bits(file["images"])
     assert bits == pytest.approx(expected, abs=0.01)
+
+
+def normal_denoise(self, model, x_t, t, **cond):
+    """The denoiser of standard normal data, in place of Objective.denoise."""
+    a, s = self.schedule.alpha(t), self.schedule.sigma(t)
+    return (a / (a**2 + s**2)).to(x_t.dtype) * x_t
+
+
+def normal_bits(images):
+    """Bits per dimension of images under the standard normal distribution."""
+    square = ((images / 127.5 - 1) ** 2).mean() + 1 / (12 * 127.5**2)  # with the dequantisation's
+    return 0.5 * (square + np.log(2 * np.pi)) / np.log(2) + np.log2(127.5)
+
+
+def test_likelihood_draws_its_images_from_all(run, tmp_path, monkeypatch, capsys):
+    """Of a set that is sorted by class, as folders are, the first images are unlike the whole."""
+    images = np.full((200, 8, 8, 3), 128, np.uint8)
+    images[100:] = 255
+    np.savez(tmp_path / "sorted.npz", images=images)
+    monkeypatch.setattr(Objective, "denoise", normal_denoise)
+    bits = []
+    for seed in (0, 1):
+        common = ("--steps", 30, "--n", 40, "--seed", seed, "--data", tmp_path / "sorted.npz")
+        assert call("likelihood", "--checkpoint", run, *common) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert (row["images"], row["drawn"]) == (40, f"at random from 200, seed {seed}")
+        bits.append(row["bits_per_dim"])
+    assert bits == pytest.approx([normal_bits(images)] * 2, abs=0.15)
+    assert abs(normal_bits(images[:40]) - normal_bits(images)) > 0.3
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
@@ -179,6 +201,120 @@ def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
 
 
+def test_an_exported_folder_stands_for_its_checkpoint(run, tmp_path, capsys):
+    out = run / "exports" / "weights"  # within a run, whose own checkpoint it is not
+    assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 0
+    for name, checkpoint_ in (("run", run), ("export", out)):
+        common = ("--steps", 3, "--n", 4)
+        assert call("sample", "--checkpoint", checkpoint_, *common, "--out", tmp_path / f"{name}.png") == 0
+        assert call("export", "--checkpoint", checkpoint_, "--out", tmp_path / f"{name}-diffusers") == 0
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "export.png").read_bytes()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    first, second = (tmp_path / f"{name}-diffusers" / weights for name in ("run", "export"))
+    assert first.read_bytes() == second.read_bytes()
+    capsys.readouterr()
+    assert call("likelihood", "--checkpoint", out, "--n", 2, "--steps", 2) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["step"], row["checkpoint"]) == (2, "weights")
+
+
+def test_evaluate_of_an_exported_folder_is_not_recorded(run, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    out = run / "exports" / "weights"
+    assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 0
+    before = sorted(run.rglob("*")), (run / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    common = ("--n", 6, "--steps", 2, "--feature-size", 32, "--features", "efficientnet_lite0")
+    assert call("evaluate", "--checkpoint", out, *common) == 0
+    said = capsys.readouterr()
+    row = json.loads(said.out)
+    assert (row["step"], row["images"], row["checkpoint"]) == (2, 256, "weights")
+    assert f"{out} lies in no run, so that the row is not recorded" in said.err
+    assert (sorted(run.rglob("*")), (run / "metrics.jsonl").read_bytes()) == before
+
+
+def no_step(out):
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors")
+
+
+def another_shape(out):
+    config = json.loads((out / "config.json").read_text())
+    config["net"]["channels"] = 16
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def cut(name):
+    return lambda out: (out / name).write_bytes((out / name).read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_step, "no folder of `export --to safetensors`: model.safetensors does not say"),
+        (another_shape, "the weights do not fit the network's shape: conv_in.bias is .8,., not .16,."),
+        (cut("model.safetensors"), "model.safetensors cannot be read as tensors"),
+        (cut("config.json"), "config.json cannot be read as JSON"),
+        (lambda out: (out / "config.json").write_text('{"net": 3}'), "is no folder of"),
+        (lambda out: (out / "config.json").write_text('{"tomorrow": 3}'), "fields that this version does not know"),
+    ],
+)
+def test_a_damaged_export_is_one_line(run, tmp_path, capsys, damage, message):
+    out = tmp_path / "weights"
+    assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 0
+    damage(out)
+    capsys.readouterr()
+    assert call("sample", "--checkpoint", out, "--n", 1, "--out", tmp_path / "grid.png") == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "safetensors"])
+def test_export_fills_an_empty_folder(run, tmp_path, monkeypatch, to):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert call("export", "--checkpoint", run, "--to", to, "--out", ".") == 0
+    assert call("export", "--checkpoint", run, "--to", to, "--out", tmp_path / "new") == 0
+
+    def content(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert content(tmp_path / "empty") == content(tmp_path / "new")
+    assert sorted(os.listdir()) == sorted(os.listdir(tmp_path / "new"))
+
+
+def test_an_export_that_fails_leaves_an_empty_folder_empty(run, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("fastdiff.evaluation.commands.write_atomically", full)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new"):
+        assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 1
+        assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("grid.png", "PNG"), ("grid.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("grid", "PNG")]
+)
+def test_a_grid_is_what_its_suffix_says(run, tmp_path, name, kind):
+    assert call("sample", "--checkpoint", run, "--n", 4, "--steps", 2, "--out", tmp_path / name) == 0
+    with Image.open(tmp_path / name) as image:
+        assert image.format == kind
+        assert image.size == (2 * 66 + 2, 2 * 66 + 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"), [({}, True), ({"timesteps": 1000}, False), ({"schedule": "cosine"}, False)]
+)
+def test_a_schedule_that_does_not_end_in_noise_is_told_when_sampling(run, tmp_path, capsys, changes, warns):
+    state = checkpoint.load(run / "checkpoints" / "step-2").state
+    checkpoint.save(run / "checkpoints", 3, {**state, "config": {**state["config"], **changes}})
+    assert call("sample", "--checkpoint", run, "--n", 1, "--steps", 2, "--out", tmp_path / "grid.png") == 0
+    assert ("warning: ddpm-linear with T = 100 does not end in noise" in capsys.readouterr().err) == warns
+
+
 MISTAKES = [
     (("sample", "--checkpoint", "nowhere"), "nowhere is neither a run directory nor a checkpoint"),
     (("sample", "--checkpoint", "{run}", "--out", "missing/grid.png"), "folder .*missing does not exist"),
@@ -194,6 +330,10 @@ BAD_FLAGS = [
     (("sample", "--checkpoint", "{run}", "--sampler", "ddpm", "--eta", "1"), "--eta belongs to ddim"),
     (("evaluate", "--checkpoint", "{run}", "--eta", "2"), "eta is 2"),
     (("evaluate", "--checkpoint", "{run}", "--n", "1"), "at least 2 samples"),
+    (("sample", "--checkpoint", "{run}", "--out", "a.gif"), "a.gif ends in .gif, but pictures are written as .png"),
+    (("sample", "--checkpoint", "{run}", "--out", "a.npz"), "write the images by --save-npz a.npz"),
+    (("sample", "--checkpoint", "{run}", "--out", "x.npz", "--save-npz", "x.npz"), "--out and --save-npz are both"),
+    (("sample", "--checkpoint", "{run}", "--out", "a.png", "--save-npz", "./b/../a.png"), "--out and --save-npz are"),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 import fastdiff.training.train as train_module
 import fastdiff.training.trainer as trainer_module
 from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.reporting import pictures
 from fastdiff.training import checkpoint
 from fastdiff.training.step import Metrics, TrainStep
 from fastdiff.training.train import train
@@ -84,6 +85,29 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path, capsys):
     for part in ("device", "precision", "TF32", "compile", "graphs", "loader", "kernels", "parameters", str(run)):
         assert part in out
     assert f"look at {run}" in out.splitlines()[-1]
+
+
+def test_the_images_that_dissolve_are_of_the_whole_set(tiny_config, tmp_path, monkeypatch):
+    """And not the first ones, which are of one class where a folder holds several."""
+    images = np.arange(50, dtype=np.uint8).repeat(8 * 8 * 3).reshape(50, 8, 8, 3)
+    np.savez(tmp_path / "images.npz", images=images)
+    shown = []
+    monkeypatch.setattr(pictures, "plot_forward_noising", lambda rows, *_: shown.append(rows[:, 0]))
+    for seed in (0, 0, 1):
+        train(tiny_config(steps=1, seed=seed))
+    numbers = [rows.mean((1, 2, 3)).tolist() for rows in shown]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert len(set(numbers[0])) == 4
+    assert max(numbers[0]) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"), [({}, True), ({"timesteps": 1000}, False), ({"schedule": "cosine"}, False)]
+)
+def test_a_schedule_that_does_not_end_in_noise_is_told_at_the_start(tiny_config, capsys, changes, warns):
+    train(tiny_config(steps=1, **changes))
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("warning ddpm-linear with T = 100 does not end in noise: x_T keeps 0.6 of the image" in out) == warns
 
 
 @pytest.mark.parametrize("stop", [1, 6, 7, 13, 20])  # the 7th step holds the edge of the first epoch

@@ -1,0 +1,139 @@
+"""Averaged weights as they were saved: in a run, one checkpoint, a folder of `export`, or by diffusers."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fastdiff.config import Config, UNetConfig
+from fastdiff.errors import UserError
+from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
+from fastdiff.training import checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What one of our runs has trained.
+
+    Attributes:
+        config: the run's.
+        state: averaged weights, on the CPU.
+        step: updates made.
+        path: the checkpoint's folder, or the exported one.
+        run: the run directory of a checkpoint that lies in one.
+    """
+
+    config: Config
+    state: dict[str, Tensor]
+    step: int
+    path: Path
+    run: Path | None
+
+
+def read_trained(path: Path | str) -> TrainedWeights:
+    """Read a run's newest checkpoint, one `step-N` folder, or what `export --to safetensors` wrote.
+
+    Raises:
+        UserError: nothing there, or nothing that verifies.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        found = checkpoint.load_latest(path / "checkpoints")
+    elif (path / "manifest.json").is_file():
+        found = checkpoint.load(path)
+    elif _is_export(path):
+        return _read_export(path)
+    else:
+        raise UserError(
+            f"{path} is neither a run directory nor a checkpoint, nor a folder of `export --to safetensors`; name one "
+            "such as working/1 or working/1/checkpoints/step-10000."
+        )
+    if found is None:
+        raise UserError(f"{path} has no checkpoint yet.")
+    for skipped, reason in found.skipped:
+        print(f"skipped {skipped}: {reason}", file=sys.stderr)
+    run = found.path.resolve().parent.parent
+    config = Config.from_dict(found.state["config"])
+    return TrainedWeights(
+        config, found.state["ema"], found.step, found.path, run if (run / "config.json").is_file() else None
+    )
+
+
+def _is_export(path: Path) -> bool:
+    return (path / "model.safetensors").is_file() and (path / "config.json").is_file()
+
+
+def _read_export(path: Path) -> TrainedWeights:
+    file = path / "model.safetensors"
+    values, state = read_json(path / "config.json"), read_tensors(file)
+    try:
+        config = Config.from_dict(values)
+        check_shapes(state, unet_shapes(config.net))
+        with safe_open(file, framework="pt") as opened:
+            step = (opened.metadata() or {}).get("step", "")
+        if not step.isdecimal():
+            raise UserError(f"{file.name} does not say after which step.")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no folder of `export --to safetensors`: {error}") from error
+    return TrainedWeights(config, state, int(step), path, None)
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights that a new run starts from.
+
+    Attributes:
+        state: of the network, on the CPU.
+        source: where they come from, for the user.
+        warning: that they were trained for something else, if so.
+    """
+
+    state: dict[str, Tensor]
+    source: str
+    warning: str | None
+
+
+def initial_weights(config: Config) -> InitialWeights | None:
+    """What `--init-from` names, if anything.
+
+    Raises:
+        UserError: it cannot be read, or is of another shape than the run's network.
+    """
+    if config.init_from is None:
+        return None
+    path = Path(config.init_from).expanduser()
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
+        trained = read_trained(path)
+        net, state, task = trained.config.net, trained.state, trained.config.task
+        source = f"{trained.path}, step {trained.step:,}"
+    else:
+        network = read_diffusers(path, image_size=config.net.image_size)
+        net, state, task, source = network.config, network.state, network.task, str(path)
+    _check_net(path, config.net, net)
+    source += f", trained as {task}" if task is not None else ""
+    other = task is not None and task != config.task
+    warning = f"--init-from {path} was trained as {task}, but this run trains {config.task}." if other else None
+    return InitialWeights(state, source, warning)
+
+
+def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
+    """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
+
+    def fields(net: UNetConfig) -> dict[str, object]:
+        values = {**vars(net), "attention_resolutions": tuple(sorted(set(net.attention_resolutions)))}
+        return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name != "dropout"}
+
+    theirs = fields(there)
+    wrong = {flag: value for flag, value in fields(here).items() if value != theirs[flag]}
+    if wrong:
+        listed = "; ".join(f"{flag} is {value} here, {theirs[flag]} there" for flag, value in wrong.items())
+        raise UserError(
+            f"--init-from {path} holds a network of another shape: {listed}. Add "
+            f"{' '.join(_as_flag(flag, theirs[flag]) for flag in wrong)}."
+        )
+
+
+def _as_flag(flag: str, value: object) -> str:
+    return " ".join([flag, *map(str, value if isinstance(value, tuple) else (value,))])

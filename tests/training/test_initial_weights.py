@@ -1,0 +1,150 @@
+"""`--init-from`: a new run that starts from the averaged weights of another network."""
+
+import dataclasses
+import os
+import shutil
+
+import diffusers
+import pytest
+import torch
+
+from fastdiff.config import Config
+from fastdiff.errors import UserError
+from fastdiff.evaluation.commands import export
+from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
+from fastdiff.training import checkpoint
+from fastdiff.training.train import train
+from fastdiff.training.weights import initial_weights
+from tests.training.conftest import TINY
+
+
+@pytest.fixture
+def source(tiny_config, tmp_path):
+    """A finished run of eps on ddpm-linear, and its averaged weights."""
+    train(tiny_config(steps=3, run_root=str(tmp_path / "source")))
+    run = tmp_path / "source" / "1"
+    return run, checkpoint.load_latest(run / "checkpoints").state["ema"]
+
+
+def start(config):
+    """The first checkpoint of a run whose one step changes no weight."""
+    train(dataclasses.replace(config, lr=1e-30, steps=1))
+    runs = sorted(os.listdir(config.run_root), key=int)
+    return checkpoint.load_latest(f"{config.run_root}/{runs[-1]}/checkpoints")
+
+
+def assert_weights(saved, expected):
+    for part in ("model", "ema"):
+        assert saved.state[part].keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in saved.state[part].items())
+
+
+def diffusers_folder(folder, **changes):
+    torch.manual_seed(1)
+    settings = unet_config_to_diffusers(TINY) | changes
+    theirs = diffusers.UNet2DModel(**settings)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "safetensors", "diffusers"])
+def test_a_new_run_starts_from_what_was_saved(source, tiny_config, tmp_path, capsys, kind):
+    run, weights = source
+    path = {"run": run, "checkpoint": run / "checkpoints" / "step-3"}.get(kind, tmp_path / "exported")
+    if kind in ("safetensors", "diffusers"):
+        export(checkpoint=run, out=path, to=kind)
+    capsys.readouterr()
+    saved = start(tiny_config(init_from=str(path)))
+    assert saved.step == 1
+    assert_weights(saved, weights)
+    assert saved.state["config"]["init_from"] == str(path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"weights from {path}" in out
+    assert "trained as eps on ddpm-linear, 100 timesteps" in out
+    assert "this run trains" not in out
+    steps = {int(state["step"]) for state in saved.state["optimizer"]["state"].values()}
+    assert steps == {1}  # the optimizer is a new one
+
+
+def test_a_network_that_diffusers_made_is_trained_on(tiny_config, tmp_path):
+    diffusers_folder(tmp_path / "unet", sample_size=None)  # whose size then is --image-size
+    expected = unet_from_diffusers(tmp_path / "unet", image_size=8).state_dict()
+    assert_weights(start(tiny_config(init_from=str(tmp_path / "unet"))), expected)
+
+
+def test_a_resumed_run_reads_its_own_weights(source, tiny_config, tmp_path):
+    run, _ = source
+    whole, cut = (tiny_config(init_from=str(run), run_root=str(tmp_path / name)) for name in ("whole", "cut"))
+    train(dataclasses.replace(whole, steps=6))
+    train(dataclasses.replace(cut, steps=4))
+    shutil.rmtree(run)
+    train(dataclasses.replace(cut, steps=6), resume=tmp_path / "cut" / "1")
+    one, other = (checkpoint.load_latest(tmp_path / name / "1" / "checkpoints").state for name in ("whole", "cut"))
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    with pytest.raises(UserError, match="cannot change what is trained: --init-from was"):
+        train(dataclasses.replace(cut, steps=8, init_from="elsewhere"), resume=tmp_path / "cut" / "1")
+
+
+def test_runs_from_before_have_no_such_field(tiny_config):
+    values = tiny_config().to_dict()
+    del values["init_from"]
+    assert Config.from_dict(values) == tiny_config()
+
+
+def test_another_task_is_told_and_trained(source, tiny_config, capsys):
+    run, weights = source
+    saved = start(tiny_config(init_from=str(run), objective="v", schedule="cosine"))
+    assert_weights(saved, weights)
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"warning --init-from {run} was trained as eps on ddpm-linear, 100 timesteps, but this run trains v on cosine, "
+        "100 timesteps."
+    ) in out
+
+
+def test_another_dropout_is_no_other_shape(source, tiny_config):
+    run, weights = source
+    config = tiny_config(init_from=str(run), net=dataclasses.replace(TINY, dropout=0.0))
+    assert all(torch.equal(value, weights[name]) for name, value in initial_weights(config).state.items())
+
+
+def test_another_shape_is_named_with_its_remedy(source, tiny_config, tmp_path):
+    run, _ = source
+    net = dataclasses.replace(TINY, channel_mult=(1, 1), norm_groups=2, attention_resolutions=(8, 4))
+    config = tiny_config(init_from=str(run), net=net, run_root=str(tmp_path / "new"))
+    with pytest.raises(UserError) as refused:
+        train(config)
+    assert "--channel-mult is (1, 1) here, (1, 2) there; " in str(refused.value)
+    assert "Add --channel-mult 1 2 --attention-resolutions 4 --norm-groups 4." in str(refused.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "config.json is missing; expected the folder of a diffusers pipeline or U-Net"),
+        (lambda path: (path / "checkpoints").mkdir(parents=True), "has no checkpoint yet"),
+        (lambda path: diffusers_folder(path, norm_eps=1e-5), "--norm-eps is 1e-06 here, 1e-05 there. Add --norm-eps"),
+        (lambda path: diffusers_folder(path, attn_norm_num_groups=2), "attn_norm_num_groups = 2"),
+    ],
+)
+def test_what_cannot_be_read_leaves_no_run(tiny_config, tmp_path, make, message):
+    make(tmp_path / "source")
+    with pytest.raises(UserError) as refused:
+        train(tiny_config(init_from=str(tmp_path / "source")))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "working").exists()
+
+
+def test_an_empty_name_is_refused(tiny_config):
+    with pytest.raises(UserError, match="--init-from is ''"):
+        tiny_config(init_from="")
+
+
+def test_it_is_a_flag():
+    from train_cifar import parse
+
+    assert parse(["--init-from", "working/1"]).config == Config(init_from="working/1")
