@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Generator, Sequence
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.diffusion.objectives import Model
@@ -112,8 +114,9 @@ def measure(
     run = open_run(run_path) if (run_path / "config.json").is_file() else None
     try:
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
+        print(f"data       {reference.describe()}", file=sys.stderr)
         extractor = make_extractor(features, device=where, size=feature_size)
-        distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
+        distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(root), device=where)
         row, _ = evaluate(
             _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
             image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
@@ -156,6 +159,7 @@ def likelihood(
         data or config.data, root=data_root or config.data_root, split=split or config.split,
         image_size=config.net.image_size,
     )  # fmt: skip
+    print(f"data       {images.describe()}", file=sys.stderr)
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     network = trained.model.requires_grad_(False)

@@ -173,7 +173,7 @@ def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny_config, tmp_
 
 def test_resuming_on_other_images_is_refused(tiny_config, tmp_path):
     train(tiny_config(steps=10))
-    np.savez(tmp_path / "images.npz", images=np.zeros((50, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "images.npz", images=np.arange(50 * 192, dtype=np.uint8).reshape(50, 8, 8, 3))
     with pytest.raises(UserError, match="holds other images"):
         train(tiny_config(), resume=tmp_path / "working" / "1")
 
