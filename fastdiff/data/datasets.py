@@ -204,7 +204,7 @@ def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
     key = f"{_stem(path)}-{split}-{size}-{files.fingerprint()[:16]}"
     decoded = cached(cache / f"{key}-{_decoder()}.npz", build, outdated=f"{key}*.npz")
     if isinstance(files, Folder):  # its other files may have changed since
-        decoded.about["notes"] = chosen().notes
+        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes)
     return decoded
 
 

@@ -113,9 +113,9 @@ def _run_directories(names: list[str]) -> set[str]:
 
 
 def told(left_out: Mapping[str, list[str]]) -> list[str]:
-    """What was passed over, as "count reason (first names)", the largest count first."""
+    """What was passed over, as "reason (count): first names", the largest count first."""
     ordered = sorted(left_out.items(), key=lambda item: -len(item[1]))
-    return [f"{len(names):,} {why} ({some([repr(name) for name in names])})" for why, names in ordered]
+    return [f"{why} ({len(names):,}): {some(list(map(repr, names)))}" for why, names in ordered]
 
 
 def choose(listing: Listing, split: str, origin: Path) -> Choice:
@@ -146,7 +146,7 @@ def choose(listing: Listing, split: str, origin: Path) -> Choice:
     if classes:
         _check_classes([paths[i] for i in chosen], level, classes, origin)
     number = {name: i for i, name in enumerate(classes)}
-    passed = [f"{n:,} in {other!r}" for other, n in folders.items() if folder not in (None, other)]
+    passed = [f"in {other!r} ({n:,})" for other, n in folders.items() if folder not in (None, other)]
     passed += told(listing.left_out)
     return Choice(
         names=[listing.images[i] for i in chosen],

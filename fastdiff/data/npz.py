@@ -29,7 +29,7 @@ def read_npz(path: Path) -> Decoded:
         labels = _labels(path, labels, len(images), class_names)
     notes = ["split train: all of it"]
     if others:
-        notes.append(f"left out: {len(others):,} other arrays ({some(others)})")
+        notes.append(f"left out: other arrays ({len(others):,}): {some(list(map(repr, others)))}")
     return Decoded(images, labels, {"class_names": class_names, "notes": notes})
 
 

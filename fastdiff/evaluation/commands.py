@@ -114,8 +114,8 @@ def measure(
     run = open_run(run_path) if (run_path / "config.json").is_file() else None
     try:
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
-        print(f"data       {reference.describe()}", file=sys.stderr)
         extractor = make_extractor(features, device=where, size=feature_size)
+        print(f"data       {reference.describe()}", file=sys.stderr)
         distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(root), device=where)
         row, _ = evaluate(
             _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
@@ -159,9 +159,9 @@ def likelihood(
         data or config.data, root=data_root or config.data_root, split=split or config.split,
         image_size=config.net.image_size,
     )  # fmt: skip
-    print(f"data       {images.describe()}", file=sys.stderr)
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
+    print(f"data       {images.describe()}", file=sys.stderr)
     network = trained.model.requires_grad_(False)
     generator = torch.Generator(where).manual_seed(seed)
     ts = likelihood_grid(schedule, steps)

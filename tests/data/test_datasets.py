@@ -213,7 +213,7 @@ def test_the_line_about_a_set(split_pets, root, pack):
             assert data.describe() == (
                 "split-pets-train: 2 images of 8x8; split train: folder 'train'; 2 classes: cat 1, eel 1; "
                 f"pixels {data.images.min()} to {data.images.max()}, mean {data.images.mean():.1f}; "
-                "left out: 2 in 'test'; 1 *.txt ('train/cat/notes.txt')"
+                "left out: in 'test' (2); *.txt (1): 'train/cat/notes.txt'"
             )
     assert "10 classes: 0 178, 1 182, 2 177" in load_dataset("digits", root=root).describe()
     many = ImageSet.from_arrays(IMAGES.repeat(20, axis=0), np.arange(120), "many", [f"c\n{i}" for i in range(120)])
@@ -230,7 +230,7 @@ def test_what_is_left_out_is_told_as_it_is_now_though_the_images_are_cached(pets
     Image.fromarray(IMAGES[0]).save(run / "saves" / "samples.png")
     again = load_dataset(pets, root=root, image_size=8)
     assert again.sha256 == first.sha256
-    assert "1 run directories ('working/1')" in again.describe()
+    assert "run directories (1): 'working/1'" in again.describe()
     assert len(cache_files(root)) == 1
 
 

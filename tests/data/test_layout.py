@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from fastdiff.data.decoding import FORMATS
+from fastdiff.data.files import open_files
 from fastdiff.data.layout import IMAGE_SUFFIXES, Listing, choose, sort_out
+from fastdiff.reporting.run import create_run
 
 SET = Path("set")
 
@@ -47,7 +49,7 @@ def test_class_names_and_notes():
     assert choice.class_names == ("cat", "dog")
     assert choice.notes == (
         "split train: folder 'Train'",
-        "left out: 2 in 'Test'; 1 *.txt ('Test/notes.txt'); 1 hidden ('Train/._a.png')",
+        "left out: in 'Test' (2); *.txt (1): 'Test/notes.txt'; hidden (1): 'Train/._a.png'",
     )
     assert pick(["a.png"]).class_names is None
     assert pick(["a.png"]).notes == ("split train: all of it",)
@@ -101,8 +103,8 @@ def test_a_split_that_is_not_there(user_error):
 
 def test_no_images(user_error):
     user_error(lambda: choose(Listing([], {}), "train", SET), "set", "no images in it; expected files", ".png")
-    message = user_error(lambda: pick([f"{i}.heic" for i in range(1200)] + ["a"]), "1,200 *.heic ('0.heic', ")
-    assert "1 without a suffix ('a')" in message
+    message = user_error(lambda: pick([f"{i}.heic" for i in range(1200)] + ["a"]), "*.heic (1,200): '0.heic', ")
+    assert "without a suffix (1): 'a'" in message
 
 
 def test_what_is_passed_over_is_counted_and_named():
@@ -130,6 +132,14 @@ def test_run_directories_are_left_out(where):
         assert listing.left_out["run directories"] == [where.rstrip("/") or "."]
         assert listing.images == (["cat/1.png", "working2/x.png"] if where else [])
     assert len(sort_out(run, {}).images) == 2  # a config.json alone makes no run
+
+
+def test_a_run_as_it_is_made_is_left_out(tmp_path):
+    with create_run(tmp_path / "working", config={}) as run:
+        (run.saves / "samples.png").touch()
+    (tmp_path / "a.png").touch()
+    listing = open_files(tmp_path).listing
+    assert listing == Listing(["a.png"], {"run directories": ["working/1"]})
 
 
 def test_every_suffix_of_what_is_decoded_counts_as_an_image():

@@ -131,5 +131,5 @@ def test_class_names_and_what_is_left_out(tmp_path, root):
     data = load_dataset(path, root=root, image_size=8)
     assert data.class_names == ("cat", "eel", "dog")
     assert "2 classes: cat 2, dog 4; " in data.describe()
-    assert data.describe().endswith("; left out: 1 other arrays (test)")
+    assert data.describe().endswith("; left out: other arrays (1): 'test'")
     assert load_dataset(save(tmp_path, images=IMAGES), root=root, image_size=8).class_names is None

@@ -81,6 +81,7 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path, capsys):
     assert state.keys() >= {"model", "ema", "optimizer", "loss_history", "fid_history", "best", "config"}
     assert [step for step, _ in state["loss_history"]] == [10, 20, 30]
     out = capsys.readouterr().out
+    assert "\ndata       images-train: 50 images of 8x8; split train: all of it; pixels " in out
     for part in ("device", "precision", "TF32", "compile", "graphs", "loader", "kernels", "parameters", str(run)):
         assert part in out
     assert f"look at {run}" in out.splitlines()[-1]
