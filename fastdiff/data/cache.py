@@ -57,7 +57,7 @@ def cached(path: Path | None, build: Callable[[], Decoded], *, outdated: str = "
         return build()
     try:
         return _read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s is damaged or cannot be read (%s); the images are decoded again", path, error)

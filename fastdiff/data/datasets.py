@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
 from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
-from fastdiff.data.decoding import decode_all, new_images, resize_all
+from fastdiff.data.decoding import DARK, decode_all, new_images, resize_all
 from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
@@ -57,16 +57,12 @@ class ImageSet:
         class_names: Sequence[str] | None = None,
         notes: Sequence[str] = (),
     ) -> "ImageSet":
-        """An image set of arrays as described above; a warning in the log where the images are all but one grey.
+        """An image set of arrays as described above.
 
         Raises:
             UserError: fewer than two images (training and the Frechet distance need at least two), or all of one value.
         """
-        low, high = _range(images, name)
-        if high - low < LOW_RANGE:
-            factor = 255 // high
-            remedy = f"multiply them by {factor}" if factor > 1 else "spread them over 0 to 255"
-            log.warning("%s: all pixels are in %d to %d, of 0 to 255: %s", name, low, high, remedy)
+        _range(images, name)
         names = None if class_names is None else tuple(class_names)
         return cls(images, labels, names, name, content_sha256(images, labels), tuple(notes))
 
@@ -132,7 +128,8 @@ def load_dataset(
         images = resize_all(images, image_size)
     else:
         images, labels, about = _files(path, cache_folder(root), split, image_size)
-    for remark in about.get("remarks", ()):
+    dark = any(DARK in remark for remark in about["remarks"])
+    for remark in [*about["remarks"], *([] if dark else _low_range(images, path))]:
         log.warning("%s: %s", path, remark)
     return ImageSet.from_arrays(images, labels, f"{_stem(path)}-{split}", about["class_names"], about["notes"])
 
@@ -161,6 +158,14 @@ def _range(images: np.ndarray, name: str | Path) -> tuple[int, int]:
     if low == high:
         raise UserError(f"{name}: every pixel of the {len(images):,} images is {low}; check how they were made")
     return low, high
+
+
+def _low_range(images: np.ndarray, path: Path) -> list[str]:
+    low, high = _range(images, path)
+    if high - low >= LOW_RANGE:
+        return []
+    remedy = f"multiply them by {255 // high}" if high < 128 else "spread them over 0 to 255"
+    return [f"all pixels are in {low} to {high}, of 0 to 255: {remedy}"]
 
 
 def _stem(path: Path) -> str:
@@ -193,8 +198,8 @@ def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
         names, labels = chosen().names, chosen().labels
         _at_least_two(len(names), path)  # before anything is decoded
         place = {name: i for i, name in enumerate(names)}
-        items = ((place[name], str(path / name), data) for name, data in files.read(names))
-        images, remarks = decode_all(items, len(names), size)
+        items = ((place[name], name, data) for name, data in files.read(names))
+        images, remarks = decode_all(items, len(names), size, path)
         _range(images, path)  # before anything is stored
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)

@@ -77,18 +77,19 @@ def decode(data: bytes, size: int, remark: Callable[[str], object] = lambda what
                 remark(DARK)
             return fit(eight, size)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"it is not an image of kind {', '.join(FORMATS)}") from None
+        raise ValueError("it is not an image of a known kind") from None
     except Exception as error:  # on damaged data decoders raise OSError, SyntaxError, struct.error, ...
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def decode_all(
-    items: Iterable[tuple[int, str, bytes | Path | Exception]], n: int, size: int
+    items: Iterable[tuple[int, str, bytes | Path | Exception]], n: int, size: int, origin: Path
 ) -> tuple[np.ndarray, list[str]]:
     """Decode `n` images.
 
     Args:
         items: (place among the n, name, content or file or the error that reading it met) of each, in any order.
+        origin: the folder or archive that they are from, for an error's text.
 
     Returns:
         uint8 (n, size, size, 3), and remarks on images that may not be what they should, one line a kind.
@@ -115,7 +116,9 @@ def decode_all(
         pass
     if bad:
         listed = some([what for _, what in sorted(bad)], 10, "; ")
-        raise UserError(f"{len(bad):,} of {n:,} files cannot be read as images: {listed}; replace or delete them")
+        raise UserError(
+            f"{origin}: {len(bad):,} of {n:,} files cannot be read as images: {listed}; replace or delete them"
+        )
     return images, [
         f"{len(where):,} of {n:,} images {what} ({some([name for _, name in sorted(where)])})"
         for what, where in remarks.items()

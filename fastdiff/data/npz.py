@@ -30,7 +30,7 @@ def read_npz(path: Path) -> Decoded:
     notes = ["split train: all of it"]
     if others:
         notes.append(f"left out: other arrays ({len(others):,}): {some(list(map(repr, others)))}")
-    return Decoded(images, labels, {"class_names": class_names, "notes": notes})
+    return Decoded(images, labels, {"class_names": class_names, "notes": notes, "remarks": []})
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -254,7 +254,7 @@ def test_bad_files_are_named_together_whatever_is_wrong(pets, pack, root, suffix
         (pets / "dog" / "link.png").symlink_to(pets / "nowhere")
     path = pack(pets, suffix) if suffix else pets
     message = user_error(
-        lambda: load_dataset(path, root=root, image_size=8), path, "cat/x.png' (it is not", "dog/a.png' ("
+        lambda: load_dataset(path, root=root, image_size=8), path, "'cat/x.png' (it is not", "'dog/a.png' ("
     )
     assert suffix or "dog/link.png' (No such file or directory)" in message
     assert not root.exists()

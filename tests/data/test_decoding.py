@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_remarks_are_counted_and_name_the_first():
     dark = SIXTEEN["png"](np.full((8, 8), 4095, np.uint16))
     items = [(i, f"{i}.gif", frames if i == 6 else dark if i < 5 else SIXTEEN["png"](np.full((8, 8), 4096, np.uint16)))
              for i in range(8)]  # fmt: skip
-    images, remarks = decode_all(items, 8, 8)
+    images, remarks = decode_all(items, 8, 8, Path("set"))
     assert (images[6] == 9).all()
     assert sorted(remarks) == [
         "1 of 8 images have several frames, of which the first is taken ('6.gif')",
@@ -173,21 +174,26 @@ def test_decode_all_keeps_places_and_names_the_bad_one(tmp_path, user_error):
     items = [(i, f"{i}.png", encoded(Image.fromarray(pixels[i]))) for i in range(200)]
     (tmp_path / "0.png").write_bytes(items[0][2])
     items[0] = (0, "0.png", tmp_path / "0.png")
-    images, remarks = decode_all(reversed(items), 200, 5)
+    images, remarks = decode_all(reversed(items), 200, 5, Path("set"))
     np.testing.assert_array_equal(images, pixels)
     assert remarks == []
     items[150] = (150, "bad\n.png", b"junk")
     items[20] = (20, "gone.png", tmp_path / "gone.png")
     items[170] = (170, "crc.png", ValueError("Bad CRC-32"))
     message = user_error(
-        lambda: decode_all(items, 200, 5), "3 of 200 files", r"'bad\n.png' (it is not", "replace or delete"
+        lambda: decode_all(items, 200, 5, Path("set")),
+        "set: 3 of 200 files",
+        r"'bad\n.png' (it is not",
+        "replace or delete",
     )
     assert message.index("'gone.png' (No such file or directory)") < message.index("bad") < message.index("Bad CRC-32")
 
 
 def test_the_first_ten_bad_files_are_named_at_once(user_error):
     items = [(i, f"{i:02}.png", b"junk") for i in range(12)]
-    message = user_error(lambda: decode_all(items, 12, 5), "12 of 12 files", "'00.png' (", "'09.png' (", "and 2 more")
+    message = user_error(
+        lambda: decode_all(items, 12, 5, Path("set")), "12 of 12 files", "'00.png' (", "'09.png' (", "and 2 more"
+    )
     assert "'10.png'" not in message
 
 

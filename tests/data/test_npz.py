@@ -107,8 +107,9 @@ def test_what_can_hardly_be_meant_is_refused_with_a_conversion(tmp_path, root, i
     ],
 )
 def test_a_low_range_is_warned_of(tmp_path, root, images, warning, caplog):
-    load_dataset(save(tmp_path, images=images), root=root, image_size=8)
-    assert [record.getMessage() for record in caplog.records] == ([f"set-train: {warning}"] if warning else [])
+    path = save(tmp_path, images=images)
+    load_dataset(path, root=root, image_size=8)
+    assert [record.getMessage() for record in caplog.records] == ([f"{path}: {warning}"] if warning else [])
 
 
 @pytest.mark.parametrize(
