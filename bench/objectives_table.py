@@ -90,6 +90,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     """The rows of one objective; those of earlier calls are read back."""
     import numpy as np
 
+    from fastdiff.data.cache import cache_folder
     from fastdiff.data.datasets import load_dataset
     from fastdiff.evaluation.evaluate import evaluate, load_trained
     from fastdiff.evaluation.features import make_extractor
@@ -109,7 +110,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     config = trained.config
     data = load_dataset(config.data, root=config.data_root, split=config.split, image_size=config.net.image_size)
     extractor = make_extractor("efficientnet_lite0", device=device, size=config.feature_size)
-    distance = FrechetDistance(extractor, data, cache_dir=Path(config.data_root) / ".cache", device=device)
+    distance = FrechetDistance(extractor, data, cache_dir=cache_folder(config.data_root), device=device)
     size = config.net.image_size
     for sampler, steps in plan:
         settings = SamplerSettings(sampler, steps)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.diffusion.objectives import Model
@@ -119,7 +120,8 @@ def measure(
     try:
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
         extractor = make_extractor(features, device=where, size=feature_size)
-        distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
+        print(f"data       {reference.describe()}", file=sys.stderr)
+        distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(root), device=where)
         row, _ = evaluate(
             _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
             image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
@@ -166,6 +168,7 @@ def likelihood(
     )  # fmt: skip
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
+    print(f"data       {images.describe()}", file=sys.stderr)
     chosen = images.draw(n, seed=seed)
     network = trained.model.requires_grad_(False)
     generator = torch.Generator(where).manual_seed(seed)
