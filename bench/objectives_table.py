@@ -94,6 +94,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     """The rows of one objective; those of earlier calls are read back."""
     import numpy as np
 
+    from fastdiff.data.cache import cache_folder
     from fastdiff.data.datasets import load_dataset
     from fastdiff.diffusion.plan import evaluations
     from fastdiff.evaluation.evaluate import evaluate, load_trained
@@ -114,7 +115,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     config = trained.config
     data = load_dataset(config.data, root=config.data_root, split=config.split, image_size=config.net.image_size)
     extractor = make_extractor("efficientnet_lite0", device=device, size=config.feature_size)
-    distance = FrechetDistance(extractor, data, cache_dir=Path(config.data_root) / ".cache", device=device)
+    distance = FrechetDistance(extractor, data, cache_dir=cache_folder(config.data_root), device=device)
     for sampler, steps in plan:
         generator = trained.generator(
             SamplerSettings(sampler, steps), batch_size=256, device=device, bf16=resolve_bf16("auto", device)

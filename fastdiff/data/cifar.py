@@ -22,6 +22,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 ARCHIVE_BYTES = 170_498_071
 FOLDER = "cifar-10-batches-py"
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {  # split -> file -> MD5, as in torchvision.datasets.CIFAR10
     "train": {
         "data_batch_1": "c99cafc152244af753f735de768cd75f",

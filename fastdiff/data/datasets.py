@@ -1,21 +1,31 @@
 """Image sets by name or path, as uint8 arrays in memory."""
 
+import functools
+import hashlib
+import logging
 import os
 import re
-import zipfile
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL
 from PIL import Image
 
-from fastdiff.data.cache import cached, content_sha256
-from fastdiff.data.cifar import load_cifar10
-from fastdiff.data.decoding import decode_all, new_images, resize_all
-from fastdiff.data.files import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, choose, open_files
+from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
+from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
+from fastdiff.data.decoding import DARK, decode_all, new_images, resize_all
+from fastdiff.data.files import Folder, open_files
+from fastdiff.data.layout import Choice, choose, some
+from fastdiff.data.npz import read_npz
 from fastdiff.errors import UserError
+from kernels.caching import source_hash
+
+log = logging.getLogger(__name__)
+
+LOW_RANGE = 16  # levels of grey: a set with fewer holds bits, or 12 bits of 16, or is all but black
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,26 +33,51 @@ class ImageSet:
     """Images of one size.
 
     Attributes:
-        images: uint8 (N, H, W, 3), RGB, N >= 2.
+        images: uint8 (N, H, W, 3), RGB, N >= 2, of at least two values.
         labels: int64 (N,), >= 0, or None where there are no classes.
+        class_names: of all classes, by label; None where they have no names.
         name: of the set and its split, e.g. "cifar10-train"; fit for a file name.
         sha256: of the content (images and labels), in hex; equal for equal content, wherever it came from.
+        notes: what the split is, and what was passed over, for people.
     """
 
     images: np.ndarray
     labels: np.ndarray | None
+    class_names: tuple[str, ...] | None
     name: str
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_arrays(cls, images: np.ndarray, labels: np.ndarray | None, name: str) -> "ImageSet":
+    def from_arrays(
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> "ImageSet":
         """An image set of arrays as described above.
 
         Raises:
-            UserError: fewer than two images; training and the Frechet distance need at least two.
+            UserError: fewer than two images (training and the Frechet distance need at least two), or all of one value.
         """
-        _at_least_two(len(images), name)
-        return cls(images, labels, name, content_sha256(images, labels))
+        _range(images, name)
+        names = None if class_names is None else tuple(class_names)
+        return cls(images, labels, names, name, content_sha256(images, labels), tuple(notes))
+
+    def describe(self) -> str:
+        """One line: name, split, number and size of the images, classes, range of the pixels, and what is left out."""
+        n, height, width, _ = self.images.shape
+        parts = [f"{self.name}: {n:,} images of {width}x{height}", *self.notes[:1]]
+        if self.labels is not None:
+            counts = np.bincount(self.labels)
+            names = self.class_names or list(map(str, range(len(counts))))
+            shown = [f"{names[i]} {counts[i]:,}" for i in np.flatnonzero(counts)]
+            parts.append(f"{len(shown):,} classes: {some(shown, 10)}")
+        mean = self.images.mean(dtype=np.float64)
+        parts += [f"pixels {self.images.min()} to {self.images.max()}, mean {mean:.1f}", *self.notes[1:]]
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in "; ".join(parts))
 
     def draw(self, n: int, *, seed: int) -> np.ndarray:
         """Indices of n different images, drawn at random: the first n of a folder are of one class."""
@@ -62,11 +97,11 @@ def load_dataset(
         name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits; or a path:
 
             - a folder of images, or a tar or zip archive of one, with subfolders train/ and test/ or without; see
-              `fastdiff.data.files.choose` for splits and labels,
+              `fastdiff.data.layout.choose` for splits and labels,
             - a `.npz` file with `images`, uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W), and optionally `labels`,
-              integers (N,).
+              integers (N,), and `class_names`, strings, one for each label.
         root: where CIFAR-10 is looked for, and where decoded folders and archives are kept (`.cache`), keyed by
-            content, split and size.
+            content, split, size, and the version of what decodes them.
         split: "train" or "test". The digits, a `.npz`, and a folder without train/ and test/ are all "train".
         image_size: pixels; other images get their shorter side resized to it and a centre crop. Grey becomes RGB.
 
@@ -77,23 +112,37 @@ def load_dataset(
         raise UserError(f"image_size is {image_size}; it must be at least 1 pixel")
     if split not in ("train", "test"):
         raise UserError(f"split is {split!r}; expected 'train' or 'test'")
-    root = Path(root).expanduser()
     if name == "cifar10":
-        images, labels = load_cifar10(root, split)
-        return ImageSet.from_arrays(resize_all(images, image_size), labels, f"cifar10-{split}")
+        images, labels = load_cifar10(_expand(root), split)
+        return ImageSet.from_arrays(
+            resize_all(images, image_size), labels, f"cifar10-{split}", CLASS_NAMES, [f"split {split}"]
+        )
     if name == "digits":
         _only_train("digits", split)
-        return ImageSet.from_arrays(*_digits(image_size), "digits-train")
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file or folder; expected cifar10, digits, a folder, an archive or a .npz file"
-        )
+        return ImageSet.from_arrays(*_digits(image_size), "digits-train", "0123456789", ["split train: all of it"])
+    path = _expand(name)
+    try:
+        path.stat()
+    except OSError as error:
+        reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{path}: {reason}; expected cifar10, digits, a folder, an archive or a .npz file") from error
     if path.suffix.lower() == ".npz":
         _only_train(path, split)
-        images, labels = _npz(path)
-        return ImageSet.from_arrays(resize_all(images, image_size), labels, f"{_stem(path)}-train")
-    return ImageSet.from_arrays(*_files(path, root, split, image_size), f"{_stem(path)}-{split}")
+        images, labels, about = read_npz(path)
+        images = resize_all(images, image_size)
+    else:
+        images, labels, about = _files(path, cache_folder(root), split, image_size)
+    dark = any(DARK in remark for remark in about["remarks"])
+    for remark in [*about["remarks"], *([] if dark else _low_range(images, path))]:
+        log.warning("%s: %s", path, remark)
+    return ImageSet.from_arrays(images, labels, f"{_stem(path)}-{split}", about["class_names"], about["notes"])
+
+
+def _expand(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no folder is known for its ~ ({error}); give the whole path") from error
 
 
 def _only_train(name: str | Path, split: str) -> None:
@@ -104,6 +153,23 @@ def _only_train(name: str | Path, split: str) -> None:
 def _at_least_two(n: int, name: str | Path) -> None:
     if n < 2:
         raise UserError(f"{name}: the number of images is {n}; training and the Frechet distance need at least 2")
+
+
+def _range(images: np.ndarray, name: str | Path) -> tuple[int, int]:
+    """The least and the largest pixel; a UserError where they are equal, or where there are fewer than two images."""
+    _at_least_two(len(images), name)
+    low, high = int(images.min()), int(images.max())
+    if low == high:
+        raise UserError(f"{name}: every pixel of the {len(images):,} images is {low}; check how they were made")
+    return low, high
+
+
+def _low_range(images: np.ndarray, path: Path) -> list[str]:
+    low, high = _range(images, path)
+    if high - low >= LOW_RANGE:
+        return []
+    remedy = f"multiply them by {255 // high}" if high < 128 else "spread them over 0 to 255"
+    return [f"all pixels are in {low} to {high}, of 0 to 255: {remedy}"]
 
 
 def _stem(path: Path) -> str:
@@ -125,46 +191,33 @@ def _digits(size: int) -> tuple[np.ndarray, np.ndarray]:
     return images, digits.target.astype(np.int64)
 
 
-def _files(path: Path, root: Path, split: str, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
     files = open_files(path)
 
-    def build() -> tuple[np.ndarray, np.ndarray | None]:
-        names, labels = choose(files.names(), split, path)
-        _at_least_two(len(names), path)  # before anything is stored
+    @functools.cache
+    def chosen() -> Choice:
+        return choose(files.listing, split, path)
+
+    def build() -> Decoded:
+        names, labels = chosen().names, chosen().labels
+        _at_least_two(len(names), path)  # before anything is decoded
         place = {name: i for i, name in enumerate(names)}
-        items = ((place[name], str(path / name), data) for name, data in files.read(names))
-        return decode_all(items, len(names), size), None if labels is None else np.array(labels, dtype=np.int64)
+        items = ((place[name], name, data) for name, data in files.read(names))
+        images, remarks = decode_all(items, len(names), size, path)
+        _range(images, path)  # before anything is stored
+        about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
+        return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)
 
-    return cached(root / ".cache" / f"{_stem(path)}-{split}-{size}-{files.fingerprint()[:16]}.npz", build)
+    if cache is None:
+        return build()
+    key = f"{_stem(path)}-{split}-{size}-{files.fingerprint()[:16]}"
+    decoded = cached(cache / f"{key}-{_decoder()}.npz", build, outdated=f"{key}*.npz")
+    if isinstance(files, Folder):  # its other files may have changed since
+        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes)
+    return decoded
 
 
-def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images uint8 (N, H, W, 3) or (N, H, W), labels int64 (N,) or None, of a `.npz` file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size):
-            raise UserError(f"{path} unpacks to over {MAX_UNPACKED_RATIO} times its size; save it without compression")
-        with np.load(path, allow_pickle=False) as file:
-            if "images" not in file:
-                raise UserError(f"{path} has no array 'images', only {', '.join(file) or 'nothing'}; save one")
-            images, labels = file["images"], file.get("labels")
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}; save it again with numpy.savez") from error
-    if images.ndim == 4 and images.shape[3] == 1:
-        images = images[..., 0]
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
-        raise UserError(
-            f"{path}: 'images' is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)"
-        )
-    if 0 in images.shape[1:3]:
-        raise UserError(f"{path}: 'images' has shape {images.shape}, without a pixel; save images of at least 1 x 1")
-    if labels is None:
-        return images, None
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{path}: 'labels' has shape {labels.shape}, expected ({len(images)},): one for each image")
-    if not np.issubdtype(labels.dtype, np.integer) or (len(labels) and labels.min() < 0):
-        raise UserError(f"{path}: 'labels' must be integers of at least 0, not {labels.dtype}; renumber the classes")
-    return images, labels.astype(np.int64)
+def _decoder() -> str:
+    """The version of what makes arrays of files: the sources in this folder, and Pillow."""
+    code = source_hash(Path(__file__).parent.parent, ["data"])
+    return hashlib.sha256(f"{code} {PIL.__version__}".encode()).hexdigest()[:8]

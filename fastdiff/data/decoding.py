@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -14,9 +14,12 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastdiff.data.layout import some
 from fastdiff.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "QOI", "AVIF")
+DARK = "of 16 bits have no pixel of 4,096 or more, as if they held 12 bits: they come out dark; multiply them by 16"
+FRAMES = "have several frames, of which the first is taken"
 MAX_PIXELS = 2**26  # of one image (8192 x 8192): bounds what a small malicious file can unpack to
 CHUNK = 16  # items per task: small images take less time than handing them over one by one
 
@@ -24,21 +27,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and 16-bit grey to RGB; what is transparent lies on white, as viewers show it."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+def _to_8_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Grey of 16 or 12 bits, in whatever mode Pillow has it, by its upper 8; other images as they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return Image.fromarray((np.asarray(image) >> (4 if bits == 12 else 8)).astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of kind {image.mode!r}, neither 8 nor 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:
-    """The image with its shorter side resized to `size` (Lanczos, antialiased), centre crop: uint8 (size, size, 3)."""
-    image = _to_rgb(image)
+    """The image as RGB, with its shorter side resized to `size` (Lanczos, antialiased), and its centre.
+
+    What is transparent lies on white, as viewers show it. Returns uint8 (size, size, 3).
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     if image.size != (size, size):
         width, height = image.size
         side = min(width, height)
@@ -48,8 +54,11 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def decode(data: bytes, size: int) -> np.ndarray:
+def decode(data: bytes, size: int, remark: Callable[[str], object] = lambda what: None) -> np.ndarray:
     """One encoded image (of `FORMATS`), turned upright by its EXIF tag, as uint8 (size, size, 3).
+
+    Args:
+        remark: called with `DARK` or `FRAMES` where that is so.
 
     Raises:
         ValueError: not such an image, damaged, truncated, or of more than `MAX_PIXELS`; says why.
@@ -58,35 +67,62 @@ def decode(data: bytes, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose others are thumbnails or depths
+                remark(FRAMES)
+            stored = f"{image.mode} {image.tile}"  # how the file has it; loading forgets that
+            bits = 12 if ";12" in stored else 16 if ";16" in stored else 8
             ImageOps.exif_transpose(image, in_place=True)
-            return fit(image, size)
+            eight = _to_8_bits(image, bits)
+            if bits == 16 and np.asarray(eight.convert("RGB")).max() < 16:
+                remark(DARK)
+            return fit(eight, size)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"it is not an image of kind {', '.join(FORMATS)}") from None
+        raise ValueError("it is not an image of a known kind") from None
     except Exception as error:  # on damaged data decoders raise OSError, SyntaxError, struct.error, ...
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def decode_all(items: Iterable[tuple[int, str, bytes | Path]], n: int, size: int) -> np.ndarray:
-    """Decode `n` images: uint8 (n, size, size, 3).
+def decode_all(
+    items: Iterable[tuple[int, str, bytes | Path | Exception]], n: int, size: int, origin: Path
+) -> tuple[np.ndarray, list[str]]:
+    """Decode `n` images.
 
     Args:
-        items: (place in the result, name for messages, encoded bytes or the file that holds them), in any order.
+        items: (place among the n, name, content or file or the error that reading it met) of each, in any order.
+        origin: the folder or archive that they are from, for an error's text.
+
+    Returns:
+        uint8 (n, size, size, 3), and remarks on images that may not be what they should, one line a kind.
 
     Raises:
-        UserError: names the first image that cannot be read.
+        UserError: names up to ten files that cannot be read or decoded.
     """
     images = new_images(n, size)
+    bad: list[tuple[int, str]] = []
+    remarks: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
 
-    def decode_one(item: tuple[int, str, bytes | Path]) -> None:
+    def decode_one(item: tuple[int, str, bytes | Path | Exception]) -> None:
         place, name, data = item
         try:
-            images[place] = decode(data if isinstance(data, bytes) else data.read_bytes(), size)
+            if isinstance(data, Exception):
+                raise ValueError(str(data))
+            content = data if isinstance(data, bytes) else data.read_bytes()
+            images[place] = decode(content, size, lambda what: remarks[what].append((place, repr(name))))
         except (OSError, ValueError) as error:
-            raise UserError(f"{name!r} cannot be read as an image: {error}; replace or delete it") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            bad.append((place, f"{name!r} ({reason})"))
 
     for _ in in_parallel(decode_one, items, n, "decoding images"):
         pass
-    return images
+    if bad:
+        listed = some([what for _, what in sorted(bad)], 10, "; ")
+        raise UserError(
+            f"{origin}: {len(bad):,} of {n:,} files cannot be read as images: {listed}; replace or delete them"
+        )
+    return images, [
+        f"{len(where):,} of {n:,} images {what} ({some([name for _, name in sorted(where)])})"
+        for what, where in remarks.items()
+    ]
 
 
 def resize_all(arrays: np.ndarray, size: int) -> np.ndarray:

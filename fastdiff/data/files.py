@@ -1,25 +1,27 @@
-"""Images in a folder, a tar or a zip archive: which files there are, what is in them, and which labels they get."""
+"""Images in a folder, a tar or a zip archive: which files there are, and what is in them."""
 
 import hashlib
+import heapq
 import lzma
 import os
+import re
 import stat
 import tarfile
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from fastdiff.data.decoding import in_parallel
+from fastdiff.data.layout import Listing, is_hidden, some, sort_out
 from fastdiff.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-SPLITS = {"train", "test", "val", "valid", "validation"}  # top-level folders that are splits, not classes
 MAX_HEADER_BYTES = 2**20  # of a tar's extended header, which holds a long name
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")  # X: Solaris
 MAX_MEMBER_BYTES = 2**28  # of one image in an archive
@@ -27,46 +29,7 @@ MAX_UNPACKED_BYTES = 2**32  # of an archive as a whole, or
 MAX_UNPACKED_RATIO = 100  # this many times its own size, if that is more: beyond, it is made to do harm
 
 
-def choose(names: list[str], split: str, origin: Path) -> tuple[list[str], list[int] | None]:
-    """The files of one split and their labels, or None where there are no classes.
-
-    - Folders that wrap everything are looked through: `pets/cat/1.png, pets/dog/2.png` is read as `cat/1.png, ...`.
-    - If the top-level folders are splits (`SPLITS`), the files under `split`; otherwise everything is "train".
-    - Files directly there have no labels. Subfolders are classes, numbered in the sorted order of the classes of all
-      splits; what lies deeper belongs to the class above it.
-
-    Raises:
-        UserError: no images, no such split, or images beside class folders.
-    """
-    if not names:
-        raise UserError(f"{origin}: no images in it; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-    paths = [name.split("/") for name in names]
-    top = 0
-    while len({path[top] for path in paths}) == 1 < len(paths) and paths[0][top] not in SPLITS:
-        top += 1
-    tops = {path[top] for path in paths}
-    has_splits = tops <= SPLITS
-    if has_splits:
-        chosen = [i for i, path in enumerate(paths) if path[top] == split]
-        top += 1
-    else:
-        chosen = list(range(len(names))) if split == "train" else []
-    if not chosen:
-        found = f"it has {', '.join(sorted(tops))}" if has_splits else "without folders train/ and test/ all is 'train'"
-        raise UserError(f"{origin}: no images for split {split!r} ({found}); choose another split")
-    stray = next((names[i] for i in chosen if len(paths[i]) == top + 1), None)
-    classes = sorted({path[top] for path in paths if len(path) > top + 1})
-    if not classes:
-        return [names[i] for i in chosen], None
-    if stray is not None:
-        raise UserError(f"{origin}: image {stray!r} lies beside class folders; move it into one, or all out of them")
-    number = {name: i for i, name in enumerate(classes)}
-    return [names[i] for i in chosen], [number[paths[i][top]] for i in chosen]
-
-
-def _is_image(parts: list[str]) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and parts[-1].lower().endswith(IMAGE_SUFFIXES)
+_UNREADABLE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
 
 
 @contextmanager
@@ -74,63 +37,82 @@ def _reported(path: Path) -> Generator[None]:
     """Turn what reading a damaged file raises into a UserError."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error) as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise UserError(f"{path} cannot be read: {reason}; mend its permissions, or copy or pack it again") from error
 
 
 class Folder:
-    """Image files in a folder and its subfolders, under relative names; symbolic links are followed, loops are not."""
+    """Image files in a folder and its subfolders, under relative names.
+
+    Symbolic links are followed, after all that really lies in the folder; one to a folder that is read already is not.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all image files and their names."""
-        names = self.names()
+        """SHA-256 (hex) of all image files and their names; never the same twice where one cannot be read."""
+        names = self.listing.images
         total = hashlib.sha256()
-        with _reported(self.path):
-            for digest in in_parallel(self._digest, names, len(names), "looking for changes"):
-                total.update(digest)
+        for digest in in_parallel(self._digest, names, len(names), "looking for changes"):
+            total.update(digest)
         return total.hexdigest()
 
     def _digest(self, name: str) -> bytes:
-        return hashlib.sha256(os.fsencode(name) + b"\0" + (self.path / name).read_bytes()).digest()
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError:  # who decodes it names it, with all others
+            return os.urandom(32)
+        return hashlib.sha256(os.fsencode(name) + b"\0" + content).digest()
 
-    def names(self) -> list[str]:
-        """All image files, sorted; other files, hidden ones, pipes and devices are passed over."""
-        found, seen = [], set()
-        with _reported(self.path):
-            for directory, subfolders, files in os.walk(self.path, followlinks=True, onerror=_raise):
-                if (real := os.path.realpath(directory)) in seen:
-                    subfolders.clear()
+    @cached_property
+    def listing(self) -> Listing:
+        """The image files, as found when first asked for.
+
+        Raises:
+            UserError: a folder cannot be read.
+        """
+        names: list[str] = []
+        left_out: defaultdict[str, list[str]] = defaultdict(list)
+        folders, links = [""], []  # still to read: folders that really lie there, and a heap of links to folders
+        seen, bad = set(), []
+        while folders or links:
+            inside = folders.pop() if folders else heapq.heappop(links)
+            directory = os.path.join(self.path, inside)
+            try:
+                real = os.path.realpath(directory)
+                if real in seen:
+                    left_out["links to folders that are read already"].append(inside)
                     continue
                 seen.add(real)
-                inside = list(Path(directory).relative_to(self.path).parts)
-                images = [file for file in files if _is_image([*inside, file]) and not _is_special(directory, file)]
-                found += ["/".join([*inside, file]) for file in images]
-        return sorted(found)
+                for entry in os.scandir(directory):
+                    name = f"{inside}{entry.name}"
+                    if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)):  # who reads it complains
+                        names.append(name)
+                    elif not entry.is_dir():
+                        left_out["pipes or devices"].append(name)
+                    elif is_hidden(entry.name):
+                        names.append(f"{name}/")
+                    elif entry.is_symlink():
+                        heapq.heappush(links, f"{name}/")
+                    else:
+                        folders.append(f"{name}/")
+            except OSError as error:
+                bad.append(f"{directory!r} ({error.strerror})")
+        if bad:
+            raise UserError(f"{self.path} cannot be read: {some(sorted(bad), 10)}; mend the permissions")
+        return sort_out(names, left_out)
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path]]:
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path | Exception]]:
         """(name, file) of each; the file is read where it is decoded."""
         return ((name, self.path / name) for name in names)
-
-
-def _is_special(directory: str, file: str) -> bool:
-    """A pipe or device, which may be read without end; a link that leads nowhere is none, and is complained of."""
-    path = os.path.join(directory, file)
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 class Archive(ABC):
     """Image files in a tar or zip archive, read in place: nothing is unpacked to disk.
 
-    Only plain files with safe names count. Links, devices, absolute names and names with `..` are ignored with a
-    warning.
+    Only plain files with safe names count; links, devices, absolute names and names with `..` are left out.
     """
 
     def __init__(self, path: Path):
@@ -142,9 +124,15 @@ class Archive(ABC):
         with _reported(self.path), open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def names(self) -> list[str]:
-        """All image files, sorted; other files and hidden ones are passed over."""
-        ignored = 0
+    @cached_property
+    def listing(self) -> Listing:
+        """The image files.
+
+        Raises:
+            UserError: the archive is damaged, or made to fill the memory.
+        """
+        left_out: defaultdict[str, list[str]] = defaultdict(list)
+        sizes: dict[str, int] = {}
         with _reported(self.path):
             left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self.path.stat().st_size)
             for name, size, kind, member in self._list():
@@ -153,24 +141,27 @@ class Archive(ABC):
                     raise UserError(
                         f"{self.path} unpacks to over {MAX_UNPACKED_RATIO} times its size; pack only images"
                     )
+                name = name.replace("\\", "/")  # as Windows writes it
                 parts = [part for part in name.split("/") if part not in ("", ".")]
-                if kind == "folder" or not parts:
+                if kind == "folder" or name.endswith("/") or not parts:
                     continue
-                if kind == "other" or name.startswith("/") or ".." in parts:
-                    ignored += 1
-                elif _is_image(parts):
-                    name = "/".join(parts)
-                    if size > MAX_MEMBER_BYTES:
-                        raise UserError(
-                            f"{self.path}: {name!r} has {size} bytes, more than {MAX_MEMBER_BYTES}; shrink it"
-                        )
-                    self._members[name] = member
-        if ignored:
-            warnings.warn(f"{self.path}: {ignored} links, devices or paths outside of it are ignored", stacklevel=2)
-        return sorted(self._members)
+                if kind == "other" or re.match("/|[A-Za-z]:/", name) or ".." in parts:
+                    left_out["links, devices or paths outside of it"].append(name)
+                    continue
+                name = "/".join(parts)
+                if name in sizes:
+                    left_out["older files of the same name"].append(name)
+                sizes[name], self._members[name] = size, member
+        listing = sort_out(sizes, left_out)
+        for name in listing.images:
+            if sizes[name] > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{self.path}: {name!r} has {sizes[name]} bytes, more than {MAX_MEMBER_BYTES}; shrink it"
+                )
+        return listing
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path]]:
-        """(name, content) of each, in the order of the archive, so that a compressed tar is gone through once."""
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path | Exception]]:
+        """(name, content or error) of each, in the order of the archive, so that a tar is gone through once."""
         with _reported(self.path):
             yield from self._read({name: self._members[name] for name in names})
 
@@ -179,8 +170,8 @@ class Archive(ABC):
         """Name, size, kind and record of each member."""
 
     @abstractmethod
-    def _read(self, members: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each of these, in the order of the archive."""
+    def _read(self, members: dict[str, Any]) -> Iterator[tuple[str, bytes | Exception]]:
+        """Name and content, or the error that only this member has, of each of these, in the order of the archive."""
 
 
 class _ShortHeaders(tarfile.TarInfo):
@@ -214,7 +205,7 @@ class Tar(Archive):
             if block.tell() != tar.offset + tarfile.BLOCKSIZE or block.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("it is damaged or truncated")
 
-    def _read(self, members: dict[str, tarfile.TarInfo]) -> Iterator[tuple[str, bytes]]:
+    def _read(self, members: dict[str, tarfile.TarInfo]) -> Iterator[tuple[str, bytes | Exception]]:
         with tarfile.open(self.path) as tar:
             for name in sorted(members, key=lambda name: members[name].offset_data):
                 file = tar.extractfile(members[name])
@@ -232,10 +223,14 @@ class Zip(Archive):
                 kind = "folder" if member.is_dir() else "file" if mode in (0, stat.S_IFREG) else "other"
                 yield member.filename, member.file_size, kind, member
 
-    def _read(self, members: dict[str, zipfile.ZipInfo]) -> Iterator[tuple[str, bytes]]:
+    def _read(self, members: dict[str, zipfile.ZipInfo]) -> Iterator[tuple[str, bytes | Exception]]:
         with zipfile.ZipFile(self.path) as archive:
             for name in sorted(members, key=lambda name: members[name].header_offset):
-                yield name, archive.read(members[name])
+                try:
+                    content: bytes | Exception = archive.read(members[name])
+                except _UNREADABLE as error:
+                    content = error
+                yield name, content
 
 
 def open_files(path: Path) -> Folder | Archive:

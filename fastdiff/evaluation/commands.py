@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
@@ -118,7 +119,8 @@ def measure(
     try:
         reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
         extractor = make_extractor(features, device=where, size=feature_size)
-        distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
+        print(f"data       {reference.describe()}", file=sys.stderr)
+        distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(root), device=where)
         compiles = resolve_compile(compile, where)
         generator = trained.generator(
             settings, batch_size=batch_size, device=where, bf16=bf16, compile=compiles, graphs=graphs
@@ -165,6 +167,7 @@ def likelihood(
     )  # fmt: skip
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
+    print(f"data       {images.describe()}", file=sys.stderr)
     chosen = images.draw(n, seed=seed)
     network = trained.network.requires_grad_(False)
     generator = torch.Generator(where).manual_seed(seed)

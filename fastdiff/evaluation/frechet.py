@@ -10,6 +10,7 @@ Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
 
 import hashlib
 import logging
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,10 +23,9 @@ from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.progress import track
 from fastdiff.reporting.run import write_atomically
+from kernels.caching import source_hash
 
 log = logging.getLogger(__name__)
-
-CACHE_FORMAT = "1"  # count up when the file's layout or an extractor's preprocessing changes
 
 Sums = tuple[Tensor, Tensor, Tensor]
 
@@ -76,12 +76,13 @@ class FrechetDistance:
     """Frechet distance of samples to an image set, on torchmetrics' FrechetInceptionDistance.
 
     torchmetrics extracts the features and keeps their sums in float64; the distance is `frechet_distance` of them. The
-    reference's sums are computed once, with a progress bar, and cached by the set's content, extractor and input size.
+    reference's sums are computed once, with a progress bar, and cached by the set's content, extractor and input size,
+    and by the version of what computes them.
 
     Args:
         extractor: from `make_extractor`.
         image_set: the reference; all its images count.
-        cache_dir: folder of the cached reference statistics (13 or 34 MB each); made if need be.
+        cache_dir: folder of the cached reference statistics (13 or 34 MB each); made if need be. None: no cache.
         device: where features are extracted; the extractor moves there.
         batch_size: images extracted at a time; by default 128, and 32 on a CPU, where larger ones are no faster.
         reference: whether to have the reference's sums; ranks that only add up samples for another one need none.
@@ -96,7 +97,7 @@ class FrechetDistance:
         extractor: FeatureExtractor,
         image_set: ImageSet,
         *,
-        cache_dir: Path | str,
+        cache_dir: Path | str | None,
         device: torch.device | str,
         batch_size: int | None = None,
         reference: bool = True,
@@ -113,7 +114,7 @@ class FrechetDistance:
             self.device
         )
         if reference:
-            self._load_reference(image_set, Path(cache_dir))
+            self._load_reference(image_set, None if cache_dir is None else Path(cache_dir))
 
     def update(self, images: Tensor) -> None:
         """Add samples.
@@ -154,18 +155,19 @@ class FrechetDistance:
         """Samples since the last `reset`; waits for the device."""
         return int(self.sums[2])
 
-    def _load_reference(self, image_set: ImageSet, cache_dir: Path) -> None:
+    def _load_reference(self, image_set: ImageSet, cache_dir: Path | None) -> None:
         """Take the reference's sums from the cache, or compute and store them."""
         extractor = self.extractor
-        path = cache_dir / f"frechet-{extractor.name}-{extractor.size}px-{image_set.sha256[:16]}.safetensors"
+        name = f"frechet-{extractor.name}-{extractor.size}px-{image_set.sha256[:16]}.safetensors"
+        path = None if cache_dir is None else cache_dir / name
         key = {
-            "format": CACHE_FORMAT,
+            "version": _version(extractor),
             "extractor": extractor.name,
             "size": str(extractor.size),
             "sha256": image_set.sha256,
         }
         s = self._statistics
-        sums = _read_sums(path, key)
+        sums = None if path is None else _read_sums(path, key)
         if sums is not None:
             s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples = (
                 x.to(self.device) for x in sums
@@ -176,7 +178,21 @@ class FrechetDistance:
             images = image_set.images[start : start + self.batch_size]
             batch = torch.tensor(images, device=self.device)  # a copy, as the array may be read-only
             s.update(batch.permute(0, 3, 1, 2), real=True)
-        _write_sums(path, key, (s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples))
+        if path is not None:
+            _write_sums(path, key, (s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples))
+
+
+def _version(extractor: FeatureExtractor) -> str:
+    """What computes the statistics: our sources, PyTorch, and the packages of network and weights."""
+    sources = source_hash(Path(__file__).parent, ["features.py", "frechet.py"])
+    return ", ".join([sources, *(f"{package} {_installed(package)}" for package in ("torch", *extractor.packages))])
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # importable all the same, from a path
+        return "of unknown version"
 
 
 def _mean_and_cov(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -202,7 +218,7 @@ def _read_sums(path: Path, key: dict[str, str]) -> Sums | None:
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:
-        log.warning("%s is damaged (%s); the reference statistics are computed again", path, error)
+        log.warning("%s is damaged or cannot be read (%s); the reference statistics are computed again", path, error)
         return None
     checksum = stored.pop("checksum", None)
     if stored != key:

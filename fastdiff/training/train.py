@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
+from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.data.loaders import check_loader
 from fastdiff.errors import UsageError, UserError
@@ -116,7 +117,7 @@ def _make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> Frechet
     extractor = make(config.features) if ranks.is_main else None
     name = ranks.share(extractor.name if extractor is not None else "", "the extractor")
     return FrechetDistance(
-        extractor or make(name), image_set, cache_dir=Path(config.data_root) / ".cache", device=ranks.device,
+        extractor or make(name), image_set, cache_dir=cache_folder(config.data_root), device=ranks.device,
         reference=ranks.is_main,
     )  # fmt: skip
 

@@ -123,7 +123,6 @@ class Trainer:
     def _describe(self, compiled: bool, initial: InitialWeights | None) -> None:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
         cuda = self.device.type == "cuda"
-        size = config.net.image_size
         reference = f"{self.distance.metric} against {self.distance.reference}" if self.distance else "none"
         ranks = self.ranks.size
         lines = {
@@ -136,7 +135,7 @@ class Trainer:
             "graphs": "CUDA graphs of training and sampling steps" if self.config.graphs and cuda else "off",
             "kernels": f"{self.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
             "loader": f"{self.loader_kind}, flip {'on' if self.flip else 'off'}",
-            "data": f"{self.image_set.name}: {len(self.image_set.images):,} images of {size}x{size}",
+            "data": self.image_set.describe(),
             "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
             "network": f"U-Net, {parameters:,} parameters",
             **({"weights": f"from {initial.source}"} if initial is not None else {}),
@@ -144,6 +143,7 @@ class Trainer:
             "run": str(self.run.path),
         }
         self.facts = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "data", "network")}
+        self.facts["data"] = lines["data"].partition(";")[0]
         for name, value in lines.items():
             self.progress.print(f"{name:<10} {value}")
         for warning in (initial and initial.warning, unnoised_end(self.objective.schedule)):

@@ -1,14 +1,17 @@
-"""The cache of decoded sets: whole or not there."""
+"""The cache of decoded sets: whole or not there, and never in the way."""
 
+import logging
 import os
 
 import numpy as np
 import pytest
 
-from fastdiff.data.cache import cached, content_sha256
+from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
 
 IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 LABELS = np.array([3, 1])
+ABOUT = {"class_names": ["a", "\udcff"], "notes": ["none"]}  # a name that is no UTF-8, as Python reads it from a disk
+DECODED = Decoded(IMAGES, LABELS, ABOUT)
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
@@ -17,14 +20,15 @@ def test_what_is_read_is_what_was_built(tmp_path, labels):
 
     def build():
         built.append(1)
-        return IMAGES, labels
+        return Decoded(IMAGES, labels, ABOUT)
 
     path = tmp_path / "new" / "set.npz"
     for _ in range(3):
-        images, read = cached(path, build)
+        images, read, about = cached(path, build)
         np.testing.assert_array_equal(images, IMAGES)
         assert (read is None) == (labels is None)
         assert read is None or (read.dtype == np.int64 and (read == labels).all())
+        assert about == ABOUT
     assert built == [1]
     assert list(path.parent.iterdir()) == [path]
 
@@ -37,8 +41,11 @@ def damage(path, how):
         data = data[: len(data) // 2]
     elif how == "flipped bit":
         data[data.index(IMAGES.tobytes()) + 5] ^= 1
-    elif how == "other labels":
-        np.savez(path, images=IMAGES, labels=LABELS + 1, sha256=np.array(content_sha256(IMAGES, LABELS)))
+    elif how in ("other labels", "other notes"):
+        with np.load(path) as file:
+            arrays = dict(file)
+        arrays |= {"labels": LABELS + 1} if how == "other labels" else {"about": np.array("{}")}
+        np.savez(path, **arrays)
         return
     elif how == "pickle":
         np.savez(path, images=np.array([object()]), sha256=np.array("x"))
@@ -49,15 +56,16 @@ def damage(path, how):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "flipped bit", "other labels", "pickle", "missing"])
-def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, how):
+@pytest.mark.parametrize("how", ["empty", "cut", "flipped bit", "other labels", "other notes", "pickle", "missing"])
+def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, how, caplog):
     path = tmp_path / "set.npz"
-    cached(path, lambda: (IMAGES, LABELS))
+    cached(path, lambda: DECODED)
     damage(path, how)
-    with pytest.warns(UserWarning, match=r"set.npz is damaged"):
-        images, labels = cached(path, lambda: (IMAGES, LABELS))
+    images, labels, about = cached(path, lambda: DECODED)
+    assert "set.npz is damaged" in caplog.text
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, LABELS)
+    assert about == ABOUT
     cached(path, lambda: pytest.fail("it was built a moment ago"))
 
 
@@ -72,18 +80,37 @@ def test_nothing_is_left_of_a_build_that_fails(tmp_path, error):
 
 
 @pytest.mark.parametrize("stage", ["savez", "fsync", "replace"])
-def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch, stage, user_error):
+def test_a_write_that_fails_is_a_warning_and_leaves_nothing(tmp_path, monkeypatch, stage, caplog):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np if stage == "savez" else os, stage, full)
-    user_error(lambda: cached(tmp_path / "set.npz", lambda: (IMAGES, LABELS)), "set.npz", "No space left", "data root")
+    assert cached(tmp_path / "set.npz", lambda: DECODED) is DECODED
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "set.npz cannot be written" in caplog.text
+    assert "No space left" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_that_cannot_be_made(tmp_path, user_error):
+def test_a_folder_that_cannot_be_read_or_made_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").touch()
-    user_error(lambda: cached(tmp_path / "file" / "set.npz", lambda: (IMAGES, LABELS)), "set.npz", "cannot be written")
+    assert cached(tmp_path / "file" / "set.npz", lambda: DECODED) is DECODED
+    assert "set.npz cannot be written" in caplog.text
+
+
+def test_a_home_that_no_one_knows_is_a_warning(tmp_path, monkeypatch, caplog):
+    assert cache_folder("~nobody-of-this-name/data") is None
+    assert "~nobody-of-this-name/data" in caplog.text
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("~/data") == tmp_path / "data" / ".cache"
+    assert cached(None, lambda: DECODED) is DECODED
+
+
+def test_outdated_caches_of_the_same_set_go_when_the_new_one_is_there(tmp_path):
+    for name in ("a-1.npz", "a-2.npz", "b-1.npz"):
+        (tmp_path / name).touch()
+    cached(tmp_path / "a-3.npz", lambda: DECODED, outdated="a-*.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-3.npz", "b-1.npz"]
 
 
 def test_the_hash_tells_images_labels_and_shapes_apart():

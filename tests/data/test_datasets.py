@@ -84,7 +84,7 @@ def test_splits_share_the_numbers_of_their_classes(split_pets, pack, root, suffi
 def test_a_set_is_decoded_once_for_each_content_split_and_size(pets, root, monkeypatch):
     decoded = []
     decode = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda data, size: decoded.append(size) or decode(data, size))
+    monkeypatch.setattr(decoding, "decode", lambda data, size, remark: decoded.append(size) or decode(data, size))
     first = load_dataset(pets, root=root, image_size=8)
     again = load_dataset(pets, root=root, image_size=8)
     assert decoded == [8] * 5
@@ -96,15 +96,53 @@ def test_a_set_is_decoded_once_for_each_content_split_and_size(pets, root, monke
     assert changed.sha256 != first.sha256
     assert len(decoded) == 15
     assert len(cache_files(root)) == 3
-    assert all(re.fullmatch(r"pets-train-[48]-[0-9a-f]{16}\.npz", name) for name in cache_files(root))
+    assert all(re.fullmatch(r"pets-train-[48]-[0-9a-f]{16}-[0-9a-f]{8}\.npz", name) for name in cache_files(root))
 
 
-def test_a_damaged_cache_is_built_again(pets, root):
+@pytest.mark.parametrize("what", ["our sources", "Pillow"])
+def test_another_version_of_what_decodes_is_another_cache(pets, root, monkeypatch, what):
+    load_dataset(pets, root=root, image_size=8)
+    before = cache_files(root)
+    if what == "Pillow":
+        monkeypatch.setattr("PIL.__version__", "99")
+    else:
+        monkeypatch.setattr(datasets, "source_hash", lambda *arguments: "0" * 64)
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda data, size, remark: 255 - decode(data, size))
+    changed = load_dataset(pets, root=root, image_size=8)
+    assert changed.images[0, 0, 0, 0] == 255 - np.asarray(Image.open(pets / "cat/x.png"))[0, 0, 0]
+    assert cache_files(root) != before
+    assert len(cache_files(root)) == 1  # the old one is gone
+
+
+def test_a_cache_of_an_older_version_without_a_version_in_its_name_is_not_read(pets, root):
+    load_dataset(pets, root=root, image_size=8)
+    (new,) = root.glob(".cache/*")
+    old = new.with_name(f"{new.stem.rpartition('-')[0]}.npz")
+    new.rename(old)
+    load_dataset(pets, root=root, image_size=8)
+    assert cache_files(root) == [new.name]
+
+
+def test_a_cache_folder_that_is_a_file_does_not_stop_anyone(pets, tmp_path, caplog):
+    (tmp_path / "root").touch()
+    first = load_dataset(pets, root=tmp_path / "root", image_size=8)
+    assert first.labels.tolist() == [0, 0, 0, 1, 1]
+    assert "cannot be written" in caplog.text
+    assert load_dataset(pets, root="~nobody-of-this-name", image_size=8).sha256 == first.sha256
+
+
+def test_a_path_whose_home_no_one_knows(root, user_error):
+    user_error(lambda: load_dataset("~nobody-of-this-name/pets", root=root), "~nobody-of-this-name/pets", "whole path")
+    user_error(lambda: load_dataset("cifar10", root="~nobody-of-this-name"), "~nobody-of-this-name", "whole path")
+
+
+def test_a_damaged_cache_is_built_again(pets, root, caplog):
     first = load_dataset(pets, root=root, image_size=8)
     path = next(root.glob(".cache/*"))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.warns(UserWarning, match="damaged"):
-        assert load_dataset(pets, root=root, image_size=8).sha256 == first.sha256
+    assert load_dataset(pets, root=root, image_size=8).sha256 == first.sha256
+    assert "damaged" in caplog.text
 
 
 def test_the_root_may_be_the_folder_itself(pets):
@@ -136,67 +174,6 @@ def test_the_real_archive(cifar_jpeg, root):
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
-def npz(tmp_path, **arrays):
-    np.savez(tmp_path / "set.npz", **arrays)
-    return tmp_path / "set.npz"
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int32])
-def test_npz(tmp_path, root, dtype):
-    data = load_dataset(npz(tmp_path, images=IMAGES, labels=np.arange(6, dtype=dtype)), root=root, image_size=8)
-    np.testing.assert_array_equal(data.images, IMAGES)
-    assert data.labels.tolist() == list(range(6))
-    assert data.labels.dtype == np.int64
-    assert data.name == "set-train"
-    assert not root.exists()
-
-
-def test_npz_grey_and_of_another_size(tmp_path, root):
-    for grey in (IMAGES[..., 0], IMAGES[..., :1]):
-        data = load_dataset(npz(tmp_path, images=grey), root=root, image_size=8)
-        assert data.labels is None
-        np.testing.assert_array_equal(data.images, np.repeat(IMAGES[..., :1], 3, axis=3))
-    assert load_dataset(npz(tmp_path, images=IMAGES), root=root, image_size=5).images.shape == (6, 5, 5, 3)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "named"),
-    [
-        ({"pictures": IMAGES}, "'images'"),
-        ({"images": IMAGES.astype(np.float32)}, "float32"),
-        ({"images": IMAGES.transpose(0, 3, 1, 2)}, "(6, 3, 8, 8)"),
-        ({"images": IMAGES[0, 0]}, "(8, 3)"),
-        ({"images": IMAGES[:, :0]}, "without a pixel"),
-        ({"images": IMAGES, "labels": np.arange(5)}, "(5,)"),
-        ({"images": IMAGES, "labels": np.eye(6, dtype=int)}, "(6, 6)"),
-        ({"images": IMAGES, "labels": np.arange(6.0)}, "float64"),
-        ({"images": IMAGES, "labels": np.arange(6) - 1}, "at least 0"),
-        ({"images": IMAGES[:1]}, "at least 2"),
-        ({"images": IMAGES[:0]}, "at least 2"),
-        ({"images": np.array([object()])}, "cannot be read"),
-    ],
-)
-def test_npz_of_other_content(tmp_path, root, arrays, named, user_error):
-    path = npz(tmp_path, **arrays)
-    user_error(lambda: load_dataset(path, root=root, image_size=8), "set", named)
-    assert not root.exists()
-
-
-def test_npz_damaged_or_a_bomb(tmp_path, root, monkeypatch, user_error):
-    path = npz(tmp_path, images=IMAGES)
-    content = path.read_bytes()
-    path.write_bytes(content[:300])
-    user_error(lambda: load_dataset(path, root=root), path, "cannot be read")
-    damaged = bytearray(content)
-    damaged[content.index(IMAGES.tobytes()) + 9] ^= 1
-    path.write_bytes(damaged)
-    user_error(lambda: load_dataset(path, root=root, image_size=8), path, "cannot be read")
-    np.savez_compressed(path, images=np.zeros((100, 64, 64, 3), np.uint8))
-    load_dataset(path, root=root, image_size=64)
-    monkeypatch.setattr(datasets, "MAX_UNPACKED_BYTES", 1000)
-    user_error(lambda: load_dataset(path, root=root, image_size=64), path, "100 times")
-
-
 @pytest.mark.parametrize("how", ["junk", "cut", "empty"])
 @pytest.mark.parametrize("suffix", ["", ".tar.gz", ".zip"])
 def test_an_unreadable_image_is_named_and_nothing_is_left(pets, pack, root, how, suffix, user_error):
@@ -212,6 +189,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, pets, split_pets, root, user_er
     (tmp_path / "one").mkdir()
     (pets / "cat" / "x.png").rename(tmp_path / "one" / "x.png")
     (tmp_path / "a.txt").touch()
+    np.savez(tmp_path / "set.npz", images=IMAGES)
     load = load_dataset
     user_error(lambda: load(tmp_path / "gone", root=root), tmp_path / "gone", "no such file", "cifar10, digits")
     user_error(lambda: load("cifar-10", root=root), "cifar-10", "no such file", "cifar10, digits")
@@ -219,10 +197,66 @@ def test_mistakes_leave_nothing_behind(tmp_path, pets, split_pets, root, user_er
     user_error(lambda: load(tmp_path / "one", root=root), "one", "at least 2")
     user_error(lambda: load(tmp_path / "a.txt", root=root), "a.txt", "folder of images")
     user_error(lambda: load(pets, root=root, split="test"), pets, "'test'")
-    user_error(lambda: load(npz(tmp_path, images=IMAGES), root=root, split="test"), "set.npz", "'test'")
+    user_error(lambda: load(tmp_path / "set.npz", root=root, split="test"), "set.npz", "'test'")
     user_error(lambda: load("digits", root=root, image_size=0), "image_size", "at least 1")
     user_error(lambda: load("digits", root=root, image_size=10**6), "GiB", "smaller image size")
     user_error(lambda: load("digits", root=root, split="valid"), "split", "'train' or 'test'")
+    assert not root.exists()
+
+
+def test_the_line_about_a_set(split_pets, root, pack):
+    (split_pets / "train" / "cat" / "notes.txt").touch()
+    for path in (split_pets, pack(split_pets, ".zip")):
+        for _ in range(2):  # built, and from the cache
+            data = load_dataset(path, root=root, image_size=8)
+            assert data.class_names == ("cat", "dog", "eel")
+            assert data.describe() == (
+                "split-pets-train: 2 images of 8x8; split train: folder 'train'; 2 classes: cat 1, eel 1; "
+                f"pixels {data.images.min()} to {data.images.max()}, mean {data.images.mean():.1f}; "
+                "left out: in 'test' (2); *.txt (1): 'train/cat/notes.txt'"
+            )
+    assert "10 classes: 0 178, 1 182, 2 177" in load_dataset("digits", root=root).describe()
+    many = ImageSet.from_arrays(IMAGES.repeat(20, axis=0), np.arange(120), "many", [f"c\n{i}" for i in range(120)])
+    assert "120 classes: c\\n0 1, c\\n1 1, " in many.describe()
+    assert " and 110 more; " in many.describe()
+
+
+def test_what_is_left_out_is_told_as_it_is_now_though_the_images_are_cached(pets, root):
+    first = load_dataset(pets, root=root, image_size=8)
+    run = pets / "working" / "1"
+    for name in ("config.json", "metrics.jsonl"):
+        (run / "saves").mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    Image.fromarray(IMAGES[0]).save(run / "saves" / "samples.png")
+    again = load_dataset(pets, root=root, image_size=8)
+    assert again.sha256 == first.sha256
+    assert "run directories (1): 'working/1'" in again.describe()
+    assert len(cache_files(root)) == 1
+
+
+def test_remarks_of_decoding_are_warnings_also_from_the_cache(tmp_path, root, caplog):
+    (tmp_path / "scans").mkdir()
+    for i in range(3):
+        Image.fromarray(IMAGES[i, ..., 0].astype(np.uint16) + 3000).save(tmp_path / "scans" / f"{i}.png")
+    Image.fromarray(IMAGES[4]).save(tmp_path / "scans" / "4.png")
+    for _ in range(2):
+        caplog.clear()
+        load_dataset(tmp_path / "scans", root=root, image_size=8)
+        (record,) = caplog.records
+        assert f"{tmp_path / 'scans'}: 3 of 4 images of 16 bits have no pixel of 4,096 or more" in record.getMessage()
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_bad_files_are_named_together_whatever_is_wrong(pets, pack, root, suffix, user_error):
+    (pets / "cat" / "x.png").write_bytes(b"junk")
+    (pets / "dog" / "a.png").write_bytes(b"")
+    if not suffix:
+        (pets / "dog" / "link.png").symlink_to(pets / "nowhere")
+    path = pack(pets, suffix) if suffix else pets
+    message = user_error(
+        lambda: load_dataset(path, root=root, image_size=8), path, "'cat/x.png' (it is not", "'dog/a.png' ("
+    )
+    assert suffix or "dog/link.png' (No such file or directory)" in message
     assert not root.exists()
 
 

@@ -118,7 +118,9 @@ def test_likelihood_prints_one_json_line_and_is_deterministic(run, capsys):
     found = []
     for seed in (0, 0, 1):
         assert call(*common, "--seed", seed) == 0
-        found.append(json.loads(capsys.readouterr().out))
+        out, err = capsys.readouterr()
+        found.append(json.loads(out))
+        assert re.match(r"data +images-train: 40 images of 8x8; split train: all of it; pixels 0 to 255, mean ", err)
     assert found[0] == found[1]
     assert found[0]["bits_per_dim"] != found[2]["bits_per_dim"]
     assert (found[0]["images"], found[0]["steps"], found[0]["data"], found[0]["step"]) == (5, 4, "images-train", 2)
@@ -174,7 +176,9 @@ def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys, monkeypatch, 
                  "--features", "efficientnet_lite0", "--compile", compile)  # fmt: skip
     assert call(*arguments) == 0
     assert len(compiled) == (compile == "on")
-    row = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    row = json.loads(out)
+    assert "data       images-train: 40 images of 8x8; " in err
     assert row["metric"] == "fd_efficientnet_lite0"
     assert (row["samples"], row["sampler"], row["sampler_steps"], row["feature_size"]) == (6, "ddpm", 2, 32)
     assert (row["step"], row["images"], row["checkpoint"], row["reference"]) == (2, 256, "step-2", "images-train")

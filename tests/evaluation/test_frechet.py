@@ -238,19 +238,21 @@ def test_the_reference_is_extracted_once(tmp_path):
     assert file.suffix == ".safetensors"
 
 
-@pytest.mark.parametrize("change", ["content", "extractor", "size", "format"])
-def test_other_content_extractor_size_or_format_is_another_entry(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", ["content", "extractor", "size", "sources", "package"])
+def test_other_content_extractor_size_or_version_is_another_entry(tmp_path, monkeypatch, change):
     build(tmp_path)
     real, options = image_set(), {}
     if change == "content":
         real = image_set(seed=9)
-    elif change == "format":
-        monkeypatch.setattr(frechet, "CACHE_FORMAT", "2")
+    elif change == "sources":
+        monkeypatch.setattr(frechet, "source_hash", lambda *arguments: "0" * 64)
+    elif change == "package":
+        monkeypatch.setattr(frechet, "version", lambda package: "99")
     else:
         options = {"extractor": {"name": "other"}, "size": {"size": 5}}[change]
     assert build(tmp_path, real, **options)[0] == 40
     assert build(tmp_path, real, **options)[0] == 0
-    if change != "format":
+    if change not in ("sources", "package"):
         assert build(tmp_path)[0] == 0  # the first entry is still there
 
 

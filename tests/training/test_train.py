@@ -82,6 +82,7 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path, capsys):
     assert state.keys() >= {"model", "ema", "optimizer", "loss_history", "fid_history", "best", "config"}
     assert [step for step, _ in state["loss_history"]] == [10, 20, 30]
     out = capsys.readouterr().out
+    assert "\ndata       images-train: 50 images of 8x8; split train: all of it; pixels " in out
     for part in ("device", "precision", "TF32", "compile", "graphs", "loader", "kernels", "parameters", str(run)):
         assert part in out
     assert f"look at {run}" in out.splitlines()[-1]
@@ -197,7 +198,7 @@ def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny_config, tmp_
 
 def test_resuming_on_other_images_is_refused(tiny_config, tmp_path):
     train(tiny_config(steps=10))
-    np.savez(tmp_path / "images.npz", images=np.zeros((50, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "images.npz", images=np.arange(50 * 192, dtype=np.uint8).reshape(50, 8, 8, 3))
     with pytest.raises(UserError, match="holds other images"):
         train(tiny_config(), resume=tmp_path / "working" / "1")
 
