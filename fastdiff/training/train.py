@@ -20,6 +20,7 @@ from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.hardware import resolve_loader, set_backends
+from fastdiff.reporting import output
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
@@ -77,6 +78,8 @@ def train(
         check_loader(resolve_loader(config.loader, ranks.device))
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
             run = stack.enter_context(create_run(config.run_root, config=config.to_dict()))
+        if run is not None:
+            stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
         ranks.spread(stop)
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
@@ -92,12 +95,12 @@ def train(
         except Stopped:
             number = ranks.any(stop.signal or 0)  # which of them some ranks have yet to hear
             if run is not None:
-                progress.print(
-                    f"stopped by {signal.Signals(number).name} at step {trainer.step:,}; "
-                    f"resume with: python train_cifar.py --resume {run.path}"
-                )
+                end = f"stopped by {signal.Signals(number).name} at step {trainer.step:,}"
+                run.note(end)
+                progress.print(f"{end}; resume with: python train_cifar.py --resume {run.path}")
             return 128 + number
         if run is not None:
+            run.note(f"done at step {trainer.step:,}")
             progress.print(
                 f"done: look at {run.saves}/ (samples, curves), {run.path / 'metrics.csv'} and {run.checkpoints}/"
             )

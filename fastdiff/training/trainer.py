@@ -21,7 +21,7 @@ from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
-from fastdiff.reporting.run import DISK_FULL, Run, write_atomically
+from fastdiff.reporting.run import Run, write_atomically
 from fastdiff.training import checkpoint, run_state
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
@@ -153,7 +153,7 @@ class Trainer:
         self.ranks.at(f"the start at step {self.step + 1:,}")
         self._check_ranks()
         if self.step == 0 and self.ranks.is_main:
-            with self._spared_on_a_full_disk():
+            with self._spared():
                 path = self.run.saves / "forward-noising.png"
                 draw_forward_noising(self.objective, self.image_set.images[:4], path, seed=config.seed)
         due = config.eval_at_start if self.step == 0 else self._evaluates()
@@ -270,7 +270,7 @@ class Trainer:
             "flips": (flips & self.flip).tolist(),
             "t": self.train_step.times(n, step).tolist(),
         }
-        with self._spared_on_a_full_disk():
+        with self._spared():
             write_atomically(path, (json.dumps(batch) + "\n").encode())
         return path
 
@@ -371,19 +371,17 @@ class Trainer:
         since = self.train_step.noise_levels.read(reset=False)
         noise_rows = [*self.noise_history, *([{"step": self.step, **since}] if any(since["images"]) else [])]
         lines = "".join(json.dumps(row) + "\n" for row in noise_rows)
-        with self._spared_on_a_full_disk():
+        with self._spared():
             plots.plot_run(self.run.train_rows(), self.run.eval_rows(), noise_rows, self.run.saves)
             write_atomically(self.run.path / "loss-by-noise.jsonl", lines.encode())
 
     @contextmanager
-    def _spared_on_a_full_disk(self) -> Generator[None]:
-        """A picture, or a note, that the disk has no room for is not worth a run."""
+    def _spared(self) -> Generator[None]:
+        """A picture, or a note, that cannot be written is not worth a run."""
         try:
             yield
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            self.progress.print(f"{error.filename or self.run.saves} could not be written: {error.strerror}")
+            self.progress.print(f"{error.filename or self.run.saves} could not be written: {error.strerror or error}")
 
     def evaluate(self) -> None:
         """Samples, their grid, a sampling trajectory and the Frechet distance, from the averaged weights."""
@@ -397,7 +395,7 @@ class Trainer:
         self.evaluated = self.step
         if not self.ranks.is_main:
             return
-        with self._spared_on_a_full_disk():
+        with self._spared():
             pictures.save_grid(grid, self.run.saves / f"samples-{self.step:08d}.png")
             self.evaluator.draw_trajectory(self.run.saves / f"trajectory-{self.step:08d}.png")
         self.run.log_image("samples", pictures.image_grid(grid), self.step)
