@@ -124,7 +124,8 @@ class Sample(_FromCheckpoint):
 
 @dataclass(frozen=True)
 class Evaluate(_FromCheckpoint):
-    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's metrics."""
+    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's
+    metrics where they can be written."""
 
     n: int = 10_000
     """Samples to draw; published FIDs use 50,000."""

@@ -255,6 +255,11 @@ class Config:
         return AUTO_SCHEDULE[self.objective] if self.schedule == "auto" else self.schedule
 
     @property
+    def flips(self) -> bool:
+        """Whether images are mirrored at random, with `auto` resolved by the data."""
+        return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+
+    @property
     def diffusion(self) -> dict[str, Any]:
         """What `make_objective` needs, as its keyword arguments."""
         names = ("weighting", "timesteps", "zero_terminal_snr", "time_sampling", "min_snr_gamma", "sigma_data")
@@ -272,10 +277,10 @@ class Config:
 
     def changes(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Fields that are not among RESUMABLE_CHANGES and differ: name -> their value in `other`, and here."""
-        theirs = other.flat()
+        ours, theirs = ({**each.flat(), "flip": "on" if each.flips else "off"} for each in (self, other))
         return {
             name: (theirs[name], value)
-            for name, value in self.flat().items()
+            for name, value in ours.items()
             if value != theirs[name] and name not in RESUMABLE_CHANGES
         }
 
@@ -343,12 +348,13 @@ PRESETS: dict[str, Config] = {
 }
 
 # A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
-# `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding.
+# `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding. Data may have another
+# name or place, as their content is compared.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
-        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
-        "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite",
-        "rank_timeout", "deterministic",
+        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data",
+        "data_root", "split", "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile",
+        "skip_nonfinite", "rank_timeout", "deterministic",
     }
 )  # fmt: skip

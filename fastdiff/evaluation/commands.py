@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdiff.data.datasets import load_dataset
+from fastdiff.config import Config
+from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.diffusion.objectives import Model
 from fastdiff.errors import UsageError, UserError
@@ -27,6 +30,7 @@ from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.reporting.run import open_run, write_atomically
+from fastdiff.training.run_data import load_run_data
 
 GRID_LIMIT = 1024
 
@@ -105,29 +109,31 @@ def measure(
     set_backends(where)
     bf16 = resolve_bf16(precision, where)
     trained = load_trained(checkpoint, device=where)
-    config = trained.config
-    root = data_root or config.data_root
-    run_path = trained.path.resolve().parent.parent
-    # Opened first, so that a run in use is refused before the work and not after it.
-    run = open_run(run_path) if (run_path / "config.json").is_file() else None
+    config = _at(trained.config, data_root)
+    reference = _images(config, trained, data)
+    extractor = make_extractor(features, device=where, size=feature_size)
+    distance = FrechetDistance(extractor, reference, cache_dir=Path(config.data_root) / ".cache", device=where)
+    row, _ = evaluate(
+        _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
+        image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
+        graphs=graphs, keep=1,
+    )  # fmt: skip
+    images = trained.step * config.batch_size
+    row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
+    _record(trained.path.resolve().parent.parent, row)
+    return row
+
+
+def _record(run_path: Path, row: dict[str, Any]) -> None:
+    """Add an evaluation to the run, if that is one; a run that cannot be written to, or is in use, stays as it is."""
+    if not (run_path / "config.json").is_file():
+        return
     try:
-        reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
-        extractor = make_extractor(features, device=where, size=feature_size)
-        distance = FrechetDistance(extractor, reference, cache_dir=Path(root) / ".cache", device=where)
-        row, _ = evaluate(
-            _network(trained, where, bf16, compile), trained.objective, distance, n=n, settings=settings,
-            image_shape=_image_shape(trained), batch_size=batch_size, seed=seed, device=where, bf16=bf16,
-            graphs=graphs, keep=1,
-        )  # fmt: skip
-        images = trained.step * config.batch_size
-        row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
-        if run is not None:
+        with open_run(run_path) as run:
             run.log_eval(row)
             plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
-    finally:
-        if run is not None:
-            run.close()
-    return row
+    except (UserError, OSError) as error:
+        print(f"not recorded in the run: {error}", file=sys.stderr)
 
 
 def likelihood(
@@ -151,11 +157,8 @@ def likelihood(
     where = resolve_device(device)
     set_backends(where)
     trained = load_trained(checkpoint, device=where)
-    config, schedule = trained.config, trained.objective.schedule
-    images = load_dataset(
-        data or config.data, root=data_root or config.data_root, split=split or config.split,
-        image_size=config.net.image_size,
-    )  # fmt: skip
+    schedule = trained.objective.schedule
+    images = _images(_at(trained.config, data_root), trained, data, split)
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     network = trained.model.requires_grad_(False)
@@ -208,6 +211,17 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
+
+
+def _at(config: Config, data_root: str | None) -> Config:
+    return config if data_root is None else replace(config, data_root=data_root)
+
+
+def _images(config: Config, trained: Trained, data: str | None, split: Any = None) -> ImageSet:
+    """The images that `data` names, or those that the run was trained on."""
+    if data is None:
+        return load_run_data(config, trained.saved, split=split)[0]
+    return load_dataset(data, root=config.data_root, split=split or config.split, image_size=config.net.image_size)
 
 
 def _network(trained: Trained, device: torch.device, bf16: bool, compile: str) -> Model:

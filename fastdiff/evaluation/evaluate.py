@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,17 @@ from fastdiff.training.signals import Stopped
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config."""
+    """A network as it was saved: averaged weights in eval mode, its objective, and the run's config.
+
+    `saved` is the rest of the checkpoint's state, without tensors.
+    """
 
     config: Config
     model: UNet
     objective: Objective
     step: int
     path: Path
+    saved: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
@@ -61,7 +65,8 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     model = UNet(config.net).use_kernels(resolve_kernels(config.kernels, device))
     model.load_state_dict(found.state["ema"])
     objective = make_objective(**config.diffusion)
-    return Trained(config, model.to(device).eval(), objective, found.step, found.path)
+    saved = {name: value for name, value in found.state.items() if name not in ("model", "ema", "optimizer")}
+    return Trained(config, model.to(device).eval(), objective, found.step, found.path, saved)
 
 
 def evaluate(

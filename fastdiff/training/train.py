@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
-from fastdiff.data.datasets import ImageSet, load_dataset
+from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
@@ -25,10 +25,11 @@ from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Ranks
+from fastdiff.training.run_data import load_run_data
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.trainer import Trainer
 
-OWN_FLAGS = ("device", "data_root")  # which may differ from rank to rank
+OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
 
 
@@ -70,9 +71,7 @@ def train(
             saved = _find_checkpoint(config, run.path)
         saved = ranks.share(saved, "the checkpoint")
         with ranks.first_on_host("loading the data"):
-            image_set = load_dataset(
-                config.data, root=config.data_root, split=config.split, image_size=config.net.image_size
-            )
+            image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
         distance = _make_distance(config, image_set, ranks) if config.features != "none" else None
         check_loader(resolve_loader(config.loader, ranks.device))
@@ -85,8 +84,8 @@ def train(
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.steps, console))
         trainer = Trainer(
-            config, ranks=ranks, image_set=image_set, distance=distance, run=run, progress=progress, stop=stop,
-            resumed=saved, after_evaluation=after_evaluation,
+            config, ranks=ranks, image_set=image_set, data=data, distance=distance, run=run, progress=progress,
+            stop=stop, resumed=saved, after_evaluation=after_evaluation,
         )  # fmt: skip
         if run is not None and run.config != json.loads(config.to_json()):
             write_atomically(run.path / "config.json", config.to_json().encode())

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Trainer:
     Args:
         config: what to train, and how.
         ranks: the processes that train together, each with a Trainer of its own; rank 0 alone writes.
+        image_set, data: see `load_run_data`.
         run: the run directory, held open; None on other ranks.
         resumed: the checkpoint to continue from.
         after_evaluation: see `train`.
@@ -49,6 +50,7 @@ class Trainer:
         *,
         ranks: Ranks,
         image_set: ImageSet,
+        data: Mapping[str, Any],
         distance: FrechetDistance | None,
         run: Run | None,
         progress: TrainingProgress,
@@ -58,11 +60,12 @@ class Trainer:
     ) -> None:
         device = ranks.device
         self.config, self.ranks, self.device, self.progress, self.stop = config, ranks, device, progress, stop
-        self._run, self.image_set, self.distance, self.after_evaluation = run, image_set, distance, after_evaluation
+        self._run, self.image_set, self.data = run, image_set, data
+        self.distance, self.after_evaluation = distance, after_evaluation
         self.bf16 = resolve_bf16(config.precision, device)
         compiled = resolve_compile(config.compile, device)
         self.loader_kind = resolve_loader(config.loader, device)
-        self.flip = config.flip == "on" or (config.flip == "auto" and config.data != "digits")
+        self.flip = config.flips
 
         torch.manual_seed(config.seed)
         self.kernels = resolve_kernels(config.kernels, device)
