@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -51,15 +52,32 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         _refuse_blanks(sys.argv[1:])
         return command()
-    except (UserError, TrainingFailed) as error:
+    except Exception as error:
+        message = _told(error)
+        if message is None:
+            raise
         if other_rank():
             time.sleep(OTHER_RANKS_WAIT)
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _told(error: Exception) -> str | None:
+    """The line to tell of what the user or the machine did wrong; None for an error of ours."""
+    if isinstance(error, UserError | TrainingFailed):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError | RuntimeError) and re.search("out of memory|allocate", str(error), re.IGNORECASE):
+        reason = " ".join(str(error).split("\n")[0].split())
+        return (
+            f"not enough memory ({reason}); lower --batch-size, --eval-batch-size or --timesteps, or raise --accumulate"
+        )
+    return None
 
 
 def _refuse_blanks(arguments: list[str]) -> None:

@@ -21,6 +21,11 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be {expected}.")
 
 
+def _at_least(least: int, name: str, value: int) -> None:
+    _require(value >= least, name, value, f"at least {least}")
+    _require(value < 2**63, name, value, "below 2^63")
+
+
 DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
 # What --schedule auto means for each objective: the one of its paper, or the baseline's.
 AUTO_SCHEDULE = {
@@ -53,7 +58,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            _at_least(1, name, getattr(self, name))
         mult = self.channel_mult
         _require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
         factor = 2 ** (len(mult) - 1)
@@ -75,7 +80,7 @@ class UNetConfig:
             self.channels % 2 == 0, "channels", self.channels, "even (the time embedding has sine and cosine halves)"
         )
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
-        _require(self.norm_eps > 0.0, "norm_eps", self.norm_eps, "above 0")
+        _require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -201,8 +206,7 @@ class Config:
             "grid_samples": 1, "seed": 0, "profile": 0, "skip_nonfinite": 0,
         }  # fmt: skip
         for name, least in at_least.items():
-            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
+            _at_least(least, name, getattr(self, name))
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -210,8 +214,8 @@ class Config:
             f"a divisor of --batch-size ({self.batch_size})",
         )
         for name in ("steps", "feature_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+            if getattr(self, name) is not None:
+                _at_least(1, name, getattr(self, name))
         for name in ("lr", "grad_clip", "rank_timeout", "min_snr_gamma", "sigma_data"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")

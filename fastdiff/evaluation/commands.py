@@ -56,10 +56,7 @@ def sample(
     """Draw n images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
     _check_seed(seed)
     for path in filter(None, (out, save_npz)):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it.")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
+        _check_output(path)
     settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
     where = resolve_device(device)
     set_backends(where)
@@ -206,6 +203,20 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     print(f"{out}: {to}, averaged weights of {trained.path}")
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it."""
+    folder = path.absolute().parent
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file.")
+    if not folder.is_dir():
+        raise UserError(f"{path} cannot be written: the folder {folder} does not exist.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {folder} takes no files ({error.strerror}).") from error
 
 
 def _check_seed(seed: int) -> None:

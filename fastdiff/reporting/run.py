@@ -299,6 +299,8 @@ class _Lines:
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` to a temporary name, syncs it to the disk and renames it, so that no reader sees half a file."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a file into the place of a device
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fastdiff.config import Config
@@ -30,7 +29,7 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
     places = [config.data]
     if saved and config.data == saved["config"]["data"]:
         places = [saved.get("data_path") or config.data, config.data]
-    there = [place for place in dict.fromkeys(places) if _path(place) is None or Path(place).expanduser().exists()]
+    there = [place for place in dict.fromkeys(places) if os.path.exists(_path(place) or ".")]
     if saved and not there:
         raise UserError(
             f"--data {config.data} is not there, seen from {os.getcwd()}; if the images have moved, add --data and "

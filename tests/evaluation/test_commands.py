@@ -17,7 +17,7 @@ from fastdiff.config import Config, UNetConfig
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
-from fastdiff.reporting.run import create_run, open_run
+from fastdiff.reporting.run import create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
 from fastdiff.training.run_data import load_run_data
 
@@ -258,6 +258,7 @@ def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
 MISTAKES = [
     (("sample", "--checkpoint", "nowhere"), "nowhere is neither a run directory nor a checkpoint"),
     (("sample", "--checkpoint", "{run}", "--out", "missing/grid.png"), "folder .*missing does not exist"),
+    (("sample", "--checkpoint", "{run}", "--out", "/proc/grid.png"), "/proc takes no files"),
     (("sample", "--checkpoint", "{run}", "--steps", "101"), "101 sampling steps"),
     (("export", "--checkpoint", "{run}", "--out", "{run}"), "exists already"),
 ]
@@ -286,6 +287,16 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, tmp_path, monkeypatch, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_device_is_not_replaced_by_a_file(run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for flags in (("--out", tmp_path / "pipe"), ("--out", tmp_path / "a.png", "--save-npz", tmp_path / "pipe")):
+        assert call("sample", "--checkpoint", run, "--n", 2, "--steps", 2, *flags) == 1
+        assert "pipe is no regular file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="is no regular file"):
+        write_atomically(tmp_path / "pipe", b"")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_an_interrupted_sampling_leaves_no_file(run, tmp_path, monkeypatch):
     from fastdiff.evaluation import commands
 
@@ -309,8 +320,15 @@ def test_exit_codes(capsys):
     assert run_command(lambda: 0) == 0
     assert fail(UserError("no")) == fail(TrainingFailed("nan")) == 1
     assert capsys.readouterr().err == "error: no\nerror: nan\n"
-    with pytest.raises(ZeroDivisionError):
-        fail(ZeroDivisionError())
+    assert fail(PermissionError(13, "Permission denied", "a/b")) == 1
+    assert fail(MemoryError("Unable to allocate 8 TiB")) == fail(torch.OutOfMemoryError("CUDA out of memory.\nA")) == 1
+    unwritable, *memory = capsys.readouterr().err.splitlines()
+    assert unwritable == "error: a/b: Permission denied"
+    assert len(memory) == 2
+    assert all(line.startswith("error: not enough memory (") for line in memory)
+    for error in (ZeroDivisionError(), RuntimeError("shapes differ"), OSError("of ours")):
+        with pytest.raises(type(error)):
+            fail(error)
 
 
 @pytest.mark.parametrize(

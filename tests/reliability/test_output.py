@@ -58,7 +58,9 @@ def test_a_run_goes_on_without_its_reader(tiny_config, tmp_path, promise, count)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-@pytest.mark.parametrize("signals", [[INT], [TERM], [HUP], [HUP, HUP, TERM, HUP]], ids=str)
+@pytest.mark.parametrize(
+    "signals", [[INT], [TERM], [HUP], [HUP, HUP, TERM, HUP]], ids=lambda each: "-".join(s.name for s in each)
+)
 def test_signals_that_come_with_it_save(tiny_config, tmp_path, kind, signals):
     """Ctrl-C ends `tee` as well; of a terminal that closes, shell and kernel tell by a SIGHUP each."""
     process = start(kind, tmp_path / "pipe", tiny_config(steps=None, log_every=1000), b"run ")
@@ -79,6 +81,14 @@ def test_nohup_means_no_hangup(tiny_config, tmp_path):
     os.kill(process.pid, HUP)
     assert jobs.finish(process) == 0
     assert checkpoint.load_latest(tmp_path / "working" / "1" / "checkpoints").step == 40
+
+
+def test_a_folder_whose_name_the_locale_cannot_read(tiny_config, tmp_path):
+    """Python reads an umlaut so where it takes the locale for ASCII."""
+    config, log = tiny_config("l\udcc3\udca4ufe", steps=2, eval_every=2), tmp_path / "log"
+    assert jobs.finish(jobs.start(jobs.train_whole, config, (int,), log=log)) == 0, log.read_text()
+    assert "done: look at " in log.read_text()
+    assert (tmp_path / "läufe" / "1" / "saves" / "samples-00000002.png").exists()
 
 
 RUN = """
