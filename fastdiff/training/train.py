@@ -63,6 +63,7 @@ def train(
             )
         set_backends(ranks.device, deterministic=config.deterministic)
         flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
+        flags["--flip"] = config.flips  # which `auto` takes from the name of the data
         ranks.check_equal(**flags, torch=torch.__version__)
         run, saved = None, None
         if resume is not None and ranks.is_main:
