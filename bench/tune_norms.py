@@ -34,6 +34,7 @@ import kernels
 from bench import aot
 from bench.aot import Job
 from bench.timing import rotations
+from fastdiff.cli import run_command
 from fastdiff.hardware import REPO, environment
 from kernels import launch
 from kernels.launch import NormTiles
@@ -295,4 +296,4 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(run_command(lambda: tyro.cli(main)))

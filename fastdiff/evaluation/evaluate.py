@@ -30,7 +30,8 @@ from fastdiff.training.weights import read_trained
 class Trained:
     """A network as it was saved: averaged weights in eval mode, its objective, and the run's config.
 
-    `run` is the run directory of a checkpoint that lies in one.
+    run     the run directory of a checkpoint that lies in one
+    saved   the rest of the checkpoint's state, without tensors
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Trained:
     step: int
     path: Path
     run: Path | None
+    saved: dict[str, Any]
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
@@ -54,7 +56,7 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     objective = make_objective(**config.diffusion)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
-    return Trained(config, model.to(device).eval(), objective, saved.step, saved.path, saved.run)
+    return Trained(config, model.to(device).eval(), objective, saved.step, saved.path, saved.run, saved.rest)
 
 
 def evaluate(
