@@ -208,6 +208,8 @@ class Config:
                     getattr(self, name),
                     f"one of {', '.join(get_args(hint))}",
                 )
+            elif isinstance(getattr(self, name), str):
+                _require(getattr(self, name).strip() != "", name, getattr(self, name), "a name or a path")
         _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
         at_least = {
             "timesteps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1,

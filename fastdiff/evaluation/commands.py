@@ -132,7 +132,7 @@ def measure(
 def _record(trained: Trained, row: dict[str, Any]) -> None:
     """Add an evaluation to the checkpoint's run; a run that cannot be written to, or is in use, stays as it is."""
     if trained.run is None:
-        print(f"not recorded: {trained.path} lies in no run", file=sys.stderr)
+        print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
         return
     try:
         with open_run(trained.run) as run:
