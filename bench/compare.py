@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import Results, Row, duration
+from fastdiff.cli import run_command
 from fastdiff.errors import UserError
 
 
@@ -128,4 +129,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(run_command(lambda: tyro.cli(main)))

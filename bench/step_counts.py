@@ -21,6 +21,7 @@ import tyro
 
 from bench import inductor_mock
 from bench.step_variants import SMALL, VARIANTS, Counts, Variant, count_small, count_variant
+from fastdiff.cli import run_command
 from fastdiff.config import UNetConfig
 from kernels.caching import source_hash
 
@@ -186,4 +187,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_command(lambda: main(tyro.cli(Options))))

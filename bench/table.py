@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from bench.results import Results, markdown_table
+from fastdiff.cli import run_command
 from fastdiff.errors import UserError
 
 
@@ -30,4 +31,4 @@ def main(results: Annotated[Path, tyro.conf.Positional], /) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(run_command(lambda: tyro.cli(main)))

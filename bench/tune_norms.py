@@ -33,6 +33,7 @@ from torch import Tensor
 import kernels
 from bench import aot
 from bench.timing import rotations
+from fastdiff.cli import run_command
 from fastdiff.hardware import REPO, environment
 from kernels import launch
 from kernels.group_norm_jobs import CONCATENATIONS, UNET_SHAPES, VARIANTS, norm_jobs
@@ -294,4 +295,4 @@ def main(write: bool = False, batch: int = 128, processes: int = os.cpu_count() 
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(run_command(lambda: tyro.cli(main)))

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +17,9 @@ import tyro
 
 from fastdiff.config import PRESETS, PresetName, SamplerName, SpacingName
 from fastdiff.errors import TrainingFailed, UsageError, UserError
+from fastdiff.reporting import output
 
+NARROWEST = 20  # columns in which --help is set; in 3 it would never end
 OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
 
 # torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
@@ -41,17 +46,46 @@ def told_once() -> Generator[None]:
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; a mistake or a failed run becomes one line on stderr and the exit code 1, or 2 for a bad flag."""
+    output.spare()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
+        _refuse_blanks(sys.argv[1:])
         return command()
-    except (UserError, TrainingFailed) as error:
+    except Exception as error:
+        message = _told(error)
+        if message is None:
+            raise
         if other_rank():
             time.sleep(OTHER_RANKS_WAIT)
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _told(error: Exception) -> str | None:
+    """The line to tell of what the user or the machine did wrong; None for an error of ours."""
+    if isinstance(error, UserError | TrainingFailed):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError | RuntimeError) and re.search("out of memory|allocate", str(error), re.IGNORECASE):
+        reason = " ".join(str(error).split("\n")[0].split())
+        return (
+            f"not enough memory ({reason}); lower --batch-size, --eval-batch-size or --timesteps, or raise --accumulate"
+        )
+    return None
+
+
+def _refuse_blanks(arguments: list[str]) -> None:
+    """No flag means anything by an empty value, least of all its default or the current folder."""
+    for before, argument in pairwise(["an argument", *arguments]):
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else (before, "=", argument)
+        if equals and not value.strip():
+            raise UsageError(f"{flag} is empty ({value!r}), perhaps by a variable that is not set; give a value.")
 
 
 @dataclass(frozen=True)
@@ -109,7 +143,8 @@ class Sample(_FromCheckpoint):
 
 @dataclass(frozen=True)
 class Evaluate(_FromCheckpoint):
-    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's metrics."""
+    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's
+    metrics where they can be written."""
 
     n: int = 10_000
     """Samples to draw; published FIDs use 50,000."""
@@ -126,7 +161,7 @@ class Evaluate(_FromCheckpoint):
         """Returns 0. Raises UserError for bad input."""
         from fastdiff.evaluation import commands
 
-        print(json.dumps(commands.measure(**vars(self))))
+        output.put(json.dumps(commands.measure(**vars(self))))
         return 0
 
 
@@ -159,7 +194,7 @@ class Likelihood:
         """Returns 0. Raises UserError for bad input."""
         from fastdiff.evaluation import commands
 
-        print(json.dumps(commands.likelihood(**vars(self))))
+        output.put(json.dumps(commands.likelihood(**vars(self))))
         return 0
 
 

@@ -22,6 +22,11 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be {expected}.")
 
 
+def _at_least(least: int, name: str, value: int) -> None:
+    _require(value >= least, name, value, f"at least {least}")
+    _require(value < 2**63, name, value, "below 2^63")
+
+
 DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
 # What --schedule auto means for each objective: the one of its paper, or the baseline's.
 AUTO_SCHEDULE = {
@@ -60,7 +65,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            _at_least(1, name, getattr(self, name))
         mult = self.channel_mult
         _require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
         factor = 2 ** (len(mult) - 1)
@@ -82,7 +87,7 @@ class UNetConfig:
             self.channels % 2 == 0, "channels", self.channels, "even (the time embedding has sine and cosine halves)"
         )
         _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
-        _require(self.norm_eps > 0.0, "norm_eps", self.norm_eps, "above 0")
+        _require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,8 @@ class Config:
                     getattr(self, name),
                     f"one of {', '.join(get_args(hint))}",
                 )
+            elif isinstance(getattr(self, name), str):
+                _require(getattr(self, name).strip() != "", name, getattr(self, name), "a name or a path")
         _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
         at_least = {
             "timesteps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1,
@@ -211,9 +218,7 @@ class Config:
             "grid_samples": 1, "seed": 0, "profile": 0, "skip_nonfinite": 0,
         }  # fmt: skip
         for name, least in at_least.items():
-            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        _require(self.init_from != "", "init_from", self.init_from, "the path of a folder")
-        _require(self.seed < 2**63, "seed", self.seed, "below 2^63")
+            _at_least(least, name, getattr(self, name))
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -221,8 +226,8 @@ class Config:
             f"a divisor of --batch-size ({self.batch_size})",
         )
         for name in ("steps", "feature_size"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+            if getattr(self, name) is not None:
+                _at_least(1, name, getattr(self, name))
         for name in ("lr", "grad_clip", "rank_timeout", "min_snr_gamma", "sigma_data"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
@@ -274,6 +279,11 @@ class Config:
         return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
 
     @property
+    def flips(self) -> bool:
+        """Whether images are mirrored at random, with `auto` resolved by the data."""
+        return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+
+    @property
     def diffusion(self) -> dict[str, Any]:
         """What `make_objective` needs, as its keyword arguments."""
         names = ("weighting", "timesteps", "zero_terminal_snr", "time_sampling", "min_snr_gamma", "sigma_data")
@@ -291,10 +301,10 @@ class Config:
 
     def changes(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Fields that are not among RESUMABLE_CHANGES and differ: name -> their value in `other`, and here."""
-        theirs = other.flat()
+        ours, theirs = ({**each.flat(), "flip": "on" if each.flips else "off"} for each in (self, other))
         return {
             name: (theirs[name], value)
-            for name, value in self.flat().items()
+            for name, value in ours.items()
             if value != theirs[name] and name not in RESUMABLE_CHANGES
         }
 
@@ -362,12 +372,13 @@ PRESETS: dict[str, Config] = {
 }
 
 # A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
-# `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding.
+# `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding. Data may have another
+# name or place, as their content is compared.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
-        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data_root",
-        "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite",
-        "rank_timeout", "deterministic",
+        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data",
+        "data_root", "split", "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile",
+        "skip_nonfinite", "rank_timeout", "deterministic",
     }
 )  # fmt: skip

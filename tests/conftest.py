@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_slow)
 
 
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    """Commands that run in this process check sys.argv, which is pytest's: `-m ""` is no mistake of theirs."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root, from which commands are run."""

@@ -101,7 +101,8 @@ def test_the_changes_that_a_resumed_run_may_make_are_fields():
 BAD = [
     ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("warmup_steps", -1),
     ("weight_decay", -1.0), ("grad_clip", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1),
-    ("steps", 0), ("seed", -1), ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
+    ("steps", 0), ("seed", -1), ("seed", 2**63), ("skip_nonfinite", 2**63), ("steps", 2**63),
+    ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
     ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),
     ("eval_steps", 0), ("eval_steps", 1001),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
@@ -119,7 +120,7 @@ def test_a_bad_value_is_refused_by_the_flags_name(name, value):
 BAD_NET = [
     ("image_size", 0), ("image_size", 30), ("image_channels", 0), ("channels", 100), ("channel_mult", ()),
     ("channel_mult", (1, 0)), ("blocks_per_level", 0), ("attention_resolutions", (5,)), ("dropout", 1.0),
-    ("dropout", -0.1), ("norm_groups", 0), ("norm_groups", 5), ("norm_eps", 0.0),
+    ("dropout", -0.1), ("norm_groups", 0), ("norm_groups", 5), ("norm_eps", 0.0), ("norm_eps", float("inf")),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import kernels
 # Of fastdiff.training, below the step and the evaluation.
 PARTS = (
     "optim", "ema", "graphs", "checkpoint", "saving", "signals", "noise_levels", "distributed", "watch", "processes",
-    "weights",
+    "weights", "run_data",
 )  # fmt: skip
 # Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
 LAYERS = [

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
-from fastdiff.data.datasets import load_dataset
+from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
-from fastdiff.evaluation.evaluate import evaluate, load_trained
+from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import SamplerSettings, parse_options
@@ -29,6 +31,7 @@ from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.reporting.run import open_run, write_atomically
+from fastdiff.training.run_data import load_run_data
 
 GRID_LIMIT = 1024
 
@@ -59,10 +62,7 @@ def sample(
         raise UsageError(f"--out {out} is for the grid, a picture; write the images by --save-npz {out}.")
     pictures.image_format(out)
     for path in filter(None, (out, save_npz)):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it.")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
+        _check_output(path)
     settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
     where = resolve_device(device)
     set_backends(where)
@@ -112,31 +112,32 @@ def measure(
     set_backends(where)
     bf16 = resolve_bf16(precision, where)
     trained = load_trained(checkpoint, device=where)
-    config = trained.config
-    root = data_root or config.data_root
-    # Opened first, so that a run in use is refused before the work and not after it.
-    run = open_run(trained.run) if trained.run is not None else None
+    config = _at(trained.config, data_root)
+    reference = _images(config, trained, data)
+    print(f"data       {reference.describe()}", file=sys.stderr)
+    extractor = make_extractor(features, device=where, size=feature_size)
+    distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(config.data_root), device=where)
+    generator = trained.generator(
+        settings, batch_size=batch_size, device=where, bf16=bf16, compile=resolve_compile(compile, where), graphs=graphs
+    )
+    row, _ = evaluate(generator, distance, n=n, seed=seed, keep=1)
+    images = trained.step * config.batch_size
+    row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
+    _record(trained, row)
+    return row
+
+
+def _record(trained: Trained, row: dict[str, Any]) -> None:
+    """Add an evaluation to the checkpoint's run; a run that cannot be written to, or is in use, stays as it is."""
+    if trained.run is None:
+        print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
+        return
     try:
-        reference = load_dataset(data or config.data, root=root, split=config.split, image_size=config.net.image_size)
-        extractor = make_extractor(features, device=where, size=feature_size)
-        print(f"data       {reference.describe()}", file=sys.stderr)
-        distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(root), device=where)
-        compiles = resolve_compile(compile, where)
-        generator = trained.generator(
-            settings, batch_size=batch_size, device=where, bf16=bf16, compile=compiles, graphs=graphs
-        )
-        row, _ = evaluate(generator, distance, n=n, seed=seed, keep=1)
-        images = trained.step * config.batch_size
-        row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
-        if run is not None:
+        with open_run(trained.run) as run:
             run.log_eval(row)
             plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
-        else:
-            print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
-    finally:
-        if run is not None:
-            run.close()
-    return row
+    except (UserError, OSError) as error:
+        print(f"not recorded in the run: {error}", file=sys.stderr)
 
 
 def likelihood(
@@ -160,11 +161,8 @@ def likelihood(
     where = resolve_device(device)
     set_backends(where)
     trained = load_trained(checkpoint, device=where)
-    config, schedule = trained.config, trained.objective.schedule
-    images = load_dataset(
-        data or config.data, root=data_root or config.data_root, split=split or config.split,
-        image_size=config.net.image_size,
-    )  # fmt: skip
+    schedule = trained.objective.schedule
+    images = _images(_at(trained.config, data_root), trained, data, split)
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     print(f"data       {images.describe()}", file=sys.stderr)
@@ -252,9 +250,34 @@ def _complete_folder(out: Path) -> Generator[Path]:
         raise
 
 
+def _check_output(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it."""
+    folder = path.absolute().parent
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file.")
+    if not folder.is_dir():
+        raise UserError(f"{path} cannot be written: the folder {folder} does not exist.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {folder} takes no files ({error.strerror}).") from error
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed is {seed}, but must be at least 0 and below 2^63.")
+
+
+def _at(config: Config, data_root: str | None) -> Config:
+    return config if data_root is None else replace(config, data_root=data_root)
+
+
+def _images(config: Config, trained: Trained, data: str | None, split: Any = None) -> ImageSet:
+    """The images that `data` names, or those that the run was trained on."""
+    if data is None:
+        return load_run_data(config, trained.saved, split=split)[0]
+    return load_dataset(data, root=config.data_root, split=split or config.split, image_size=config.net.image_size)
 
 
 def _nhwc(images: Tensor) -> np.ndarray:

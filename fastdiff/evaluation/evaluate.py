@@ -33,6 +33,7 @@ class Trained:
     model     the network
     network   what computes it, by the run's --kernels: itself, or fused over the same weights
     run       the run directory of a checkpoint that lies in one
+    saved     the rest of the checkpoint's state, without tensors
     """
 
     config: Config
@@ -42,6 +43,7 @@ class Trained:
     step: int
     path: Path
     run: Path | None
+    saved: dict[str, Any]
 
     def generator(self, settings: SamplerSettings, **options: Any) -> Generator:
         """Draws from it; see `Generator` for the options."""
@@ -65,7 +67,7 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     objective = make_objective(**config.diffusion)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
-    return Trained(config, model, network, objective, saved.step, saved.path, saved.run)
+    return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest)
 
 
 def evaluate(

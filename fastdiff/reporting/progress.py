@@ -11,7 +11,7 @@ import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,8 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from fastdiff.reporting.run import DISK_FULL
 
 T = TypeVar("T")
 
@@ -90,19 +88,11 @@ class TrainingProgress:
         if self._live is not None:
             self._live.refresh()
         else:
-            self._write(Text("  ".join(self._fields())), soft_wrap=True)
+            self._console.print(Text("  ".join(self._fields())), soft_wrap=True)
 
     def print(self, text: str) -> None:
         """Prints a line that stays, above the live line."""
-        self._write(text, markup=False, highlight=False, emoji=False, soft_wrap=self._live is None)
-
-    def _write(self, text: str | Text, **options: Any) -> None:
-        """Print; a line that a full disk has no room for (the output may go to a file there) is lost, not the run."""
-        try:
-            self._console.print(text, **options)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=self._live is None)
 
     def _fields(self, elapsed: float = 0.0) -> list[str]:
         """The parts of the line, as it stands `elapsed` seconds after the last update."""

@@ -1,4 +1,5 @@
-"""The run directory: `config.json`, `metrics.jsonl` + `metrics.csv`, TensorBoard events, `checkpoints/` and `saves/`.
+"""The run directory: `config.json`, `metrics.jsonl` + `metrics.csv`, TensorBoard events, `log.txt`, `checkpoints/` and
+`saves/`.
 
 `metrics.jsonl` is the record: one JSON object a line, told apart by `"kind"`. `metrics.csv` holds the same rows under
 one fixed header (a column that a row lacks is an empty cell) and is derived from it whenever a run is opened. A number
@@ -19,6 +20,8 @@ import numbers
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +125,7 @@ class Run:
         self._jsonl: _Lines | None = None
         self._csv: _Lines | None = None
         self._writer: SummaryWriter | None = None
+        self._events_lost = False
         self._purge_step: int | None = None
         self.checkpoints.mkdir(exist_ok=True)
         self.saves.mkdir(exist_ok=True)
@@ -133,8 +137,16 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+        if kind is not None:
+            self.note(f"{kind.__name__}: {error}")
         self.close()
+
+    def note(self, line: str) -> None:
+        """Appends a line to `log.txt`, for who could not see it elsewhere; it is dropped if that cannot be written."""
+        now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+        with suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{now}  {line}\n")
 
     def log_train(self, row: Row) -> None:
         """Appends one row of training metrics: `step` and any other of TRAIN_COLUMNS.
@@ -217,14 +229,14 @@ class Run:
             file.append(line)
 
     def _show(self, action: str, *arguments: Any, **options: Any) -> None:
-        """Call TensorBoard's writer; on a full disk its events are lost, and the next call begins a new file."""
+        """Call TensorBoard's writer; if that fails its events are lost, and the next call begins a new file."""
         try:
             getattr(self._tensorboard(), action)(*arguments, **options)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            log.warning("%s: TensorBoard events are lost (%s)", self.path / "tensorboard", error.strerror)
-            self._writer = None
+            self._events_lost = False
+        except (OSError, UnicodeError) as error:  # it cannot encode a path that is no UTF-8
+            if not self._events_lost:
+                log.warning("%s: TensorBoard events are lost (%s)", self.path / "tensorboard", error)
+            self._events_lost, self._writer = True, None
 
     def _close_writer(self) -> None:
         if self._writer is not None:
@@ -287,6 +299,8 @@ class _Lines:
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` to a temporary name, syncs it to the disk and renames it, so that no reader sees half a file."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a file into the place of a device
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

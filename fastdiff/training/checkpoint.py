@@ -229,6 +229,14 @@ def _free_bytes(directory: Path) -> int:
 
 
 def _read(path: Path) -> Checkpoint:
+    """A verified checkpoint. A run that goes on may replace it between two files, so a second reading decides."""
+    try:
+        return _read_once(path)
+    except Damaged:
+        return _read_once(path)
+
+
+def _read_once(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         version, step, files, state, expected_sha256 = (

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import UserError
 from fastdiff.training import checkpoint
 
 if TYPE_CHECKING:
@@ -24,23 +23,14 @@ def collect(trainer: "Trainer") -> dict[str, Any]:
         "fid_history": trainer.fid_history,
         "best": trainer.best,
         "evaluated": trainer.evaluated,
-        "data_sha256": trainer.image_set.sha256,
+        **trainer.data,
         "config": trainer.config.to_dict(),
     }
 
 
 def restore(trainer: "Trainer", saved: checkpoint.Checkpoint) -> None:
-    """The inverse of `collect`; metrics rows that the checkpoint does not count are dropped.
-
-    Raises:
-        UserError: the run was trained on other images.
-    """
+    """The inverse of `collect`; metrics rows that the checkpoint does not count are dropped."""
     state = saved.state
-    if state["data_sha256"] != trainer.image_set.sha256:
-        raise UserError(
-            f"--data {trainer.config.data} holds other images than the run was trained on ({trainer.image_set.name}); "
-            "restore them, or start a new run."
-        )
     trainer.model.load_state_dict(state["model"])
     trainer.ema.load_state_dict(state["ema"], updates=saved.step)
     trainer.update.load_state_dict(state["optimizer"])

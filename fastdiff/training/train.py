@@ -15,21 +15,23 @@ from rich.console import Console
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
 from fastdiff.data.cache import cache_folder
-from fastdiff.data.datasets import ImageSet, load_dataset
+from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.hardware import resolve_loader, set_backends
+from fastdiff.reporting import output
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
 from fastdiff.training.distributed import Ranks
+from fastdiff.training.run_data import load_run_data
 from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.trainer import Trainer
 from fastdiff.training.weights import initial_weights
 
-OWN_FLAGS = ("device", "data_root")  # which may differ from rank to rank
+OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
 
 
@@ -63,6 +65,7 @@ def train(
             )
         set_backends(ranks.device, deterministic=config.deterministic)
         flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
+        flags["--flip"] = config.flips  # which `auto` takes from the name of the data
         ranks.check_equal(**flags, torch=torch.__version__)
         run, saved = None, None
         if resume is not None and ranks.is_main:
@@ -73,21 +76,21 @@ def train(
         initial = initial_weights(config) if resume is None and ranks.is_main else None
         initial = ranks.share(initial, "the initial weights")
         with ranks.first_on_host("loading the data"):
-            image_set = load_dataset(
-                config.data, root=config.data_root, split=config.split, image_size=config.net.image_size
-            )
+            image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
         distance = _make_distance(config, image_set, ranks) if config.features != "none" else None
         check_loader(resolve_loader(config.loader, ranks.device))
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
             run = stack.enter_context(create_run(config.run_root, config=config.to_dict()))
+        if run is not None:
+            stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
         ranks.spread(stop)
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.steps, console))
         trainer = Trainer(
-            config, ranks=ranks, image_set=image_set, distance=distance, run=run, progress=progress, stop=stop,
-            resumed=saved, initial=initial, after_evaluation=after_evaluation,
+            config, ranks=ranks, image_set=image_set, data=data, distance=distance, run=run, progress=progress,
+            stop=stop, resumed=saved, initial=initial, after_evaluation=after_evaluation,
         )  # fmt: skip
         if run is not None and run.config != json.loads(config.to_json()):
             write_atomically(run.path / "config.json", config.to_json().encode())
@@ -96,12 +99,12 @@ def train(
         except Stopped:
             number = ranks.any(stop.signal or 0)  # which of them some ranks have yet to hear
             if run is not None:
-                progress.print(
-                    f"stopped by {signal.Signals(number).name} at step {trainer.step:,}; "
-                    f"resume with: python train_cifar.py --resume {run.path}"
-                )
+                end = f"stopped by {signal.Signals(number).name} at step {trainer.step:,}"
+                run.note(end)
+                progress.print(f"{end}; resume with: python train_cifar.py --resume {run.path}")
             return 128 + number
         if run is not None:
+            run.note(f"done at step {trainer.step:,}")
             progress.print(
                 f"done: look at {run.saves}/ (samples, curves), {run.path / 'metrics.csv'} and {run.checkpoints}/"
             )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
-from fastdiff.reporting.run import DISK_FULL, Run, write_atomically
+from fastdiff.reporting.run import Run, write_atomically
 from fastdiff.training import checkpoint, run_state
 from fastdiff.training.distributed import Ranks
 from fastdiff.training.ema import EMA
@@ -46,6 +46,7 @@ class Trainer:
     Args:
         config: what to train, and how.
         ranks: the processes that train together, each with a Trainer of its own; rank 0 alone writes.
+        image_set, data: see `load_run_data`.
         run: the run directory, held open; None on other ranks.
         resumed: the checkpoint to continue from.
         initial: the weights that a new run starts from, if not from random ones.
@@ -58,6 +59,7 @@ class Trainer:
         *,
         ranks: Ranks,
         image_set: ImageSet,
+        data: Mapping[str, Any],
         distance: FrechetDistance | None,
         run: Run | None,
         progress: TrainingProgress,
@@ -68,11 +70,12 @@ class Trainer:
     ) -> None:
         device = ranks.device
         self.config, self.ranks, self.device, self.progress, self.stop = config, ranks, device, progress, stop
-        self._run, self.image_set, self.distance, self.after_evaluation = run, image_set, distance, after_evaluation
+        self._run, self.image_set, self.data = run, image_set, data
+        self.distance, self.after_evaluation = distance, after_evaluation
         self.bf16 = resolve_bf16(config.precision, device)
         compiled = resolve_compile(config.compile, device)
         self.loader_kind = resolve_loader(config.loader, device)
-        self.flip = config.flip == "on" or (config.flip == "auto" and config.data != "digits")
+        self.flip = config.flips
 
         torch.manual_seed(config.seed)
         self.kernels = resolve_kernels(config.kernels, device)
@@ -174,7 +177,7 @@ class Trainer:
         self.ranks.at(f"the start at step {self.step + 1:,}")
         self._check_ranks()
         if self.step == 0 and self.ranks.is_main:
-            with self._spared_on_a_full_disk():
+            with self._spared():
                 path = self.run.saves / "forward-noising.png"
                 draw_forward_noising(self.objective, self.image_set, path, seed=config.seed)
         due = config.eval_at_start if self.step == 0 else self._evaluates()
@@ -291,7 +294,7 @@ class Trainer:
             "flips": (flips & self.flip).tolist(),
             "t": self.train_step.times(n, step).tolist(),
         }
-        with self._spared_on_a_full_disk():
+        with self._spared():
             write_atomically(path, (json.dumps(batch) + "\n").encode())
         return path
 
@@ -392,19 +395,17 @@ class Trainer:
         since = self.train_step.noise_levels.read(reset=False)
         noise_rows = [*self.noise_history, *([{"step": self.step, **since}] if any(since["images"]) else [])]
         lines = "".join(json.dumps(row) + "\n" for row in noise_rows)
-        with self._spared_on_a_full_disk():
+        with self._spared():
             plots.plot_run(self.run.train_rows(), self.run.eval_rows(), noise_rows, self.run.saves)
             write_atomically(self.run.path / "loss-by-noise.jsonl", lines.encode())
 
     @contextmanager
-    def _spared_on_a_full_disk(self) -> Iterator[None]:
-        """A picture, or a note, that the disk has no room for is not worth a run."""
+    def _spared(self) -> Iterator[None]:
+        """A picture, or a note, that cannot be written is not worth a run."""
         try:
             yield
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            self.progress.print(f"{error.filename or self.run.saves} could not be written: {error.strerror}")
+            self.progress.print(f"{error.filename or self.run.saves} could not be written: {error.strerror or error}")
 
     def evaluate(self) -> None:
         """Samples, their grid, a sampling trajectory and the Frechet distance, from the averaged weights."""
@@ -422,7 +423,7 @@ class Trainer:
         self.evaluated = self.step
         if not self.ranks.is_main:
             return
-        with self._spared_on_a_full_disk():
+        with self._spared():
             pictures.save_grid(grid, self.run.saves / f"samples-{self.step:08d}.png")
             draw_trajectory(self.generator, self.run.saves / f"trajectory-{self.step:08d}.png", seed=seed)
         self.run.log_image("samples", pictures.image_grid(grid), self.step)

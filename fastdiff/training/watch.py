@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdiff.errors import UserError
+from fastdiff.reporting import output
 from fastdiff.training.processes import kill_all, listen, where
 from fastdiff.training.signals import StopRequest
 
@@ -378,9 +379,9 @@ class Watch:
         if cause is not None:
             _say(cause)
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h\n")  # the live line hid the cursor
+            output.write(1, "\x1b[?25h\n")  # the live line hid the cursor
         os._exit(code)
 
 
 def _say(cause: str) -> None:
-    os.write(2, f"error: {cause}\n".encode())  # not by print: the main thread may hang within one
+    output.write(2, f"error: {cause}\n")  # not by print: the main thread may hang within one

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -23,6 +24,7 @@ class TrainedWeights:
         step: updates made.
         path: the checkpoint's folder, or the exported one.
         run: the run directory of a checkpoint that lies in one.
+        rest: of the checkpoint's state, without tensors; {} of an exported folder.
     """
 
     config: Config
@@ -30,6 +32,7 @@ class TrainedWeights:
     step: int
     path: Path
     run: Path | None
+    rest: dict[str, Any]
 
 
 def read_trained(path: Path | str) -> TrainedWeights:
@@ -56,8 +59,9 @@ def read_trained(path: Path | str) -> TrainedWeights:
         print(f"skipped {skipped}: {reason}", file=sys.stderr)
     run = found.path.resolve().parent.parent
     config = Config.from_dict(found.state["config"])
+    rest = {name: value for name, value in found.state.items() if name not in ("model", "ema", "optimizer")}
     return TrainedWeights(
-        config, found.state["ema"], found.step, found.path, run if (run / "config.json").is_file() else None
+        config, found.state["ema"], found.step, found.path, run if (run / "config.json").is_file() else None, rest
     )
 
 
@@ -77,7 +81,7 @@ def _read_export(path: Path) -> TrainedWeights:
             raise UserError(f"{file.name} does not say after which step.")
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no folder of `export --to safetensors`: {error}") from error
-    return TrainedWeights(config, state, int(step), path, None)
+    return TrainedWeights(config, state, int(step), path, None, {})
 
 
 @dataclass(frozen=True)

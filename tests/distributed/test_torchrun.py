@@ -36,6 +36,20 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(repo, tmp_path):
     assert err.count("finishing this step") == 1
 
 
+def test_ranks_whose_terminal_has_closed_leave_a_checkpoint_too(repo, tmp_path):
+    process = start(repo, "train_cifar.py", *FLAGS, "--device", "cpu", "--batch-size", 8, "--run-root", tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 3"):
+            break
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) != 0
+    (last,) = checkpoint.list_checkpoints(tmp_path / "1" / "checkpoints")
+    log = (tmp_path / "1" / "log.txt").read_text()
+    assert f"stopped by SIGHUP at step {last.name.removeprefix('step-')}\n" in log
+
+
 def test_a_bad_flag_is_told_once(repo, tmp_path):
     out, err = start(repo, "train_cifar.py", "--steps", "0", "--run-root", tmp_path).communicate(timeout=120)
     assert (out + err).count("--steps is 0, but must be at least 1.") == 1, out + err

@@ -18,8 +18,9 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
-from fastdiff.reporting.run import create_run
+from fastdiff.reporting.run import create_run, open_run, write_atomically
 from fastdiff.training import checkpoint
+from fastdiff.training.run_data import load_run_data
 
 NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
 
@@ -120,7 +121,9 @@ def test_likelihood_prints_one_json_line_and_is_deterministic(run, capsys):
         assert call(*common, "--seed", seed) == 0
         out, err = capsys.readouterr()
         found.append(json.loads(out))
-        assert re.match(r"data +images-train: 40 images of 8x8; split train: all of it; pixels 0 to 255, mean ", err)
+        assert re.search(
+            r"(?m)^data +images-train: 40 images of 8x8; split train: all of it; pixels 0 to 255, mean ", err
+        )
     assert found[0] == found[1]
     assert found[0]["bits_per_dim"] != found[2]["bits_per_dim"]
     assert (found[0]["images"], found[0]["steps"], found[0]["data"], found[0]["step"]) == (5, 4, "images-train", 2)
@@ -185,6 +188,82 @@ def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys, monkeypatch, 
     (logged,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged == {"kind": "eval", **row}
     assert (run / "saves" / "fid.png").exists()
+
+
+def measure(run, capsys, *flags):
+    """Exit code, row and messages of a cheap `evaluate`."""
+    common = ("--n", 4, "--steps", 2, "--feature-size", 32, "--features", "efficientnet_lite0")
+    code = call("evaluate", "--checkpoint", run, *common, *flags)
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, err
+
+
+def test_evaluate_records_nothing_in_a_run_in_use_and_says_so(run, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    with open_run(run):
+        for place in (run, run / "checkpoints" / "step-1"):
+            code, row, err = measure(place, capsys)
+            assert (code, row["metric"]) == (0, "fd_efficientnet_lite0")
+            assert err.splitlines()[-1].startswith(f"not recorded in the run: {run}: in use by another process (pid")
+    assert (run / "metrics.jsonl").read_text() == ""
+    code, row, err = measure(run, capsys)
+    assert json.loads((run / "metrics.jsonl").read_text()) == {"kind": "eval", **row}
+    assert "not recorded" not in err
+
+
+@pytest.fixture
+def read_only():
+    """Make a folder's file system read-only; root may write wherever permissions forbid it."""
+    mounted = []
+
+    def make(path):
+        for command in (["mount", "--bind", path, path], ["mount", "-o", "remount,ro,bind", path]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"cannot mount: {done.stderr.strip()}")
+            mounted.append(path)
+
+    yield make
+    for path in mounted[:1]:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_every_command_reads_a_run_on_a_read_only_disk(run, tmp_path, capsys, read_only):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (run.parents[1] / "data").mkdir()
+    disk = run.parents[1].rename(tmp_path.with_name("disk"))
+    tmp_path.mkdir()
+    run, data = disk / "working" / "1", ("--data", disk / "images.npz", "--data-root", disk / "data")
+    read_only(disk)
+    code, row, err = measure(run, capsys, *data)
+    assert (code, row["step"]) == (0, 2)
+    assert f"not recorded in the run: {run / 'lock'}: cannot be opened for writing (Read-only file system)" in err
+    assert call("sample", "--checkpoint", run, "--n", 4, "--steps", 2, "--out", tmp_path / "a.png") == 0
+    assert call("likelihood", "--checkpoint", run, "--n", 4, "--steps", 2, *data) == 0
+    assert call("export", "--checkpoint", run, "--out", tmp_path / "out") == 0
+
+
+def test_the_default_data_are_the_runs_whatever_the_folder(run, tmp_path, monkeypatch, capsys):
+    """Other images of the same name must not be taken for them."""
+    path, state = run / "checkpoints" / "step-2", checkpoint.load(run / "checkpoints" / "step-2").state
+    monkeypatch.chdir(tmp_path)
+    config = Config.from_dict(state["config"] | {"data": "images.npz"})
+    saved = {**state, "config": config.to_dict(), **load_run_data(config, {})[1]}
+    checkpoint.save(run / "checkpoints", 2, saved)
+    command = ("likelihood", "--checkpoint", path, "--n", 4, "--steps", 2)
+    assert call(*command) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call(*command) == 0
+    (tmp_path / "images.npz").unlink()
+    assert call(*command) == 1
+    np.savez("images.npz", images=np.arange(40 * 8 * 8 * 3, dtype=np.uint8).reshape(40, 8, 8, 3))
+    assert call(*command) == 1
+    out, err = capsys.readouterr()
+    assert len(set(out.splitlines())) == 1
+    missing, other = (line for line in err.splitlines() if line.startswith("error: "))
+    assert "--data images.npz is not there" in missing
+    assert "--data images.npz holds other images" in other
 
 
 def test_export_to_diffusers_loads_as_a_pipeline(run, tmp_path):
@@ -322,6 +401,7 @@ def test_a_schedule_that_does_not_end_in_noise_is_told_when_sampling(run, tmp_pa
 MISTAKES = [
     (("sample", "--checkpoint", "nowhere"), "nowhere is neither a run directory nor a checkpoint"),
     (("sample", "--checkpoint", "{run}", "--out", "missing/grid.png"), "folder .*missing does not exist"),
+    (("sample", "--checkpoint", "{run}", "--out", "/proc/grid.png"), "/proc takes no files"),
     (("sample", "--checkpoint", "{run}", "--steps", "101"), "101 sampling steps"),
     (("export", "--checkpoint", "{run}", "--out", "{run}"), "exists already"),
 ]
@@ -354,6 +434,16 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, tmp_path, monkeypatch, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_device_is_not_replaced_by_a_file(run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for flags in (("--out", tmp_path / "pipe"), ("--out", tmp_path / "a.png", "--save-npz", tmp_path / "pipe")):
+        assert call("sample", "--checkpoint", run, "--n", 2, "--steps", 2, *flags) == 1
+        assert "pipe is no regular file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="is no regular file"):
+        write_atomically(tmp_path / "pipe", b"")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_an_interrupted_sampling_leaves_no_file(run, tmp_path, monkeypatch):
     from fastdiff.evaluation.generate import Generator
 
@@ -377,8 +467,15 @@ def test_exit_codes(capsys):
     assert run_command(lambda: 0) == 0
     assert fail(UserError("no")) == fail(TrainingFailed("nan")) == 1
     assert capsys.readouterr().err == "error: no\nerror: nan\n"
-    with pytest.raises(ZeroDivisionError):
-        fail(ZeroDivisionError())
+    assert fail(PermissionError(13, "Permission denied", "a/b")) == 1
+    assert fail(MemoryError("Unable to allocate 8 TiB")) == fail(torch.OutOfMemoryError("CUDA out of memory.\nA")) == 1
+    unwritable, *memory = capsys.readouterr().err.splitlines()
+    assert unwritable == "error: a/b: Permission denied"
+    assert len(memory) == 2
+    assert all(line.startswith("error: not enough memory (") for line in memory)
+    for error in (ZeroDivisionError(), RuntimeError("shapes differ"), OSError("of ours")):
+        with pytest.raises(type(error)):
+            fail(error)
 
 
 @pytest.mark.parametrize(

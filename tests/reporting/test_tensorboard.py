@@ -49,3 +49,11 @@ class TestTensorBoard:
             run.truncate(1)
             run.log_train({"step": 2, "loss": 2.0})
         assert [(e.step, e.value) for e in self.events(run.path).Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+
+    def test_a_path_that_it_cannot_encode_costs_its_events_alone(self, tmp_path, caplog):
+        """Such as any with an umlaut where Python takes the locale for ASCII."""
+        with create_run(tmp_path / "l\udcc3\udca4ufe", config={}) as run:
+            run.log_train(TRAIN | {"step": 1})
+            run.log_train(TRAIN | {"step": 2})
+            assert [row["step"] for row in run.train_rows()] == [1, 2]
+        assert caplog.text.count("TensorBoard events are lost") == 1

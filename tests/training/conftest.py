@@ -30,22 +30,26 @@ def tiny_config(tmp_path):
     return make
 
 
+def flags_of(config):
+    """The flags of `train_cifar.py` that make a config."""
+    flags = []
+    for name, value in config.flat().items():
+        if name == "preset" or value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
 @pytest.fixture
 def train_in_new_process(repo):
     """Run `train_cifar.py` on a config in a process of its own; returns the completed process."""
 
     def run(config, *extra, check=True):
-        flags = []
-        fields = {**config.to_dict(), **config.net.__dict__}
-        for name, value in fields.items():
-            if name in ("net", "preset") or value is None:
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                flags.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-        command = [sys.executable, "train_cifar.py", *flags, *extra]
+        command = [sys.executable, "train_cifar.py", *flags_of(config), *extra]
         done = subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=240)
         assert not check or done.returncode == 0, done.stderr
         return done

@@ -148,3 +148,20 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch,
     monkeypatch.setattr(type(tmp_path), "read_bytes", read)
     with pytest.raises(UserError, match=f"{name} cannot be read .Input/output error"):
         checkpoint.load_latest(tmp_path)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_new_one(tmp_path, monkeypatch):
+    """By the run, which others may look at meanwhile."""
+    checkpoint.save(tmp_path, 1, state(0))
+    checkpoint.save(tmp_path, 2, state(1))
+    real = checkpoint._read_part
+
+    def read_part(*arguments):
+        monkeypatch.setattr(checkpoint, "_read_part", real)
+        checkpoint.save(tmp_path, 2, state(2))
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_read_part", read_part)
+    found = checkpoint.load_latest(tmp_path)
+    assert (found.step, found.skipped) == (2, [])
+    assert torch.equal(found.state["model"]["a.weight"], state(2)["model"]["a.weight"])

@@ -12,7 +12,7 @@ import torch
 import fastdiff.training.train as train_module
 import fastdiff.training.trainer as trainer_module
 from fastdiff.errors import TrainingFailed, UserError
-from fastdiff.reporting import pictures
+from fastdiff.reporting import pictures, plots
 from fastdiff.training import checkpoint
 from fastdiff.training.step import Metrics, TrainStep
 from fastdiff.training.train import train
@@ -236,6 +236,19 @@ def test_resuming_may_not_change_what_is_trained(tiny_config, tmp_path):
     assert train(tiny_config(steps=12, log_every=1), resume=run) == 0
     assert checkpoint.load_latest(run / "checkpoints").step == 12
     assert json.loads((run / "config.json").read_text())["steps"] == 12
+
+
+def test_pictures_that_cannot_be_written_cost_no_run(tiny_config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "working" / "1"
+
+    def unwritable(*_, **__):
+        raise PermissionError(13, "Permission denied", "picture.png")
+
+    for module, name in ((pictures, "save_grid"), (pictures, "plot_forward_noising"), (plots, "plot_run")):
+        monkeypatch.setattr(module, name, unwritable)
+    assert train(tiny_config(steps=4)) == 0
+    assert checkpoint.load_latest(run / "checkpoints").step == 4
+    assert "picture.png could not be written: Permission denied" in capsys.readouterr().out
 
 
 def test_bad_starts_leave_no_run_directory(tiny_config, tmp_path):

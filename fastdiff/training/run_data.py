@@ -1,0 +1,58 @@
+"""The images of a run, known by their content: where they lie and what they are called may change."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fastdiff.config import Config
+from fastdiff.data.datasets import ImageSet, load_dataset
+from fastdiff.errors import UserError
+
+
+def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None) -> tuple[ImageSet, dict[str, Any]]:
+    """Load the images of a run: from where its checkpoint says they were, else by their name, seen from here.
+
+    Args:
+        config: of the run; a `data` that is not the checkpoint's says where the images are now.
+        saved: the state of the checkpoint to go on from, or to measure; {} for a new run.
+        split: "train" or "test", by default the run's; the content of another one is not known, and not compared.
+
+    Returns:
+        The images, under the name that they had first; and what a checkpoint is to keep of them.
+
+    Raises:
+        UserError: there are none, or others.
+    """
+    split = split or config.split
+    sha256 = saved.get("data_sha256", "") if split == config.split else ""
+    places = [config.data]
+    if saved and config.data == saved["config"]["data"]:
+        places = [saved.get("data_path") or config.data, config.data]
+    there = [place for place in dict.fromkeys(places) if os.path.exists(_path(place) or ".")]
+    if saved and not there:
+        raise UserError(
+            f"--data {config.data} is not there, seen from {os.getcwd()}; if the images have moved, add --data and "
+            "their new place."
+        )
+    for place in there or places:
+        images = load_dataset(place, root=config.data_root, split=split, image_size=config.net.image_size)
+        if sha256 in ("", images.sha256):
+            break
+    else:
+        count = f"{saved['data_images']:,}, " if "data_images" in saved else ""
+        raise UserError(
+            f"--data {place} holds other images ({len(images.images):,}, SHA-256 {images.sha256[:12]}...) than the run "
+            f"was trained on ({count}SHA-256 {sha256[:12]}...); restore them, or add --data and their new place."
+        )
+    if sha256:
+        images = dataclasses.replace(images, name=saved.get("data_name", images.name))
+    return images, {
+        "data_sha256": images.sha256, "data_images": len(images.images), "data_name": images.name,
+        "data_path": _path(place),
+    }  # fmt: skip
+
+
+def _path(data: str) -> str | None:
+    """Where it is, from any folder; None for a set that has a name of its own."""
+    return None if data in ("cifar10", "digits") else os.path.abspath(os.path.expanduser(data))
