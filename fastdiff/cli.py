@@ -20,6 +20,7 @@ from fastdiff.errors import TrainingFailed, UsageError, UserError
 from fastdiff.reporting import output
 
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end
+MEMORY = re.compile("out of memory|allocate|Storage size")  # how PyTorch and NumPy say that it does not suffice
 OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
 
 # torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
@@ -72,7 +73,7 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError | RuntimeError) and re.search("out of memory|allocate", str(error), re.IGNORECASE):
+    if isinstance(error, MemoryError | RuntimeError) and MEMORY.search(str(error)):
         reason = " ".join(str(error).split("\n")[0].split())
         return (
             f"not enough memory ({reason}); lower --batch-size, --eval-batch-size or --timesteps, or raise --accumulate"
