@@ -185,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
     command = tyro.extras.subcommand_cli_from_dict(
         {"sample": Sample, "evaluate": Evaluate, "likelihood": Likelihood, "export": Export},
+        description="Use what a training run has saved. Train by `python train_cifar.py`, installed: `fastdiff-train`.",
         prog="fastdiff" if Path(sys.argv[0]).name == "fastdiff" else "python -m fastdiff",
         args=arguments,
     )
