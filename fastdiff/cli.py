@@ -1,4 +1,4 @@
-"""`python -m fastdiff {sample,evaluate,export}`: use what a training run has saved."""
+"""`python -m fastdiff {sample,evaluate,likelihood,export}`, installed `fastdiff`: use what a training run has saved."""
 
 import json
 import os
@@ -222,7 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
     command = tyro.extras.subcommand_cli_from_dict(
         {"sample": Sample, "evaluate": Evaluate, "likelihood": Likelihood, "export": Export},
-        prog="python -m fastdiff",
+        description="Use what a training run has saved. Train by `python train_cifar.py`, installed: `fastdiff-train`.",
+        prog="fastdiff" if Path(sys.argv[0]).name == "fastdiff" else "python -m fastdiff",
         args=arguments,
     )
     return command.run()

@@ -16,14 +16,12 @@ steps. One thread computes an element, in a fixed order: two runs agree bit for 
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.ema import blend
-from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from .ema import blend
+from .language import tl, triton, triton_op
+from .launch import runs_triton, traceable
+from .spec import Case, Inputs, KernelSpec
 
 # 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes); 70 registers, so that 7
 # programs an SM keep enough loads in flight.

@@ -11,13 +11,11 @@ The update is in float32: in bf16 (8 bits) an average at decay 0.9999 would neve
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from .language import tl, triton, triton_op
+from .launch import runs_triton, traceable
+from .spec import Case, Inputs, KernelSpec
 
 # 8 elements a thread: two 16-byte loads in flight of each buffer. 4 warps; the grid of thousands fills any GPU.
 BLOCK, WARPS = 1024, 4

@@ -8,13 +8,11 @@ its bias wants the sums. One pass does both, 4 bytes an element in bf16; a conca
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.launch import power_of_2, runs_triton, traceable
-from kernels.spec import Case, Inputs, KernelSpec
+from .language import tl, triton, triton_op
+from .launch import power_of_2, runs_triton, traceable
+from .spec import Case, Inputs, KernelSpec
 
 # 16-byte accesses (8 bf16 of a thread's 32) of rows of 128 bytes.
 BLOCK_R, BLOCK_C, WARPS = 64, 64, 4

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from fastdiff import _kernels as kernels
 
 Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 

@@ -347,7 +347,7 @@ def _nbytes(shape: Any, kind: str) -> int:
 def _spec_bytes(op: Event) -> int | None:
     import torch  # here: reading a trace of anything else needs neither torch nor Triton
 
-    from kernels import REGISTRY
+    from fastdiff._kernels import REGISTRY
 
     base = op.name.split("::")[1]
     spec = REGISTRY.get(base.removesuffix("_backward").rstrip("_"))

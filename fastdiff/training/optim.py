@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-import kernels
+from fastdiff import _kernels as kernels
 from fastdiff.nets.layers import half_parameters
 from fastdiff.training.ema import EMA
 

@@ -135,7 +135,7 @@ def test_the_fused_networks_dropout_follows_the_generator_and_stops_in_eval():
 def test_every_block_of_the_fused_network_drops_by_a_mask_of_its_own(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "kernels.group_norm_silu", lambda x, *args, **kwargs: calls.append(kwargs) or x.clone(), raising=True
+        "fastdiff._kernels.group_norm_silu", lambda x, *args, **kwargs: calls.append(kwargs) or x.clone(), raising=True
     )
     fused()(torch.randn(1, 3, 8, 8), torch.zeros(1))
     dropping = [call for call in calls if call["dropout_p"] > 0]
