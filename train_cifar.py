@@ -58,5 +58,10 @@ def main() -> int:
     return train(flags.config, resume=run)
 
 
+def run() -> int:
+    """The command `fastdiff-train` of an installed fastdiff."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

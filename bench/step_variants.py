@@ -43,7 +43,7 @@ def plain_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     variance, mean = torch.var_mean(u, (1, 3), correction=0, keepdim=True)
     scale = torch.rsqrt(variance + norm.eps)
     y = (u - mean) * scale * norm.weight.reshape(norm.num_groups, -1) + norm.bias.reshape(norm.num_groups, -1)
-    return y.reshape(n, height, width, c).permute(0, 3, 1, 2)
+    return y.to(x.dtype).reshape(n, height, width, c).permute(0, 3, 1, 2)
 
 
 @contextmanager

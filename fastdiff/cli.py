@@ -1,4 +1,4 @@
-"""`python -m fastdiff {sample,evaluate,likelihood,export,show}`: use what a training run has saved; show a network."""
+"""`python -m fastdiff {sample,evaluate,likelihood,export,show}`, installed `fastdiff`: use what a run has saved."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from fastdiff.errors import TrainingFailed, UsageError, UserError
 from fastdiff.reporting import output
 
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end
+MEMORY = re.compile("out of memory|allocate|Storage size")  # how PyTorch and NumPy say that it does not suffice
 OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
 
 # torch takes seconds to import, which --help and a mistyped flag need not wait for: the commands import what they use.
@@ -72,7 +73,7 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError | RuntimeError) and re.search("out of memory|allocate", str(error), re.IGNORECASE):
+    if isinstance(error, MemoryError | RuntimeError) and MEMORY.search(str(error)):
         reason = " ".join(str(error).split("\n")[0].split())
         return (
             f"not enough memory ({reason}); lower --batch-size, --eval-batch-size or --timesteps, or raise --accumulate"
@@ -244,7 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
     command = tyro.extras.subcommand_cli_from_dict(
         {"sample": Sample, "evaluate": Evaluate, "likelihood": Likelihood, "export": Export, "show": Show},
-        prog="python -m fastdiff",
+        description="Use what a training run has saved. Train by `python train_cifar.py`, installed: `fastdiff-train`.",
+        prog="fastdiff" if Path(sys.argv[0]).name == "fastdiff" else "python -m fastdiff",
         args=arguments,
     )
     return command.run()

@@ -219,6 +219,7 @@ class Config:
         }  # fmt: skip
         for name, least in at_least.items():
             _at_least(least, name, getattr(self, name))
+        _require(self.batch_size < 2**31, "batch_size", self.batch_size, "below 2^31, as for DALI")
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",

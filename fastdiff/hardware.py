@@ -16,6 +16,7 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 
+from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.errors import UserError
 
 # Small kernels that do not need each other's results are launched as one: the sums over the images of a hundred
@@ -55,7 +56,6 @@ def slug(name: str) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a measurement depends on, to stand beside it: device, versions, commit and date, as JSON types."""
     cuda = device.type == "cuda"
-    dirty = "+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
         "device": device_name(device),
         "cpu": _cpu_name(),
@@ -66,9 +66,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         else None,
         "cuda": torch.version.cuda if cuda else None,
         "torch": torch.__version__,
-        "triton": version("triton") if sys.platform == "linux" else None,
+        "triton": version("triton") if TRITON_INSTALLED else None,
         "python": platform.python_version(),
-        "commit": (_output("git", "rev-parse", "--short=12", "HEAD") or "unknown") + dirty,
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -77,13 +77,23 @@ def memory_peak(device: torch.device) -> tuple[str, int]:
     """What was measured, and its peak in bytes since the process began."""
     if device.type == "cuda":
         return "gpu allocated", torch.cuda.max_memory_allocated(device)
-    return "host resident", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return "host resident", unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+    on_a_mac = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return names[0].strip() if names else on_a_mac or platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of this code; `unknown` where it is installed, also within another repository."""
+    if not _output("git", "ls-files", __file__):
+        return "unknown"
+    dirty = "+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return _output("git", "rev-parse", "--short=12", "HEAD") + dirty
 
 
 def _output(*command: str) -> str:
@@ -107,6 +117,16 @@ def resolve_compile(compile: str, device: torch.device) -> bool:
 def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     """torch.compile, as one graph; on a GPU with small kernels merged."""
     return torch.compile(fn, fullgraph=True, options=COMPILE_OPTIONS)
+
+
+def check_triton(kernels: str, compiled: bool, device: torch.device) -> None:
+    """Raise UserError where what was resolved needs Triton, and it is not installed."""
+    if TRITON_INSTALLED:
+        return
+    if kernels == "triton":
+        raise UserError("--kernels triton needs Triton, which is not installed here: use --kernels torch.")
+    if compiled and device.type == "cuda":
+        raise UserError("--compile on needs Triton on CUDA, and it is not installed here: use --compile off.")
 
 
 def resolve_loader(kind: str, device: torch.device) -> str:

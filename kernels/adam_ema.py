@@ -17,14 +17,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.ema import blend
-from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, Job, KernelSpec
+from .ema import blend
+from .language import tl, triton, triton_op
+from .launch import runs_triton, traceable
+from .spec import Case, Inputs, Job, KernelSpec
 
 # 8 elements a thread in 6 streams: 16-byte accesses also of the bf16 copy (8 x 2 bytes); 70 registers, so that 7
 # programs an SM keep enough loads in flight.
@@ -214,7 +212,7 @@ def _jobs() -> Iterator[Job]:
     for label, other_types, other_constants in (
         ("35.7 M parameters", {}, {}), ("bf16 gradient, weight decay", {"grad_ptr": "*bf16"}, {"WEIGHT_DECAY": 0.01}),
     ):  # fmt: skip
-        yield Job(label, "kernels.adam_ema:adam_ema_kernel", types | other_types, fixed | other_constants, WARPS, wide,
+        yield Job(label, f"{__name__}:adam_ema_kernel", types | other_types, fixed | other_constants, WARPS, wide,
                   frozenset({"n"}))  # fmt: skip
 
 

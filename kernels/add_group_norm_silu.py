@@ -17,13 +17,13 @@ backward, in a pass of its own, so the operator gives u out twice: see `_Kept`.
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.group_norm_jobs import SUMS, all_jobs
-from kernels.group_norm_launch import backward, forward, image, shares, statistics, vector_like
-from kernels.group_norm_silu import DTYPES, Activation, check, check_layout, draw_affine, each_images, summed
-from kernels.group_norm_silu import reference as norm_reference
-from kernels.spec import Case, Inputs, KernelSpec
+from .group_norm_jobs import SUMS, all_jobs
+from .group_norm_launch import backward, forward, image, shares, statistics, vector_like
+from .group_norm_silu import DTYPES, Activation, check, check_layout, draw_affine, each_images, summed
+from .group_norm_silu import reference as norm_reference
+from .language import triton_op
+from .spec import Case, Inputs, KernelSpec
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *,

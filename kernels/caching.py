@@ -28,6 +28,6 @@ def tag_caches() -> None:
     A cache's key holds an operator's name and arguments, but not the Python behind it, its gradient's formula or its
     tiles: what was compiled before one of them changed would go on being used, forward and backward.
     """
-    folder, config = Path(__file__).parent, torch.compiler.config
-    tag = f"fastdiff-kernels-{source_hash(folder.parent, [folder.name])}"
+    config = torch.compiler.config
+    tag = f"fastdiff-kernels-{source_hash(Path(__file__).parent, ['.'])}"
     config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()

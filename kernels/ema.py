@@ -13,13 +13,11 @@ The update is in float32: in bf16 (8 bits) an average at decay 0.9999 would neve
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.launch import runs_triton, traceable
-from kernels.spec import Case, Inputs, Job, KernelSpec
+from .language import tl, triton, triton_op
+from .launch import runs_triton, traceable
+from .spec import Case, Inputs, Job, KernelSpec
 
 # 8 elements a thread: two 16-byte loads in flight of each buffer. 4 warps; the grid of thousands fills any GPU.
 BLOCK, WARPS = 1024, 4
@@ -111,7 +109,7 @@ def _case(n: int, decay: float, *, wide: bool = False) -> Case:
 def _jobs() -> Iterator[Job]:
     buffers = frozenset({"ema_ptr", "param_ptr"})
     types = dict.fromkeys(sorted(buffers), "*fp32") | {"decay_ptr": "*fp32", "n": "i32"}
-    yield Job("35.7 M parameters", "kernels.ema:ema_kernel", types, {"BLOCK": BLOCK}, WARPS, buffers, frozenset({"n"}))
+    yield Job("35.7 M parameters", f"{__name__}:ema_kernel", types, {"BLOCK": BLOCK}, WARPS, buffers, frozenset({"n"}))
 
 
 SPEC = KernelSpec(

@@ -1,10 +1,7 @@
 # ty: ignore[invalid-argument-type]  Triton's stubs do not describe how one kernel calls another
 """group_norm_silu, forward: the formulas and names are those of kernels/group_norm_math.py."""
 
-import triton
-import triton.language as tl
-
-from kernels.group_norm_math import (
+from .group_norm_math import (
     activate,
     affine,
     at,
@@ -18,6 +15,7 @@ from kernels.group_norm_math import (
     to_channels,
     zero_outside,
 )
+from .language import tl, triton
 
 
 @triton.jit(do_not_specialize=["N", "stream_id", "threshold"])

@@ -3,8 +3,8 @@ ahead-of-time compiler."""
 
 from collections.abc import Iterable, Iterator
 
-from kernels.launch import NormTiles, norm_tiles
-from kernels.spec import Job
+from .launch import NormTiles, norm_tiles
+from .spec import Job
 
 # (C, H = W) of the DDPM CIFAR-10 U-Net's norms, 32 groups.
 UNET_SHAPES = (
@@ -63,7 +63,7 @@ def norm_jobs(channels: int, side: int, variant: str, dtype: str = "bf16", group
         label = f"C={channels} {side}x{side} {variant}" + (f", ahead {cut.ahead}" if cut.ahead else "")
         yield Job(
             label + ("" if dtype == "bf16" else f" {dtype}"),
-            f"kernels.group_norm_{'backward' if backward else 'forward'}:{kernel}",
+            f"{__package__}.group_norm_{'backward' if backward else 'forward'}:{kernel}",
             types, constants, cut.num_warps, frozenset(wide),
             frozenset({"shift_row"}),  # 0 where all images share a row, else a slice of a wide tensor
         )  # fmt: skip

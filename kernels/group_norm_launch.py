@@ -6,10 +6,10 @@ Both operators call these two functions, within which torch.compile sees the ker
 import torch
 from torch import Tensor
 
-from kernels.group_norm_backward import backward_loop, backward_tile
-from kernels.group_norm_forward import forward_loop, forward_tile
-from kernels.launch import gpu_limits, norm_tiles, runs_triton, traceable
-from kernels.philox import dropout_factor_torch, threshold_of
+from .group_norm_backward import backward_loop, backward_tile
+from .group_norm_forward import forward_loop, forward_tile
+from .launch import gpu_limits, norm_tiles, runs_triton, traceable
+from .philox import dropout_factor_torch, threshold_of
 
 
 def _wide(v: Tensor) -> Tensor:

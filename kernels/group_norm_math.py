@@ -34,11 +34,8 @@ channels belong to the program, the rest pad to a power of two. Plain floats (ep
 eager code would otherwise pass them in different precisions (float64 and float32).
 """
 
-import triton
-import triton.language as tl
-
-from kernels.launch import INTERPRETED
-from kernels.philox import dropout_factor
+from .language import INTERPRETED, tl, triton
+from .philox import dropout_factor
 
 COMPILED: tl.constexpr = tl.constexpr(not INTERPRETED)  # the interpreter knows no PTX
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from kernels.group_norm_jobs import NORMS, all_jobs
-from kernels.group_norm_launch import backward, forward, image, shares, statistics, vector_like
-from kernels.launch import runs_triton
-from kernels.philox import dropout_factor_torch
-from kernels.spec import Case, Inputs, KernelSpec
+from .group_norm_jobs import NORMS, all_jobs
+from .group_norm_launch import backward, forward, image, shares, statistics, vector_like
+from .language import triton_op
+from .launch import runs_triton
+from .philox import dropout_factor_torch
+from .spec import Case, Inputs, KernelSpec
 
 Activation = Literal["silu", "none"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

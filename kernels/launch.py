@@ -8,12 +8,9 @@ from math import isqrt, lcm
 from typing import Any
 
 import torch
-from triton import knobs
 
-from kernels.tuned import NORM_TILES
-
-# With TRITON_INTERPRET=1 in the environment before the first import of triton, `triton.jit` builds interpreted kernels.
-INTERPRETED: bool = bool(knobs.runtime.interpret)
+from .language import INTERPRETED, TRITON_INSTALLED
+from .tuned import NORM_TILES
 
 
 def runs_triton(x: torch.Tensor) -> bool:
@@ -26,7 +23,9 @@ def runs_triton(x: torch.Tensor) -> bool:
 
 def traceable(kernel: Any) -> Any:
     """The kernel as torch.compile can look into; the interpreter's, which nothing compiles, as it is (PyTorch 2.11's
-    wrap_triton refuses those)."""
+    wrap_triton refuses those). Raises ModuleNotFoundError where Triton is missing."""
+    if not TRITON_INSTALLED:
+        raise ModuleNotFoundError("this kernel needs Triton, which is not installed here", name="triton")
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 

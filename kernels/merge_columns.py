@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import triton_op
 
-from kernels.launch import power_of_2, runs_triton, traceable
-from kernels.spec import Case, Inputs, Job, KernelSpec
+from .language import tl, triton, triton_op
+from .launch import power_of_2, runs_triton, traceable
+from .spec import Case, Inputs, Job, KernelSpec
 
 # 16-byte accesses (8 bf16 of a thread's 32) of rows of 128 bytes.
 BLOCK_R, BLOCK_C, WARPS = 64, 64, 4
@@ -160,7 +158,7 @@ def _jobs() -> Iterator[Job]:
     images = frozenset({"a_ptr", "b_ptr", "c_ptr", "merged_ptr"})
     types = dict.fromkeys(sorted(images), "*bf16") | {"part_ptr": "*fp32", "R": "i32"}
     for channels in (256, 512):
-        yield Job(f"C={channels}", "kernels.merge_columns:merge_kernel", types, blocks(channels), WARPS, images)
+        yield Job(f"C={channels}", f"{__name__}:merge_kernel", types, blocks(channels), WARPS, images)
 
 
 def _min_bytes(inputs: Inputs) -> tuple[int, int]:

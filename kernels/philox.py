@@ -13,8 +13,8 @@ The mask depends on the position in the tensor alone, not on how a kernel cuts i
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from .language import tl, triton
 
 ROUNDS: tl.constexpr = tl.constexpr(7)
 

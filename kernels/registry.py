@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from kernels.spec import KernelSpec
+from .spec import KernelSpec
 
 
 def find_specs() -> dict[str, KernelSpec]:
@@ -13,7 +13,7 @@ def find_specs() -> dict[str, KernelSpec]:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name == "registry":
             continue
-        spec = getattr(importlib.import_module(f"kernels.{module.name}"), "SPEC", None)
+        spec = getattr(importlib.import_module(f".{module.name}", __package__), "SPEC", None)
         if spec is None:
             continue
         if spec.name in found:

@@ -22,7 +22,7 @@ class Job:
     """One Triton kernel at one shape, as Triton's ahead-of-time compiler wants it; see bench/aot.py.
 
     label      of the shape and what is switched on
-    kernel     where the function is: "kernels.module:name"
+    kernel     where the function is: "package.module:name"
     types      argument -> "*bf16", "i32", ...; absent ones are constants
     constants  compile-time arguments
     wide       pointers whose every access must move 16 bytes a thread

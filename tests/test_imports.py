@@ -1,6 +1,7 @@
 """The layers of the code: a file imports only from lower layers. Imports inside functions count too."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ PARTS = (
 LAYERS = [
     ["kernels"],
     ["fastdiff.errors"],
+    ["fastdiff._kernels"],
     ["fastdiff.hardware"],
     ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data", "fastdiff.reporting"],
     ["fastdiff.nets"],
@@ -51,12 +53,13 @@ def imported(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module
+            in_kernels = path.is_relative_to(REPO / "kernels")
+            assert node.level in (0, in_kernels), f"{path}: relative import"
+            module = ".".join(filter(None, ["kernels" if node.level else "", node.module]))
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
+                whole = f"{module}.{alias.name}"
                 is_module = (REPO / (whole.replace(".", "/") + ".py")).exists()
-                yield whole if is_module else node.module
+                yield whole if is_module else module
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -71,6 +74,13 @@ def test_imports_point_downward(path):
         assert layer(target) is not None, f"{name} imports {target}, which no layer has"
         same_row = layer(target) == layer(name) and package(target) == package(name)
         assert layer(target) < layer(name) or same_row, f"{name} imports {target}, which lies no lower"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_name_kernels_is_used_in_one_file(path):
+    """An installed fastdiff has the folder under another name, as `fastdiff._kernels`."""
+    uses = re.search(r"^\s*(from|import) kernels\b", path.read_text(), re.MULTILINE)
+    assert not uses or path.name == "_kernels.py"
 
 
 def test_config_needs_the_standard_library_alone():

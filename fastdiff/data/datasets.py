@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from fastdiff._kernels import source_hash
 from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
 from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
 from fastdiff.data.decoding import DARK, decode_all, new_images, resize_all
@@ -21,7 +22,6 @@ from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
 from fastdiff.errors import UserError
-from kernels.caching import source_hash
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastdiff._kernels import source_hash
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.progress import track
 from fastdiff.reporting.run import write_atomically
-from kernels.caching import source_hash
 
 log = logging.getLogger(__name__)
 

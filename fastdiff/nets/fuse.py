@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import kernels
+from fastdiff import _kernels as kernels
 from fastdiff.nets.graph import Node, after, calls, calls_method, layer, only_user, parameters_of
 from fastdiff.nets.layers import Dropout
 

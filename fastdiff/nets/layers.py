@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.philox import dropout_factor_torch
+from fastdiff._kernels import dropout_factor_torch
 
 Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 

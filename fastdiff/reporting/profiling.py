@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastdiff._kernels import REGISTRY, KernelSpec
 from fastdiff.errors import UserError
-from kernels import REGISTRY
-from kernels.spec import KernelSpec
 
 STEP, DRAIN = "ProfilerStep#", "profiler drain"  # torch's own range around a step; ours around the last wait
 RANGES = ("data", "forward", "backward", "all-reduce", "optimizer", "ema", "sampling")

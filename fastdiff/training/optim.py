@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-import kernels
+from fastdiff import _kernels as kernels
 from fastdiff.training.ema import EMA
 
 ALIGNMENT = 64  # elements: every weight starts on a 128-byte boundary also in bf16, as tensor-core kernels want

@@ -26,13 +26,16 @@ def kill_all(processes: list[tuple[str, int]]) -> None:
 
 def where(frame: FrameType | None) -> str:
     """The innermost function of this repository that a thread is in, as `step.py:120 in _body`."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     innermost = frame
-    while frame is not None and not (
-        frame.f_code.co_filename.startswith(root + os.sep) and "site-packages" not in frame.f_code.co_filename
-    ):
+    while frame is not None and not _ours(frame.f_code.co_filename):
         frame = frame.f_back
     frame = frame or innermost
     if frame is None:
         return ""
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _ours(file: str) -> bool:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    in_repository = file.startswith(os.path.dirname(package) + os.sep) and "-packages" not in file
+    return in_repository or file.startswith(package + os.sep)

@@ -20,7 +20,7 @@ from fastdiff.data.loaders import check_loader
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.hardware import resolve_loader, set_backends
+from fastdiff.hardware import check_triton, resolve_compile, resolve_kernels, resolve_loader, set_backends
 from fastdiff.reporting import output
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
@@ -63,7 +63,9 @@ def train(
                 f"--batch-size is {config.batch_size}, but must be a multiple of {parts}: {ranks.size} ranks share it, "
                 f"and --accumulate is {config.accumulate}."
             )
-        set_backends(ranks.device, deterministic=config.deterministic)
+        device = ranks.device
+        check_triton(resolve_kernels(config.kernels, device), resolve_compile(config.compile, device), device)
+        set_backends(device, deterministic=config.deterministic)
         flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
         flags["--flip"] = config.flips  # which `auto` takes from the name of the data
         ranks.check_equal(**flags, torch=torch.__version__)
@@ -101,7 +103,7 @@ def train(
             if run is not None:
                 end = f"stopped by {signal.Signals(number).name} at step {trainer.step:,}"
                 run.note(end)
-                progress.print(f"{end}; resume with: python train_cifar.py --resume {run.path}")
+                progress.print(f"{end}; resume with: {_command()} --resume {run.path}")
             return 128 + number
         if run is not None:
             run.note(f"done at step {trainer.step:,}")
@@ -109,6 +111,12 @@ def train(
                 f"done: look at {run.saves}/ (samples, curves), {run.path / 'metrics.csv'} and {run.checkpoints}/"
             )
         return stop.exit_code  # not 0 where a signal came in the last moment
+
+
+def _command() -> str:
+    """What a user types to train: an installed fastdiff has a command of its own."""
+    name = Path(sys.argv[0]).name
+    return name if name == "fastdiff-train" else "python train_cifar.py"
 
 
 def _make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> FrechetDistance:

@@ -1,5 +1,6 @@
 """The parts of a training run, put together, and the loop over its steps."""
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -398,6 +399,7 @@ class Trainer:
         with self._spared():
             plots.plot_run(self.run.train_rows(), self.run.eval_rows(), noise_rows, self.run.saves)
             write_atomically(self.run.path / "loss-by-noise.jsonl", lines.encode())
+        gc.collect()  # figures are cycles of several MB each, which the collector would let pile up
 
     @contextmanager
     def _spared(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from fastdiff.data import download
 from fastdiff.reporting import pictures
 from fastdiff.training import train
 from profiles import capture
-from tests.reliability.conftest import counts, promise  # noqa: F401
+from tests.reliability.conftest import counts
 from tests.reliability.jobs import random_source
 from tests.training.conftest import TINY, flags_of
 
@@ -177,7 +177,7 @@ def apart(script, words, repo):
 
 
 @counts(fast=3, slow=200)
-def test_any_flags(count, template, cheap, tmp_path, repo, promise, monkeypatch):  # noqa: F811
+def test_any_flags(count, template, cheap, tmp_path, repo, promise, monkeypatch):
     with promise(
         "Flags: any of them end any command in 0, 1 or 2, without a traceback or half a file", "commands"
     ) as p:

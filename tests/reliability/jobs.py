@@ -1,5 +1,6 @@
 """What the tests run in processes of their own; `start` forks them from a server that has imported torch already."""
 
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -7,12 +8,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +286,22 @@ def fetch(url: str, path: Path, digest: str, size: int, barrier: Any) -> int:
     return 0
 
 
-def watch_memory(steps: tuple[int, ...], result: Path) -> None:
-    """A hook: the resident set in bytes before each of `steps`."""
+def memory() -> int:
+    """Bytes that this process has in use, resident, files aside.
+
+    Without what the allocator keeps of freed memory: that swings by 100 MB, with the order in which it was freed.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
+
+
+def watch_memory(steps: Sequence[int], result: Path) -> None:
+    """A hook: `memory()` before each of `steps`."""
     seen = []
 
     def look(_):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen.append(pages * resource.getpagesize())
+        seen.append(memory())
         result.write_text(json.dumps(seen))
 
     for step in steps:

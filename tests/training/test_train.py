@@ -169,6 +169,13 @@ def test_a_signal_saves_and_says_how_to_resume(tiny_config, tmp_path, monkeypatc
     )
 
 
+def test_a_stopped_run_of_an_installed_fastdiff_names_its_command(tiny_config, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/environment/bin/fastdiff-train"])
+    stop_at(monkeypatch, 1)
+    assert train(tiny_config()) == 143
+    assert "resume with: fastdiff-train --resume " in capsys.readouterr().out
+
+
 def test_a_signal_during_an_evaluation_breaks_it_off(tiny_config, tmp_path, monkeypatch):
     real = trainer_module.evaluate
 

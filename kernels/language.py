@@ -1,0 +1,31 @@
+"""`triton`, its language `tl` and PyTorch's `triton_op`, or stand-ins where Triton is missing, as on a Mac.
+
+With these the package imports, and CPU tensors run the references; `launch.traceable` refuses to launch a kernel.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch.library import custom_op, triton_op
+
+__all__ = ["INTERPRETED", "TRITON_INSTALLED", "tl", "triton", "triton_op"]
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+
+    TRITON_INSTALLED = True
+    # With TRITON_INTERPRET=1 in the environment before the first import of triton, `jit` builds interpreted kernels.
+    INTERPRETED = bool(knobs.runtime.interpret)
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # Triton is there, but cannot be imported
+        raise
+
+    def _jit(function: Any = None, **options: Any) -> Any:
+        return function or _jit
+
+    TRITON_INSTALLED = INTERPRETED = False
+    triton: Any = SimpleNamespace(jit=_jit)
+    tl: Any = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
+    triton_op = custom_op  # triton_op would look for kernels in the function, and warn that it cannot
