@@ -112,9 +112,9 @@ def test_an_installed_fastdiff_runs_in_any_folder_beside_other_kernels(wheel, ot
     done = run_commands(
         ("fastdiff-train", *TRAIN),
         ("fastdiff", "sample", "--checkpoint", "working/1", "--n", 2, "--steps", 2, "--out", "grid.png"),
-        after="import kernels, torch; from fastdiff import hardware; from fastdiff.nets import layers\n"
+        after="import kernels, torch; from fastdiff import hardware; from fastdiff.nets import fuse\n"
         "print('commit', hardware.environment(torch.device('cpu'))['commit'])\n"
-        "print(kernels.get_kernel(), layers.kernels.REGISTRY['ema_update'].op.__module__)\n",
+        "print(kernels.get_kernel(), fuse.kernels.REGISTRY['ema_update'].op.__module__)\n",
         cwd=tmp_path,
         path=(wheel, others),
     )

@@ -269,7 +269,8 @@ def test_the_hash_is_of_the_content_alone():
 
 
 def test_images_are_drawn_from_the_whole_set():
-    image_set = ImageSet.from_arrays(np.zeros((1000, 2, 2, 3), np.uint8), None, "sorted")
+    images = np.arange(1000 * 12, dtype=np.uint8).reshape(1000, 2, 2, 3)
+    image_set = ImageSet.from_arrays(images, None, "sorted")
     drawn = image_set.draw(300, seed=3)
     assert len(set(drawn.tolist())) == 300
     assert abs(drawn.mean() - 499.5) < 60  # 4 standard deviations
