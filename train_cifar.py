@@ -12,7 +12,7 @@ import tyro
 from fastdiff.cli import run_command, told_once
 from fastdiff.config import PRESETS, Config
 from fastdiff.errors import UserError
-from fastdiff.reporting.run import open_run
+from fastdiff.runs.run import open_run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from bench.results import rich_table
 from bench.suite import Bench, Comparison, make_size
 from bench.timing import Samples
-from fastdiff.hardware import slug
+from fastdiff.runtime.device import slug
 
 HERE = Path(__file__).parent
 BENCH = pytest.StashKey[Bench]()

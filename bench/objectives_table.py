@@ -101,7 +101,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     from fastdiff.evaluation.features import make_extractor
     from fastdiff.evaluation.frechet import FrechetDistance
     from fastdiff.evaluation.generate import SamplerSettings
-    from fastdiff.hardware import resolve_bf16, resolve_device
+    from fastdiff.runtime.device import resolve_bf16, resolve_device
 
     path = flags.work / objective / f"measured-{flags.steps}-{flags.samples}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -17,9 +17,9 @@ from bench import inductor_mock
 from bench.inductor_mock import Call
 from fastdiff.config import UNetConfig
 from fastdiff.diffusion.objectives import make_objective
-from fastdiff.hardware import COMPILE_OPTIONS
 from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
 from fastdiff.nets.unet import UNet
+from fastdiff.runtime.device import COMPILE_OPTIONS
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import make_update
 from fastdiff.training.step import TrainStep

@@ -16,8 +16,8 @@ from bench.results import Ratio, Results, Row
 from bench.timing import WARM_UP, Samples, Stopwatch, Workload, interleave
 from fastdiff.config import PRESETS, Config, UNetConfig
 from fastdiff.data.datasets import ImageSet
-from fastdiff.hardware import environment, set_backends
 from fastdiff.nets.unet import UNet
+from fastdiff.runtime.device import environment, set_backends
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from bench.parts import constant_batch, make_parts, our_step, training_work
 from bench.suite import Against, Comparison, Size
 from bench.timing import Workload
-from fastdiff.training import checkpoint
-from fastdiff.training.saving import snapshot
+from fastdiff.runs import checkpoint
+from fastdiff.runs.async_save import snapshot
 from fastdiff.training.step import Metrics
 
 pytestmark = pytest.mark.timeout(900)

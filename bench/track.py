@@ -126,9 +126,9 @@ def _key(row: Row) -> tuple:
 
 
 def write(run: Any, now: Now | None) -> int:
-    """Bring track.jsonl and track.png of an open `fastdiff.reporting.run.Run` up to date; returns the rows."""
+    """Bring track.jsonl and track.png of an open `fastdiff.runs.run.Run` up to date; returns the rows."""
     from fastdiff.reporting.plots import plot_track
-    from fastdiff.reporting.run import write_atomically
+    from fastdiff.runs.run import write_atomically
 
     path = run.path / "track.jsonl"
     try:
@@ -143,7 +143,7 @@ def write(run: Any, now: Now | None) -> int:
 
 def plot(directory: Path) -> int:
     """`--plot`: returns 0. Raises UserError for a folder that is no run, or a run without evaluations."""
-    from fastdiff.reporting.run import open_run
+    from fastdiff.runs.run import open_run
 
     with open_run(directory) as run:
         rows = write(run, None)
@@ -168,8 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from bench.machine import ceilings_apart
     from bench.suite import network_flops
-    from fastdiff.hardware import memory_peak, resolve_device
-    from fastdiff.reporting.run import Run
+    from fastdiff.runs.run import Run
+    from fastdiff.runtime.device import memory_peak, resolve_device
     from fastdiff.training.train import train
 
     device = resolve_device(config.device)

@@ -34,7 +34,7 @@ import kernels
 from bench import aot
 from bench.timing import rotations
 from fastdiff.cli import run_command
-from fastdiff.hardware import REPO, environment
+from fastdiff.runtime.device import REPO, environment
 from kernels import launch
 from kernels.group_norm_jobs import CONCATENATIONS, UNET_SHAPES, VARIANTS, norm_jobs
 from kernels.launch import NormTiles

@@ -17,7 +17,7 @@ import tyro
 
 from fastdiff.config import PRESETS, PresetName, SamplerName, SpacingName
 from fastdiff.errors import TrainingFailed, UsageError, UserError
-from fastdiff.reporting import output
+from fastdiff.runtime import output
 
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end
 MEMORY = re.compile("out of memory|allocate|Storage size")  # how PyTorch and NumPy say that it does not suffice

@@ -43,7 +43,7 @@ class _Topic:
 
     def directory(self, command: str) -> Path:
         """Where the files go."""
-        from fastdiff.hardware import device_name, resolve_device, slug
+        from fastdiff.runtime.device import device_name, resolve_device, slug
 
         device = slug(device_name(resolve_device(self.config.device)))
         return self.out or REPO / "profiles" / device / f"{command}-{self.config.preset}"
@@ -58,9 +58,9 @@ class Train(_Topic):
 
     def run(self) -> int:
         """Returns the exit code. Raises UserError for bad input."""
-        from fastdiff.hardware import resolve_device
         from fastdiff.reporting.profile_report import append_uncaptured
         from fastdiff.reporting.profiling import analyse, read_trace
+        from fastdiff.runtime.device import resolve_device
 
         directory = self.directory("train")
         with tempfile.TemporaryDirectory() as folder:
@@ -99,25 +99,25 @@ class Sample(_Topic):
         """Returns 0. Raises UserError for bad input."""
         import torch
 
-        from fastdiff import hardware
         from fastdiff.diffusion.objectives import make_objective
         from fastdiff.diffusion.plan import evaluations
         from fastdiff.evaluation.generate import Generator, SamplerSettings
         from fastdiff.nets.fuse import fuse
         from fastdiff.nets.unet import UNet
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
+        from fastdiff.runtime import device as machine
 
         config, net = self.config, self.config.net
-        device = hardware.resolve_device(config.device)
-        bf16 = hardware.resolve_bf16(config.precision, device)
+        device = machine.resolve_device(config.device)
+        bf16 = machine.resolve_bf16(config.precision, device)
         cuda = device.type == "cuda"
         lead = LEAD if cuda else 1
-        kernels = hardware.resolve_kernels(config.kernels, device)
-        hardware.set_backends(device)
+        kernels = machine.resolve_kernels(config.kernels, device)
+        machine.set_backends(device)
         torch.manual_seed(config.seed)
         model = UNet(net).to(device).requires_grad_(False).eval()
         model = fuse(model) if kernels == "triton" else model
-        compiles = hardware.resolve_compile(config.compile, device)
+        compiles = machine.resolve_compile(config.compile, device)
         objective = make_objective(**config.diffusion)
         batch, steps = config.eval_batch_size, config.eval_steps
         settings = SamplerSettings(config.eval_sampler, steps)
@@ -151,8 +151,8 @@ class Kernels(_Topic):
 
     def run(self) -> int:
         """Returns 0. Raises UserError for bad input."""
-        from fastdiff.hardware import resolve_bf16, resolve_device, set_backends
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
+        from fastdiff.runtime.device import resolve_bf16, resolve_device, set_backends
 
         config = self.config
         device = resolve_device(config.device)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdiff.training import graphs
-from fastdiff.training.graphs import Captured
+from fastdiff.runtime import graphs
+from fastdiff.runtime.graphs import Captured
 
 aten = torch.ops.aten
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -9,7 +9,7 @@ from fastdiff.config import AUTO_SCHEDULE, DISCRETE_SCHEDULES, PRESETS, RESUMABL
 from fastdiff.diffusion.objectives import OBJECTIVES, make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
-from fastdiff.diffusion.time_sampling import TIME_SAMPLINGS
+from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff import hardware
 from fastdiff.errors import UserError
-from fastdiff.training import processes
+from fastdiff.runtime import device as machine
+from fastdiff.runtime import processes
 
 TRAIN = (
     "--preset", "quick", "--data", "images.npz", "--image-size", "8", "--channels", "8", "--channel-mult", "1", "1",
@@ -112,8 +112,8 @@ def test_an_installed_fastdiff_runs_in_any_folder_beside_other_kernels(wheel, ot
     done = run_commands(
         ("fastdiff-train", *TRAIN),
         ("fastdiff", "sample", "--checkpoint", "working/1", "--n", 2, "--steps", 2, "--out", "grid.png"),
-        after="import kernels, torch; from fastdiff import hardware; from fastdiff.nets import fuse\n"
-        "print('commit', hardware.environment(torch.device('cpu'))['commit'])\n"
+        after="import kernels, torch; from fastdiff.runtime import device as machine; from fastdiff.nets import fuse\n"
+        "print('commit', machine.environment(torch.device('cpu'))['commit'])\n"
         "print(kernels.get_kernel(), fuse.kernels.REGISTRY['ema_update'].op.__module__)\n",
         cwd=tmp_path,
         path=(wheel, others),
@@ -150,14 +150,14 @@ def test_windows_is_refused_in_one_line(repo, tmp_path):
 
 
 def test_memory_is_in_bytes_on_a_mac_too(monkeypatch):
-    linux = hardware.memory_peak(torch.device("cpu"))[1]
+    linux = machine.memory_peak(torch.device("cpu"))[1]
     monkeypatch.setattr("sys.platform", "darwin")
-    assert hardware.memory_peak(torch.device("cpu"))[1] == pytest.approx(linux / 1024, rel=0.1)  # the same number
+    assert machine.memory_peak(torch.device("cpu"))[1] == pytest.approx(linux / 1024, rel=0.1)  # the same number
 
 
 def test_a_hangs_place_is_named_where_fastdiff_is_installed(monkeypatch):
     site = "/environment/lib/site-packages"
-    monkeypatch.setattr(processes, "__file__", f"{site}/fastdiff/training/processes.py")
+    monkeypatch.setattr(processes, "__file__", f"{site}/fastdiff/runtime/processes.py")
     names = {"sys": sys}
     exec(compile("def product(): return sys._getframe()", f"{site}/torch/nn.py", "exec"), names)
     exec(compile("def layer(): return product()", f"{site}/fastdiff/nets/layers.py", "exec"), names)

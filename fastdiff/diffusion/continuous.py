@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule, result_dtype
+from fastdiff.diffusion.schedule import Schedule, result_dtype
 
 
 class VPSchedule(Schedule):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 
@@ -92,21 +92,14 @@ class DiscreteSchedule(Schedule):
         """Whole times: each of 1..T for a T-th of the fractions."""
         return (fraction * self.T).ceil().clamp(1, self.T)
 
-    def sample_t(
-        self,
-        n: int,
-        *,
-        sampling: str = "auto",
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """n training times out of {1..T}: (n,) int64 on `device`; see `Schedule.sample_t`."""
-        if sampling in ("auto", "uniform"):
-            t = torch.randint(1, self.T + 1, (n,), generator=generator, device=device)
-        else:
-            t = super().sample_t(n, sampling=sampling, generator=generator, device=device).round().long()
+    def uniform_t(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """See `Schedule.uniform_t`; int64 in {1..T}."""
+        return torch.randint(1, self.T + 1, (n,), generator=generator, device=device)
+
+    def training_t(self, t: Tensor) -> Tensor:
+        """See `Schedule.training_t`."""
         self._table(t.device)  # here, outside of what is compiled or captured
-        return t
+        return t.round().long() if t.is_floating_point() else t
 
     def grid(self, n: int, *, spacing: str = "auto") -> Tensor:
         """See `Schedule.grid`. `trailing` and `leading` are whole times, of which there are T; others lie between."""

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.plan import Denoise, check_grid
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 NOISE = -12.0  # a log-SNR below which there is nothing but noise: at -infinity the angle is only 0.0025 larger

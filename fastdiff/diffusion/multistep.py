@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.plan import Denoise, Noise, Plan, Rows, State, linear, step_ends
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 

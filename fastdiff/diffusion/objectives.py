@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule, result_dtype
+from fastdiff.diffusion.schedule import Schedule, result_dtype
 from fastdiff.diffusion.schedules import make_schedule
+from fastdiff.diffusion.times import sample_t
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 
@@ -63,7 +64,7 @@ class Objective(ABC):
                 f"objective {self.name} is not defined where alpha = 0, as at the noisiest time of schedule "
                 f"{schedule.name} here; choose objective x0, v, flow or edm, or a schedule that keeps some signal."
             )
-        schedule.sample_t(1, sampling=time_sampling, generator=torch.Generator())  # a bad choice is refused here
+        sample_t(schedule, 1, time_sampling, generator=torch.Generator())  # a bad choice is refused here
         self.schedule, self.time_sampling = schedule, time_sampling
         self.sigma_data, self.min_snr_gamma = sigma_data, min_snr_gamma
         self.log_weight = WEIGHTINGS[weighting]
@@ -76,8 +77,8 @@ class Objective(ABC):
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """n training times (n,) on `device`; see `Schedule.sample_t`."""
-        return self.schedule.sample_t(n, sampling=self.time_sampling, generator=generator, device=device)
+        """n training times (n,) on `device`; see `times.sample_t`."""
+        return sample_t(self.schedule, n, self.time_sampling, generator=generator, device=device)
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.base_schedule import Schedule
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t (N, C, H, W), t 0-dim float64) -> x0_hat (N, C, H, W)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import multistep, plan
-from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.plan import (
     Denoise,
     Noise,
@@ -35,6 +34,7 @@ from fastdiff.diffusion.plan import (
     too_long,
     transition,
 )
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 

@@ -1,12 +1,12 @@
-"""The table of noise schedules. `base_schedule` states their notation and interface."""
+"""The table of noise schedules. `schedule` states their notation and interface."""
 
 from collections.abc import Callable
 
 import torch
 
-from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.continuous import EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 from fastdiff.diffusion.discrete import DiscreteSchedule, cosine, ddpm_linear
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
 __all__ = ["SCHEDULES", "DiscreteSchedule", "Schedule", "make_schedule", "unnoised_end"]

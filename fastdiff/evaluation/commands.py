@@ -26,12 +26,12 @@ from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import SamplerSettings, parse_options
-from fastdiff.hardware import resolve_bf16, resolve_compile, resolve_device, set_backends
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
-from fastdiff.reporting.run import open_run, write_atomically
-from fastdiff.training.run_data import load_run_data
+from fastdiff.runs.data import load_run_data
+from fastdiff.runs.run import open_run, write_atomically
+from fastdiff.runtime.device import resolve_bf16, resolve_compile, resolve_device, set_backends
 
 GRID_LIMIT = 1024
 

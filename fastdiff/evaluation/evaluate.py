@@ -17,13 +17,13 @@ from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
-from fastdiff.hardware import resolve_kernels
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
-from fastdiff.training.distributed import Ranks
-from fastdiff.training.signals import Stopped
-from fastdiff.training.weights import read_trained
+from fastdiff.runs.weights import read_trained
+from fastdiff.runtime.device import resolve_kernels
+from fastdiff.runtime.signals import Stopped
+from fastdiff.runtime.world import Ranks
 
 
 @dataclass(frozen=True)

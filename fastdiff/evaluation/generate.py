@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastdiff.diffusion import plan
-from fastdiff.diffusion.base_schedule import Schedule
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.plan import OnStep, Plan
 from fastdiff.diffusion.samplers import PLANS, own_options
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
-from fastdiff.hardware import compiled
 from fastdiff.nets.fuse import half_parameters
+from fastdiff.runtime.device import compiled
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.plan import OnStep, Plan, Rows, noise_like
-from fastdiff.training.graphs import Captured
+from fastdiff.runtime.graphs import Captured
 
 Conditions = Mapping[str, Tensor]  # by the names of the network's arguments, each (N, ...)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fastdiff.reporting.pictures import DPI, save_figure
-from fastdiff.reporting.run import Row
+from fastdiff.runs.run import Row
 
 PathLike = str | os.PathLike
 

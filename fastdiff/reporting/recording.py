@@ -11,9 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fastdiff.errors import UserError
-from fastdiff.hardware import environment, memory_peak
 from fastdiff.reporting.profile_report import write_report
 from fastdiff.reporting.profiling import DRAIN, analyse, read_trace
+from fastdiff.runtime.device import environment, memory_peak
 
 LEAD = 10  # steps before anything is timed: compilation, autotuning, allocations
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer

@@ -12,9 +12,9 @@ from torch.profiler import record_function
 
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import UserError
-from fastdiff.hardware import compiled
-from fastdiff.training.distributed import Ranks
-from fastdiff.training.graphs import Captured
+from fastdiff.runtime.device import compiled
+from fastdiff.runtime.graphs import Captured
+from fastdiff.runtime.world import Ranks
 from fastdiff.training.noise_levels import NoiseLevels
 from fastdiff.training.optim import Update, learning_rate
 

@@ -20,16 +20,16 @@ from fastdiff.data.loaders import check_loader
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.hardware import check_triton, resolve_compile, resolve_kernels, resolve_loader, set_backends
-from fastdiff.reporting import output
 from fastdiff.reporting.progress import TrainingProgress
-from fastdiff.reporting.run import Run, create_run, open_run, write_atomically
-from fastdiff.training import checkpoint
-from fastdiff.training.distributed import Ranks
-from fastdiff.training.run_data import load_run_data
-from fastdiff.training.signals import Stopped, StopRequest
+from fastdiff.runs import checkpoint
+from fastdiff.runs.data import load_run_data
+from fastdiff.runs.run import Run, create_run, open_run, write_atomically
+from fastdiff.runs.weights import initial_weights
+from fastdiff.runtime import output
+from fastdiff.runtime.device import check_triton, resolve_compile, resolve_kernels, resolve_loader, set_backends
+from fastdiff.runtime.signals import Stopped, StopRequest
+from fastdiff.runtime.world import Ranks
 from fastdiff.training.trainer import Trainer
-from fastdiff.training.weights import initial_weights
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one

@@ -21,21 +21,22 @@ from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.figures import draw_forward_noising, draw_trajectory
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
-from fastdiff.hardware import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
-from fastdiff.reporting.run import Run, write_atomically
-from fastdiff.training import checkpoint, run_state
-from fastdiff.training.distributed import Ranks
+from fastdiff.runs import checkpoint
+from fastdiff.runs.async_save import BackgroundSaver
+from fastdiff.runs.run import Run, write_atomically
+from fastdiff.runs.weights import InitialWeights
+from fastdiff.runtime.device import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
+from fastdiff.runtime.signals import Stopped, StopRequest
+from fastdiff.runtime.world import Ranks
+from fastdiff.training import run_state
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import learning_rate, make_update
-from fastdiff.training.saving import BackgroundSaver
-from fastdiff.training.signals import Stopped, StopRequest
 from fastdiff.training.step import TrainStep, step_seed
-from fastdiff.training.weights import InitialWeights
 
 # Evaluations draw the same noise every time, so that grids of one run can be compared; apart from the steps' streams.
 EVALUATION_STREAM = 2**32 - 1

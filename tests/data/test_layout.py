@@ -7,7 +7,7 @@ import pytest
 from fastdiff.data.decoding import FORMATS
 from fastdiff.data.files import open_files
 from fastdiff.data.layout import IMAGE_SUFFIXES, Listing, choose, sort_out
-from fastdiff.reporting.run import create_run
+from fastdiff.runs.run import create_run
 
 SET = Path("set")
 

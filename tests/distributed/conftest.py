@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fastdiff.config import Config
+from tests.conftest import TINY
 from tests.distributed import programs
-from tests.reliability.conftest import TINY, promise  # noqa: F401
+from tests.reliability.conftest import promise  # noqa: F401
 from tests.reliability.jobs import start
 
 

@@ -38,7 +38,7 @@ def inject(fault: dict) -> None:
 
     from fastdiff.data.loaders import Loader
     from fastdiff.nets.unet import UNet
-    from fastdiff.training import checkpoint
+    from fastdiff.runs import checkpoint
 
     owner, name = {
         "data": (Loader, "__next__"),

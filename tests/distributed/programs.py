@@ -17,8 +17,8 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting import pictures
-from fastdiff.training.distributed import Ranks
-from fastdiff.training.signals import StopRequest
+from fastdiff.runtime.signals import StopRequest
+from fastdiff.runtime.world import Ranks
 from tests.distributed import faulty
 from tests.reliability.jobs import before_step, train_run
 

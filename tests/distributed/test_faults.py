@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 
 PROMISE = "Ranks: one is killed, raises, exits or hangs; all gone within 10 s (timeout + 5 s), named, resumable"
 TIMEOUT = 6.0  # of a hang, seconds; any step must be quicker

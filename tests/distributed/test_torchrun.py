@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FLAGS = [

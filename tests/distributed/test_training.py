@@ -11,8 +11,8 @@ from fastdiff.data.loaders import batch_plan
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.errors import UserError
 from fastdiff.nets.unet import UNet
-from fastdiff.training import checkpoint
-from fastdiff.training.distributed import Ranks
+from fastdiff.runs import checkpoint
+from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import learning_rate
 from fastdiff.training.step import step_seed
 from tests.distributed.conftest import TINY

@@ -36,7 +36,7 @@ def test_ranks_with_different_data_are_refused(run_ranks):
         ("kill_0", [-9, 1], "rank 0 has died, last seen in "),
         ("stop_0", [-9, 1], "rank 0 has hung in "),
         ("stop_1", [1, -9], "rank 1 has hung for "),
-        ("nobody_comes", [1, 1], "s in all-reduce of step 7 (distributed.py"),
+        ("nobody_comes", [1, 1], "s in all-reduce of step 7 (world.py"),
     ],
 )
 def test_all_ranks_end_and_the_cause_is_named(run_ranks, function, codes, cause):

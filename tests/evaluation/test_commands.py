@@ -18,9 +18,9 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
-from fastdiff.reporting.run import create_run, open_run, write_atomically
-from fastdiff.training import checkpoint
-from fastdiff.training.run_data import load_run_data
+from fastdiff.runs import checkpoint
+from fastdiff.runs.data import load_run_data
+from fastdiff.runs.run import create_run, open_run, write_atomically
 
 NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
 

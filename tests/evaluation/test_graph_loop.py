@@ -15,7 +15,7 @@ from fastdiff.evaluation.generate import Generator, SamplerSettings, half_weight
 from fastdiff.evaluation.graph_loop import GraphLoop
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet, UNetConfig
-from fastdiff.training.graphs import WARMUP
+from fastdiff.runtime.graphs import WARMUP
 from tests.recorded import captured, recorded_cuda
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")

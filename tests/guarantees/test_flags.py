@@ -26,9 +26,9 @@ from fastdiff.data import download
 from fastdiff.reporting import pictures
 from fastdiff.training import train
 from profiles import capture
+from tests.conftest import TINY, flags_of
 from tests.reliability.conftest import counts
 from tests.reliability.jobs import random_source
-from tests.training.conftest import TINY, flags_of
 
 CONFIG = Config(
     data="images.npz", data_root="data", net=TINY, timesteps=20, batch_size=4, warmup_steps=1, steps=2, device="cpu",

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.test_upsampling import transposed
-from fastdiff.hardware import set_backends
+from fastdiff.runtime.device import set_backends
 from kernels.upsample_conv import padded_sums, reference, upsample_conv
 from tests.numerics import assert_as_accurate
 

@@ -1,16 +1,13 @@
 """A promise is a test with a number: a few cases in CI, the full count with --slow, by the same code."""
 
-import dataclasses
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastdiff.config import Config
 from tests.reliability import table
-from tests.training.conftest import TINY
 
 
 class Promise:
@@ -56,19 +53,11 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture
-def tiny_config(tmp_path):
-    """A run of 30 steps over 50 smooth images in batches of 8, so that an epoch ends within the 7th step."""
-    coarse = np.random.default_rng(0).integers(0, 256, (50, 2, 2, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
+def tiny_config(tiny_config):
+    """As everywhere, with a row for every step."""
 
     def make(root: Path | str = "working", **changes) -> Config:
-        config = Config(
-            data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
-            lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=30, device="cpu", log_every=1, save_every=10,
-            eval_every=1000, keep_last=10, run_root=str(tmp_path / root), features="none", eval_batch_size=4,
-            eval_steps=2, grid_samples=4,
-        )  # fmt: skip
-        return dataclasses.replace(config, **changes)
+        return tiny_config(root, **{"log_every": 1, **changes})
 
     return make
 

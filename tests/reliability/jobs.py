@@ -27,11 +27,12 @@ from fastdiff.data import download
 from fastdiff.data.loaders import Loader
 from fastdiff.errors import UserError
 from fastdiff.reporting import pictures
-from fastdiff.reporting.run import open_run
-from fastdiff.training import checkpoint, train
+from fastdiff.runs import checkpoint
+from fastdiff.runs.async_save import BackgroundSaver
+from fastdiff.runs.run import open_run
+from fastdiff.runtime.signals import StopRequest
+from fastdiff.training import train
 from fastdiff.training.optim import TorchUpdate
-from fastdiff.training.saving import BackgroundSaver
-from fastdiff.training.signals import StopRequest
 from fastdiff.training.step import TrainStep
 
 _context = multiprocessing.get_context("forkserver")

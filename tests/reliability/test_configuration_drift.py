@@ -9,7 +9,7 @@ import pytest
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
 from fastdiff.errors import UserError
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from fastdiff.training.train import _find_checkpoint
 from tests.reliability import jobs
 from tests.reliability.test_untrusted_files import rewrite

@@ -3,7 +3,7 @@
 import pytest
 
 from fastdiff.errors import UserError
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 

@@ -5,8 +5,8 @@ import select
 
 import pytest
 
-from fastdiff.reporting.run import create_run, open_run
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
+from fastdiff.runs.run import create_run, open_run
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from fastdiff.data.loaders import batch_plan
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 

@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
+from tests.conftest import flags_of
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
-from tests.training.conftest import flags_of
 
 HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 

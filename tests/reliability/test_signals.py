@@ -3,7 +3,7 @@
 import signal
 import time
 
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 from tests.reliability.jobs import rows, saved

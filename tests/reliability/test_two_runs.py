@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-from fastdiff.reporting.run import create_run, open_run
+from fastdiff.runs.run import create_run, open_run
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 

@@ -18,7 +18,7 @@ from fastdiff.data.datasets import load_dataset
 from fastdiff.data.files import open_files
 from fastdiff.errors import UserError
 from fastdiff.evaluation.frechet import _read_sums
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from tests.reliability import jobs
 
 

@@ -10,7 +10,7 @@ from fastdiff.config import Config, UNetConfig
 from fastdiff.errors import UserError
 from fastdiff.reporting.profiling import analyse, read_trace
 from fastdiff.reporting.recording import LEAD, StepRecorder, choose_begin, steps_needed
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from fastdiff.training.train import train
 
 

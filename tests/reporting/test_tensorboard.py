@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.reporting.run import create_run, open_run
+from fastdiff.runs.run import create_run, open_run
 from tests.reporting.rows import EVAL, TRAIN
 
 

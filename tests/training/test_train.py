@@ -13,7 +13,7 @@ import fastdiff.training.train as train_module
 import fastdiff.training.trainer as trainer_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.reporting import pictures, plots
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 from fastdiff.training.step import Metrics, TrainStep
 from fastdiff.training.train import train
 

@@ -6,8 +6,8 @@ import pytest
 
 from fastdiff.config import PRESETS
 from fastdiff.errors import UserError
-from fastdiff.training import checkpoint
-from fastdiff.training.run_data import load_run_data
+from fastdiff.runs import checkpoint
+from fastdiff.runs.data import load_run_data
 from fastdiff.training.train import train
 
 

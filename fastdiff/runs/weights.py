@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.config import Config, UNetConfig
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.reporting.run import CSV_HEADER, create_run, open_run, write_atomically
+from fastdiff.runs.run import CSV_HEADER, create_run, open_run, write_atomically
 from tests.reporting.rows import EVAL, TRAIN
 
 
@@ -32,7 +32,7 @@ def python(repo, code, *args, **options):
 
 HOLD = """
 import sys
-from fastdiff.reporting.run import create_run, open_run
+from fastdiff.runs.run import create_run, open_run
 run = open_run(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -89,7 +89,7 @@ class TestNumbers:
     def test_eight_processes_at_once(self, repo, tmp_path):
         code = """
 import os, sys
-from fastdiff.reporting.run import create_run
+from fastdiff.runs.run import create_run
 print("ready", flush=True)
 sys.stdin.readline()
 print(create_run(sys.argv[1], config={"pid": os.getpid()}).path.name)
@@ -149,7 +149,7 @@ class TestDirectory:
             open_run(path)
 
     def test_import_is_light(self, repo):
-        code = "import sys, fastdiff.reporting.run; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
+        code = "import sys, fastdiff.runs.run; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
         assert python(repo, code).communicate(timeout=30)[0] == "[]\n"
 
 
@@ -187,7 +187,7 @@ class TestLock:
     def test_free_after_close_though_a_forked_child_lives(self, repo, tmp_path):
         code = """
 import os, signal, sys, time
-from fastdiff.reporting.run import create_run, open_run
+from fastdiff.runs.run import create_run, open_run
 run = create_run(sys.argv[1], config={})
 child = os.fork()
 if child == 0:
@@ -339,7 +339,7 @@ class TestRepair:
     def test_kill_9_while_logging(self, repo, tmp_path):
         code = """
 import itertools, sys
-from fastdiff.reporting.run import create_run
+from fastdiff.runs.run import create_run
 run = create_run(sys.argv[1], config={})
 for step in itertools.count():
     run.log_train({"step": step, "seconds": step / 7})
@@ -379,7 +379,7 @@ def test_a_full_disk_at_the_start_is_one_line_and_leaves_no_directory(tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdiff.reporting.run.write_atomically", full)
+    monkeypatch.setattr("fastdiff.runs.run.write_atomically", full)
     with pytest.raises(UserError, match=r"No space left on device; [\d,]+ bytes are free.; free some space"):
         create_run(tmp_path / "working", config={})
     assert list((tmp_path / "working").iterdir()) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
 
 
 def state(seed=0):

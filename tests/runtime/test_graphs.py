@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.training.graphs import WARMUP, Captured
+from fastdiff.runtime.graphs import WARMUP, Captured
 from fastdiff.training.step import Metrics
 from tests.numerics import assert_as_accurate
 from tests.training.test_step import PLAIN, SMALL, batch, curve, make_step

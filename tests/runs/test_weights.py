@@ -12,10 +12,10 @@ from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.evaluation.commands import export
 from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
-from fastdiff.training import checkpoint
+from fastdiff.runs import checkpoint
+from fastdiff.runs.weights import initial_weights
 from fastdiff.training.train import train
-from fastdiff.training.weights import initial_weights
-from tests.training.conftest import TINY
+from tests.conftest import TINY
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.training import checkpoint
-from fastdiff.training.watch import SAVING_THREAD
+from fastdiff.runs import checkpoint
+from fastdiff.runtime.watch import SAVING_THREAD
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.errors import UserError
-from fastdiff.reporting import locking
+from fastdiff.runs import locking
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff.errors import TrainingFailed, UsageError, UserError
-from fastdiff.hardware import resolve_device
-from fastdiff.training.signals import StopRequest
-from fastdiff.training.watch import Watch
+from fastdiff.runtime.device import resolve_device
+from fastdiff.runtime.signals import StopRequest
+from fastdiff.runtime.watch import Watch
 
 T = TypeVar("T")
 

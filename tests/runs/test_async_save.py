@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastdiff.nets.unet import UNet, UNetConfig
-from fastdiff.training import checkpoint
-from fastdiff.training.saving import BackgroundSaver, snapshot
+from fastdiff.runs import checkpoint
+from fastdiff.runs.async_save import BackgroundSaver, snapshot
 
 KEEP = {"keep_last": 2, "keep_steps": set()}
 

@@ -1,28 +1,23 @@
 """Which noise levels a training step sees: the distribution of t.
 
-Each entry of TIME_SAMPLINGS is `f(schedule, n, generator, device) -> t`, (n,) float64 on `device`, drawn there with no
-sync. A schedule turns fractions of its time axis into times by `time_at`, and log-SNRs by `t_of_log_snr`.
+Each entry of TIME_SAMPLINGS is `f(schedule, n, generator, device) -> t`, (n,) on `device`, drawn there with no sync.
+A schedule turns fractions of its time axis into times by `time_at`, and log-SNRs by `t_of_log_snr`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
-
-if TYPE_CHECKING:
-    from fastdiff.diffusion.base_schedule import Schedule
 
 P_MEAN, P_STD = -1.2, 1.2  # of log sigma; Karras et al. 2022, table 1
 
 
 def uniform(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """Independent times, uniform over the schedule's time axis (for VE and EDM that of log sigma)."""
-    return schedule.time_at(torch.rand(n, generator=generator, device=device, dtype=torch.float64))
+    return schedule.uniform_t(n, generator, device)
 
 
 def low_discrepancy(
@@ -64,3 +59,28 @@ TIME_SAMPLINGS: dict[str, Callable[[Schedule, int, torch.Generator | None, torch
     "log-normal": log_normal,
     "logit-normal": logit_normal,
 }
+
+
+def sample_t(
+    schedule: Schedule,
+    n: int,
+    sampling: str = "auto",
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """n training times (n,) in [t_min, t_max] on `device`, drawn there (no transfer, no sync).
+
+    Args:
+        sampling: a name in TIME_SAMPLINGS, or `auto`: the schedule's own.
+
+    Returns:
+        float64; discrete schedules: int64.
+
+    Raises:
+        UserError: an unknown name, or one that this schedule does not have.
+    """
+    sampling = schedule.default_time_sampling if sampling == "auto" else sampling
+    if sampling not in TIME_SAMPLINGS:
+        raise UserError(f"time sampling {sampling!r} is unknown; choose one of auto, {', '.join(TIME_SAMPLINGS)}.")
+    return schedule.training_t(TIME_SAMPLINGS[sampling](schedule, n, generator, device))

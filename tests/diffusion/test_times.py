@@ -3,14 +3,14 @@ import torch
 from scipy import stats
 
 from fastdiff.diffusion.schedules import CONTINUOUS, SCHEDULES, make_schedule
-from fastdiff.diffusion.time_sampling import TIME_SAMPLINGS
+from fastdiff.diffusion.times import TIME_SAMPLINGS, sample_t
 from fastdiff.errors import UserError
 
 SIGMA = ("ve-sde", "edm")
 
 
 def draw(schedule, sampling, n=20_000):
-    return schedule.sample_t(n, sampling=sampling, generator=torch.Generator().manual_seed(0))
+    return sample_t(schedule, n, sampling=sampling, generator=torch.Generator().manual_seed(0))
 
 
 def fraction(schedule, t):
@@ -74,12 +74,12 @@ def test_low_discrepancy_covers_every_stratum_and_lowers_the_variance_of_a_batch
     generator = torch.Generator().manual_seed(0)
     means = {}
     for sampling in ("uniform", "low-discrepancy"):
-        batches = [schedule.sample_t(64, sampling=sampling, generator=generator).double() for _ in range(200)]
+        batches = [sample_t(schedule, 64, sampling=sampling, generator=generator).double() for _ in range(200)]
         means[sampling] = torch.stack([schedule.log_snr(t).clamp(-10, 10).mean() for t in batches])
     assert means["low-discrepancy"].var() < 0.1 * means["uniform"].var()
     pooled = (means["uniform"].var() / 200 + means["low-discrepancy"].var() / 200).sqrt()
     assert (means["low-discrepancy"].mean() - means["uniform"].mean()).abs() < 4 * pooled
-    t = schedule.sample_t(64, sampling="low-discrepancy", generator=generator)
+    t = sample_t(schedule, 64, sampling="low-discrepancy", generator=generator)
     if name in CONTINUOUS:
         strata = (fraction(schedule, t).double() * 64).floor().long()
         assert len(set(strata.tolist())) >= 63  # a time on the edge of two may fall to either by rounding
@@ -95,15 +95,15 @@ def test_auto_is_the_schedule_s_own(name):
 
 def test_discrete_uniform_times_are_randint_s():
     """The draws that earlier runs made."""
-    t = SCHEDULES["ddpm-linear"](T=1000).sample_t(50, generator=torch.Generator().manual_seed(3))
+    t = sample_t(SCHEDULES["ddpm-linear"](T=1000), 50, generator=torch.Generator().manual_seed(3))
     assert torch.equal(t, torch.randint(1, 1001, (50,), generator=torch.Generator().manual_seed(3)))
 
 
 def test_an_unknown_name_is_named():
     with pytest.raises(UserError, match="time sampling 'often' is unknown; choose one of auto, uniform"):
-        make_schedule("flow").sample_t(3, sampling="often")
+        sample_t(make_schedule("flow"), 3, sampling="often")
     with pytest.raises(UserError, match="time sampling 'often' is unknown; choose one of auto, uniform"):
-        make_schedule("cosine").sample_t(3, sampling="often")
+        sample_t(make_schedule("cosine"), 3, sampling="often")
 
 
 @pytest.mark.gpu
@@ -112,11 +112,11 @@ def test_times_are_drawn_on_a_gpu_with_no_sync(name):
     schedule = make_schedule(name)
     samplings = [s for s in TIME_SAMPLINGS if not (s == "logit-normal" and name in SIGMA)]
     for sampling in samplings:
-        schedule.sample_t(8, sampling=sampling, device="cuda")  # the first call may upload a table
+        sample_t(schedule, 8, sampling=sampling, device="cuda")  # the first call may upload a table
     torch.cuda.set_sync_debug_mode("error")
     try:
         for sampling in samplings:
-            t = schedule.sample_t(8, sampling=sampling, device="cuda")
+            t = sample_t(schedule, 8, sampling=sampling, device="cuda")
             assert t.device.type == "cuda"
             schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t), schedule.c_noise(t)
     finally:

@@ -6,7 +6,7 @@ import threading
 import time
 from types import FrameType
 
-from fastdiff.reporting import output
+from fastdiff.runtime import output
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""What all noise schedules share: their interface, sampling grids, and the drawing of training times.
+"""What all noise schedules share: their interface and sampling grids.
 
 Notation, used throughout the project:
 
@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.time_sampling import TIME_SAMPLINGS
 from fastdiff.errors import UserError
 
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1
@@ -34,7 +33,7 @@ class Schedule(ABC):
         t_min: the smallest time that a network is asked about, in training and in sampling.
         prior_std: standard deviation of the noise that sampling starts from, x_T = prior_std * z.
         default_spacing: of `grid`.
-        default_time_sampling: of `sample_t`.
+        default_time_sampling: what `times.sample_t` takes for "auto".
     """
 
     name: str
@@ -118,29 +117,13 @@ class Schedule(ABC):
         """The time at a fraction (float64, in [0, 1]) of the way from t_min to t_max, as the schedule's paper walks."""
         return self.t_min + fraction * (self.t_max - self.t_min)
 
-    def sample_t(
-        self,
-        n: int,
-        *,
-        sampling: str = "auto",
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """n training times (n,) in [t_min, t_max] on `device`, drawn there (no transfer, no sync).
+    def uniform_t(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """n independent times (n,), uniform over the time axis, drawn on `device`."""
+        return self.time_at(torch.rand(n, generator=generator, device=device, dtype=torch.float64))
 
-        Args:
-            sampling: a name in TIME_SAMPLINGS, or `auto`: the schedule's own.
-
-        Returns:
-            float64; discrete schedules: int64.
-
-        Raises:
-            UserError: an unknown name, or one that this schedule does not have.
-        """
-        sampling = self.default_time_sampling if sampling == "auto" else sampling
-        if sampling not in TIME_SAMPLINGS:
-            raise UserError(f"time sampling {sampling!r} is unknown; choose one of auto, {', '.join(TIME_SAMPLINGS)}.")
-        return TIME_SAMPLINGS[sampling](self, n, generator, device)
+    def training_t(self, t: Tensor) -> Tensor:
+        """The times nearest to t that training uses: all of them, but of discrete schedules the whole ones, int64."""
+        return t
 
     def grid(self, n: int, *, spacing: str = "auto") -> Tensor:
         """The times of an n-step sampler: (n + 1,) float64, descending from t_max (`leading`: from below it) to 0.

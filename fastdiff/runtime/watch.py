@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.reporting import output
-from fastdiff.training.processes import kill_all, listen, where
-from fastdiff.training.signals import StopRequest
+from fastdiff.runtime import output
+from fastdiff.runtime.processes import kill_all, listen, where
+from fastdiff.runtime.signals import StopRequest
 
 INTERVAL = 0.5  # seconds between two reports of a rank
 GATHER = 0.2  # seconds to wait for other ranks' failures and deaths, of which one may be the cause
@@ -364,15 +364,17 @@ class Watch:
         frames = sys._current_frames()
         frame = where(frames.get(self._main))
         for thread in threading.enumerate():
-            if frame.startswith("saving.py:") and thread.name.startswith(SAVING_THREAD):  # for which the main one waits
+            if frame.startswith("async_save.py:") and thread.name.startswith(
+                SAVING_THREAD
+            ):  # for which the main one waits
                 frame = f"{frame}, for {where(frames.get(thread.ident or 0))}"
                 break
         return {
             "place": self._place,
             "frame": frame,
             "idle": now - self._since if self.judged else None,
-            # A rank that waits is within the call of the collective, whose last function of ours is in distributed.py.
-            "waiting": self._waiting and frame.startswith("distributed.py:"),
+            # A rank that waits is within the call of the collective, whose last function of ours is in world.py.
+            "waiting": self._waiting and frame.startswith("world.py:"),
         }
 
     def _leave(self, code: int, cause: str | None = None) -> None:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
-from fastdiff.reporting.run import sync
+from fastdiff.runs.run import sync
 
 FORMAT = 1
 _PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}

@@ -1,0 +1,1 @@
+"""Run directories on the disk: metrics, checkpoints, locks, and what is read back from them."""
