@@ -18,7 +18,7 @@ def run(repo, monkeypatch):
     def run(code, **streams):
         whole = (
             "import sys, logging, warnings\n"
-            "from fastdiff.cli import run_command; from fastdiff.reporting import output\n"
+            "from fastdiff.cli import run_command; from fastdiff.runtime import output\n"
             f"def main(): {code}; return 7\n"
             "sys.exit(run_command(main))"
         )
