@@ -10,7 +10,7 @@ from bench.suite import Against, Comparison, Size
 from bench.timing import Workload
 from fastdiff.runs import checkpoint
 from fastdiff.runs.async_save import snapshot
-from fastdiff.training.step import Metrics
+from fastdiff.training.metrics import Metrics
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -26,7 +26,7 @@ def _guard(size: Size) -> Comparison:
 
     def build() -> dict[str, Workload]:
         batch, step = constant_batch(size), our_step(size)
-        metrics = Metrics.zeros(size.device)
+        metrics = Metrics(size.device)
         loss, norm = (torch.ones((), device=size.device) for _ in range(2))
         number = torch.zeros((), dtype=torch.int64, device=size.device)
         return {

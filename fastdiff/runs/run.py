@@ -19,8 +19,8 @@ import math
 import numbers
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +190,14 @@ class Run:
         self._store([row for row in self._rows() if row["step"] <= step and not drop(row)])
         self._close_writer()
         self._purge_step = step + 1  # the next writer tells TensorBoard to forget events from here on
+
+    @contextmanager
+    def spared(self, say: Callable[[str], object]) -> Generator[None]:
+        """A picture or a note that cannot be written is not worth a run: the reason goes to `say`."""
+        try:
+            yield
+        except OSError as error:
+            say(f"{error.filename or self.path} could not be written: {error.strerror or error}")
 
     def sync(self) -> None:
         """Have the disk confirm the rows so far, so that no checkpoint that follows is ahead of them."""

@@ -1,9 +1,7 @@
 """One training step. Nothing in it reads a value of the device on the host."""
 
 import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from fastdiff.errors import UserError
 from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.noise_levels import NoiseLevels
+from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update, learning_rate
 
 
@@ -28,50 +26,6 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 def normalize(images: Tensor) -> Tensor:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]; a view of the same memory order, so channels_last."""
     return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
-
-
-Sums = tuple[float, float, int, int, int]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Sums over the steps since the last reset, as device tensors that stay in place (a captured step adds to them),
-    without those that were not finite: `skipped` of them, the last `in_a_row`; and the step at which there were too
-    many in a row, or -1."""
-
-    loss: Tensor
-    grad_norm: Tensor
-    bad_step: Tensor
-    skipped: Tensor
-    in_a_row: Tensor
-
-    @staticmethod
-    def zeros(device: torch.device) -> "Metrics":
-        """Sums of no step."""
-        zero = torch.zeros((), device=device)
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        return Metrics(zero, zero.clone(), count - 1, count, count.clone())
-
-    def add(self, loss: Tensor, grad_norm: Tensor, step: Tensor, *, allowed: int) -> None:
-        """Count one step, without a read on the host; more than `allowed` bad ones in a row are too many."""
-        good = loss.isfinite() & grad_norm.isfinite()
-        self.loss.add_(torch.where(good, loss, 0.0))
-        self.grad_norm.add_(torch.where(good, grad_norm, 0.0))
-        self.skipped.add_(~good)
-        self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
-        too_many = (self.in_a_row > allowed) & (self.bad_step < 0)
-        self.bad_step.copy_(torch.where(too_many, step, self.bad_step))
-
-    def read(self) -> Sums:
-        """All in one transfer (float64 holds all of them exactly). Waits for the device."""
-        sums = torch.stack([getattr(self, f.name).double() for f in fields(self)]).tolist()
-        loss, grad_norm, bad_step, skipped, in_a_row = sums
-        return loss, grad_norm, int(bad_step), int(skipped), int(in_a_row)
-
-    def fill(self, *sums: float) -> None:
-        """The inverse of `read`."""
-        for f, value in zip(fields(self), sums, strict=True):
-            getattr(self, f.name).fill_(value)
 
 
 class TrainStep:
@@ -138,9 +92,7 @@ class TrainStep:
         self.account: Callable[[Tensor, Tensor, Tensor, Tensor], None] = (
             compiled(self._account) if compile else self._account
         )
-        self.metrics, self.count = Metrics.zeros(self.device), 0
-        self.noise_levels = NoiseLevels(self.device)
-        self._sums: Sums | None = None  # of the metrics, where they were read since the last step
+        self.metrics, self.noise_levels = Metrics(self.device), NoiseLevels(self.device)
         self.images: Tensor | None = None  # the body's input, fixed where it may be captured
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step, from 0
         # Every rank draws t and eps as rank 0 does, and masks from the default generator, which each seeds differently.
@@ -188,8 +140,7 @@ class TrainStep:
         self.number.fill_(step)
         self.update.begin(lr=learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps))
         self.run()
-        self.count += 1
-        self._sums = None
+        self.metrics.step()
 
     def _take(self, images: Tensor) -> None:
         if not self.graphs:
@@ -243,29 +194,3 @@ class TrainStep:
         """The t, shape (n,), that a step draws for the n images of all ranks: again, to tell what went wrong."""
         generator = torch.Generator(self.device).manual_seed(step_seed(self.seed, step))
         return self.objective.sample_t(n, generator=generator, device=self.device)
-
-    def metrics_state(self) -> dict[str, float | int]:
-        """The sums since the last reset, for a checkpoint between two rows. Waits for the device, once a step."""
-        if self._sums is None:
-            self._sums = self.metrics.read()
-        names = (f.name for f in fields(self.metrics))
-        return {**dict(zip(names, self._sums, strict=True)), "count": self.count}
-
-    def load_metrics_state(self, state: dict[str, float | int]) -> None:
-        """Continue the sums of `metrics_state`, exactly."""
-        # Runs of the first version have counted no skipped steps.
-        loss, grad_norm, *counts = (state.get(f.name, 0) for f in fields(self.metrics))
-        bad_step, skipped, in_a_row = map(int, counts)
-        self._sums = float(loss), float(grad_norm), bad_step, skipped, in_a_row
-        self.metrics.fill(*self._sums)
-        self.count = int(state["count"])
-
-    def read_metrics(self, *, reset: bool = True) -> dict[str, float]:
-        """Mean `loss` and `grad_norm` of the steps since the last reset, at least one, and how many were skipped as
-        not finite, which the means leave out (NaN where all were). Waits for the device."""
-        state = self.metrics_state()
-        if reset:
-            self.load_metrics_state({**state, "loss": 0.0, "grad_norm": 0.0, "skipped": 0, "count": 0})
-        good = state["count"] - state["skipped"]
-        means = {name: state[name] / good if good else math.nan for name in ("loss", "grad_norm")}
-        return {**means, "skipped": state["skipped"]}

@@ -1,38 +1,74 @@
-"""The training run: reads the whole config, builds what stands around the trainer, and lets it loop.
+"""The training run, from a config to the last checkpoint: `train` builds the parts, `_loop` takes the steps.
 
-data -> step(objective, model) -> optimizer + EMA -> checkpoint, metrics, evaluation
+data -> step(objective, network) -> optimizer + EMA -> checkpoint, metrics, evaluation
 """
 
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.profiler import record_function
 
 from fastdiff.config import RESUMABLE_CHANGES, Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
-from fastdiff.data.loaders import check_loader
-from fastdiff.errors import UsageError, UserError
+from fastdiff.data.loaders import check_loader, make_loader
+from fastdiff.diffusion.objectives import make_objective
+from fastdiff.diffusion.schedules import unnoised_end
+from fastdiff.errors import TrainingFailed, UsageError, UserError
+from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
+from fastdiff.evaluation.figures import draw_forward_noising
 from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.nets.fuse import fuse, half_parameters
+from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import TrainingProgress
+from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data
 from fastdiff.runs.run import Run, create_run, open_run, write_atomically
-from fastdiff.runs.weights import initial_weights
+from fastdiff.runs.weights import InitialWeights, initial_weights
 from fastdiff.runtime import output
-from fastdiff.runtime.device import check_triton, resolve_compile, resolve_kernels, resolve_loader, set_backends
+from fastdiff.runtime.device import (
+    check_triton,
+    resolve_bf16,
+    resolve_compile,
+    resolve_kernels,
+    resolve_loader,
+    set_backends,
+)
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.trainer import Trainer
+from fastdiff.training.ema import EMA
+from fastdiff.training.optim import make_update
+from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
+from fastdiff.training.saving import Saver
+from fastdiff.training.state import RunState
+from fastdiff.training.step import TrainStep, step_seed
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
+EVALUATION_STREAM = 2**32 - 1  # in place of a step's number, so that evaluations draw apart from the steps
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a run happens: the ranks, the run directory (None but on rank 0), the screen, and what may stop it."""
+
+    config: Config
+    ranks: Ranks
+    run: Run | None
+    progress: TrainingProgress
+    stop: StopRequest
 
 
 def train(
@@ -40,7 +76,7 @@ def train(
 ) -> int:
     """Train as the config says; the entry point of `train_cifar.py`.
 
-    Under torchrun, every rank calls it. An exception then ends all of them with exit code 1, and does not come out.
+    Under torchrun, every rank calls it.
 
     Args:
         config: the whole run.
@@ -57,26 +93,15 @@ def train(
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.launched(config.device, timeout=config.rank_timeout))
-        parts = ranks.size * config.accumulate
-        if config.batch_size % parts:
-            raise UsageError(
-                f"--batch-size is {config.batch_size}, but must be a multiple of {parts}: {ranks.size} ranks share it, "
-                f"and --accumulate is {config.accumulate}."
-            )
-        device = ranks.device
-        check_triton(resolve_kernels(config.kernels, device), resolve_compile(config.compile, device), device)
-        set_backends(device, deterministic=config.deterministic)
-        flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
-        flags["--flip"] = config.flips  # which `auto` takes from the name of the data
-        ranks.check_equal(**flags, torch=torch.__version__)
-        run, saved = None, None
-        if resume is not None and ranks.is_main:
+        _check(config, ranks)
+        run, saved, initial = None, None, None
+        if ranks.is_main and resume is not None:
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))
             checkpoint.recover(run.checkpoints)
             saved = _find_checkpoint(config, run.path)
-        saved = ranks.share(saved, "the checkpoint")
-        initial = initial_weights(config) if resume is None and ranks.is_main else None
-        initial = ranks.share(initial, "the initial weights")
+        elif ranks.is_main:
+            initial = initial_weights(config)
+        saved, initial = ranks.share((saved, initial), "the weights to start from")
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
@@ -87,30 +112,230 @@ def train(
         if run is not None:
             stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
-        ranks.spread(stop)
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.steps, console))
-        trainer = Trainer(
-            config, ranks=ranks, image_set=image_set, data=data, distance=distance, run=run, progress=progress,
-            stop=stop, resumed=saved, initial=initial, after_evaluation=after_evaluation,
-        )  # fmt: skip
-        if run is not None and run.config != json.loads(config.to_json()):
-            write_atomically(run.path / "config.json", config.to_json().encode())
-        try:
-            trainer.loop()
-        except Stopped:
-            number = ranks.any(stop.signal or 0)  # which of them some ranks have yet to hear
+        session = Session(config, ranks, run, progress, stop)
+
+        step, model, ema = _make_step(config, ranks, initial)
+        state = RunState(config, data, model, ema, step.update, step.metrics, step.noise_levels)
+        if saved is not None:
+            state.load_state_dict(saved.state, step=saved.step)
             if run is not None:
-                end = f"stopped by {signal.Signals(number).name} at step {trainer.step:,}"
+                run.truncate(saved.step, drop=lambda row: not state.counts(row))
+        evaluator = _make_evaluator(session, step, ema, distance)
+        saver = stack.enter_context(
+            Saver(run, state, ends=lambda: stop.signal is not None or state.step == config.steps, say=progress.print)
+        )
+        record: Callable[[], AbstractContextManager[StepRecorder | None]] = nullcontext
+        if run is not None:
+            lines = facts(config, ranks, run, image_set, distance, sum(p.numel() for p in model.parameters()))
+            _tell(progress, lines, initial, unnoised_end(step.objective.schedule))
+            if run.config != json.loads(config.to_json()):
+                write_atomically(run.path / "config.json", config.to_json().encode())
+            record = partial(
+                record_run, run.path / "profile", steps=config.profile, start=state.step, last=config.steps,
+                pauses=(config.save_every, config.eval_every), title=f"Training step, preset {config.preset}",
+                device=ranks.device, facts=profile_facts(config, lines), say=progress.print, settle=saver.settle,
+            )  # fmt: skip
+        try:
+            _loop(session, state, step, evaluator, saver, image_set, record, after_evaluation)
+        except Stopped:
+            saver.collect(wait=True)
+            number = ranks.any(stop.signal or 0)
+            if run is not None:
+                end = f"stopped by {signal.Signals(number).name} at step {state.step:,}"
                 run.note(end)
                 progress.print(f"{end}; resume with: {_command()} --resume {run.path}")
             return 128 + number
         if run is not None:
-            run.note(f"done at step {trainer.step:,}")
+            run.note(f"done at step {state.step:,}")
             progress.print(
                 f"done: look at {run.saves}/ (samples, curves), {run.path / 'metrics.csv'} and {run.checkpoints}/"
             )
         return stop.exit_code  # not 0 where a signal came in the last moment
+
+
+def _loop(
+    session: Session, state: RunState, step: TrainStep, evaluator: Evaluator, saver: Saver, image_set: ImageSet,
+    record: Callable[[], AbstractContextManager[StepRecorder | None]], after_evaluation: Callable[[Run], object],
+) -> None:  # fmt: skip
+    """Train until the last step, or until a signal asks to stop; either way the last step is saved.
+
+    The first steps of a process, which compile and capture, are in no `seconds` and no `images_per_second`, unless
+    a row, checkpoint or evaluation is due right after one of them.
+
+    Raises:
+        TrainingFailed: the loss or a gradient was not finite.
+        Stopped: a signal came; all is saved.
+    """
+    config, ranks, run = session.config, session.ranks, session.run
+    progress, stop = session.progress, session.stop
+
+    def save() -> None:
+        saver.save()
+        plot(state, run, progress)
+
+    def evaluate() -> None:
+        row = evaluator(state.step, state.images, stop.check)
+        state.evaluated = state.step
+        if row is not None and run is not None:
+            state.add_evaluation(row)
+            after_evaluation(run)
+
+    def evaluates() -> bool:
+        return state.step % config.eval_every == 0 or state.step == config.steps
+
+    _check_ranks(session, state, saver)
+    if run is not None and state.step == 0:
+        with run.spared(progress.print):
+            draw_forward_noising(step.objective, image_set, run.saves / "forward-noising.png", seed=config.seed)
+    due = config.eval_at_start if state.step == 0 else evaluates()
+    if due and state.evaluated != state.step:  # at the start, or where the last process was stopped before it
+        try:
+            evaluate()
+        except Stopped:
+            if state.step == 0:
+                save()  # so that this run can be resumed as any other
+            raise
+        if state.step:
+            save()
+    if config.steps is not None and state.step >= config.steps:
+        progress.print(f"step {state.step:,} of --steps {config.steps:,} is reached")
+        return
+    loader = make_loader(
+        resolve_loader(config.loader, ranks.device), image_set, batch_size=config.batch_size // ranks.size,
+        seed=config.seed, rank=ranks.rank, world_size=ranks.size, device=ranks.device, start_step=state.step,
+        flip=config.flips,
+    )  # fmt: skip
+    with closing(loader), record() as recorder:
+        clock = time.perf_counter()
+        while config.steps is None or state.step < config.steps:
+            with record_function("data"):
+                images, _ = next(loader)
+            ready = step.ready
+            step(images, state.step)
+            state.step += 1
+            stopping = ranks.any(stop.signal or 0)  # on the host: no wait for a GPU
+            if stopping:
+                stop.signal = signal.Signals(stopping)
+            saver.collect()
+            if recorder is not None:
+                clock += recorder.after_step(state.step)  # what the profiler takes is no training time
+            logs = state.step % config.log_every == 0 or state.step == config.steps
+            saves = state.step % config.save_every == 0 or evaluates() or bool(stopping)
+            if not (logs or saves):
+                if not ready:
+                    _check_finite(session, step, saver, image_set)  # waits for the device: the clock starts after it
+                    state.last_log, clock = (state.step, state.seconds), time.perf_counter()
+                continue
+            _check_finite(session, step, saver, image_set)  # waits for the device: the clock has seen all its work
+            state.seconds += time.perf_counter() - clock
+            if logs:
+                log(state, run, progress)
+            if state.step % config.save_every == 0 or state.step % config.eval_every == 0:  # not at a last step between
+                state.noise_history.append({"step": state.step, **step.noise_levels.read()})
+            if saves:
+                _check_ranks(session, state, saver)
+            if saves or saver.failed:
+                save()  # before an evaluation, so that a crash in it costs nothing
+            if stopping:
+                raise Stopped
+            if evaluates():
+                evaluate()
+                save()  # with the new distance
+            clock = time.perf_counter()
+
+
+def _check(config: Config, ranks: Ranks) -> None:
+    """Raise UserError where the config does not fit the machine or the ranks; set PyTorch's own switches."""
+    parts = ranks.size * config.accumulate
+    if config.batch_size % parts:
+        raise UsageError(
+            f"--batch-size is {config.batch_size}, but must be a multiple of {parts}: {ranks.size} ranks share it, "
+            f"and --accumulate is {config.accumulate}."
+        )
+    device = ranks.device
+    check_triton(resolve_kernels(config.kernels, device), resolve_compile(config.compile, device), device)
+    set_backends(device, deterministic=config.deterministic)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
+    flags["--flip"] = config.flips  # which `auto` takes from the name of the data
+    ranks.check_equal(**flags, torch=torch.__version__)
+
+
+def _make_step(config: Config, ranks: Ranks, initial: InitialWeights | None) -> tuple[TrainStep, UNet, EMA]:
+    """The network, its average, and the step that trains it."""
+    device = ranks.device
+    kernels, bf16 = resolve_kernels(config.kernels, device), resolve_bf16(config.precision, device)
+    torch.manual_seed(config.seed)
+    model = UNet(config.net).to(device)
+    if initial is not None:
+        model.load_state_dict(initial.state)
+    network = fuse(model) if kernels == "triton" else model
+    ema = EMA(model, config.ema_decay)
+    update = make_update(
+        kernels, model, ema, weight_decay=config.weight_decay, half=half_parameters(network) if bf16 else (),
+        accumulate=config.accumulate * ranks.size > 1, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite > 0,
+    )  # fmt: skip
+    step = TrainStep(
+        network, make_objective(**config.diffusion), update, lr=config.lr, warmup_steps=config.warmup_steps,
+        grad_clip=config.grad_clip, seed=config.seed, bf16=bf16, compile=resolve_compile(config.compile, device),
+        accumulate=config.accumulate, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite, ranks=ranks,
+    )  # fmt: skip
+    return step, model, ema
+
+
+def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
+    config, device = session.config, session.ranks.device
+    network = fuse(ema.model) if resolve_kernels(config.kernels, device) == "triton" else ema.model
+    size = config.net.image_size
+    generator = Generator(
+        network, step.objective, SamplerSettings(config.eval_sampler, config.eval_steps),
+        batch_size=config.eval_batch_size, image_shape=(config.net.image_channels, size, size), device=device,
+        bf16=step.bf16, compile=resolve_compile(config.compile, device), graphs=config.graphs,
+    )  # fmt: skip
+    return Evaluator(
+        generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
+        seed=step_seed(config.seed, EVALUATION_STREAM), say=session.progress.print,
+    )  # fmt: skip
+
+
+def _tell(progress: TrainingProgress, lines: dict[str, str], initial: InitialWeights | None, warning: str | None):
+    """The start-up lines, and what a user should know before the first step."""
+    shown = [*lines.items()]
+    if initial is not None:
+        shown.insert(-2, ("weights", f"from {initial.source}"))
+    for text in (initial.warning if initial is not None else None, warning):
+        if text:
+            shown.append(("warning", text))
+    for name, value in shown:
+        progress.print(f"{name:<10} {value}")
+
+
+def _check_finite(session: Session, step: TrainStep, saver: Saver, image_set: ImageSet) -> None:
+    """Raise TrainingFailed if some loss or gradient was not finite; rank 0 tells it."""
+    bad = int(step.metrics.state_dict()["bad_step"])
+    run, config = session.run, session.config
+    if bad >= 0 and run is not None:
+        dump = f"non-finite-step-{bad + 1}.json"
+        with run.spared(session.progress.print):
+            dump_batch(step, config, run, image_set, bad)
+        raise TrainingFailed(
+            f"the loss or the gradient of step {bad + 1:,} is not finite; nothing was saved after it, and "
+            f"{saver.last_good()}. {run.path / dump} tells its batch. A lower --lr (now {config.lr:g}) or "
+            "--precision fp32 may help."
+        )
+
+
+def _check_ranks(session: Session, state: RunState, saver: Saver) -> None:
+    """Raise TrainingFailed unless all ranks have the same weights: each makes every update by itself."""
+    if session.ranks.size > 1:
+        sums = torch.stack([p.detach().double().sum() for p in state.model.parameters()])
+        sums = [float.hex(s) for s in sums.tolist()]  # NaN is the same as NaN, and another error's
+        if any(each != sums for each in session.ranks.gather(sums, "the comparison of weights")):
+            raise TrainingFailed(
+                f"the ranks' weights differ after {state.step:,} steps; nothing was saved, and {saver.last_good()}. "
+                "Use GPUs of one kind, and the same versions of this repository and of PyTorch on all hosts."
+            )
 
 
 def _command() -> str:

@@ -132,7 +132,7 @@ def train_run(config: Config, resume: Path | None = None, hook: tuple | None = N
     Without `plots` it draws no curves, which would take most of a short run's time.
     """
     if not plots:
-        train.Trainer.plot = lambda self: None
+        train.plot = lambda *arguments: None
         pictures.plot_forward_noising = lambda *arguments: None
     make = BackgroundSaver.__init__
     BackgroundSaver.__init__ = lambda self, directory: (make(self, directory), _savers.append(self))[0]

@@ -7,7 +7,7 @@ import torch
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.graphs import WARMUP, Captured
-from fastdiff.training.step import Metrics
+from fastdiff.training.metrics import Metrics
 from tests.numerics import assert_as_accurate
 from tests.training.test_step import PLAIN, SMALL, batch, curve, make_step
 
@@ -46,7 +46,7 @@ def test_the_batch_is_copied_so_that_a_loader_may_overwrite_it():
         plain(batch(step), step)
         static(buffer.copy_(batch(step)), step)
         buffer.zero_()
-    assert static.metrics_state() == plain.metrics_state()
+    assert static.metrics.state_dict() == plain.metrics.state_dict()
 
 
 def test_a_batch_of_another_size_is_refused_by_the_flags_name():
@@ -69,20 +69,20 @@ def test_loading_a_state_keeps_every_tensor_in_its_place(kernels, bf16):
     saved = copy.deepcopy(
         (train_step.model.state_dict(), train_step.update.ema.state_dict(), train_step.update.state_dict())
     )
-    sums, places = train_step.metrics_state(), {k: v.data_ptr() for k, v in state_of(train_step).items()}
-    fixed = (*vars(train_step.metrics).values(), train_step.images, train_step.number)
+    sums, places = train_step.metrics.state_dict(), {k: v.data_ptr() for k, v in state_of(train_step).items()}
+    fixed = (*(getattr(train_step.metrics, name) for name in Metrics.NAMES), train_step.images, train_step.number)
     places_of_fixed = [v.data_ptr() for v in fixed]
 
     def go_on():
         for step in range(4, 9):
             train_step(batch(step), step)
-        return train_step.metrics_state()
+        return train_step.metrics.state_dict()
 
     expected = go_on()
     train_step.model.load_state_dict(saved[0])
     train_step.update.ema.load_state_dict(saved[1], updates=4)
     train_step.update.load_state_dict(saved[2])
-    train_step.load_metrics_state(sums)
+    train_step.metrics.load_state_dict(sums)
     assert go_on() == expected
     steps = {name for name in places if name.endswith(".step")} if kernels == "triton" else set()  # made for the state
     now = state_of(train_step)
@@ -124,7 +124,7 @@ def gradient(monkeypatch, **options):
 
     monkeypatch.setattr(update, "apply", apply)
     train_step(batch(0), 0)
-    return torch.cat([v.flatten() for v in seen]), train_step.read_metrics()["loss"]
+    return torch.cat([v.flatten() for v in seen]), train_step.metrics.means()["loss"]
 
 
 @BOTH
@@ -159,17 +159,17 @@ def test_bad_ways_to_accumulate_are_refused():
 
 def test_all_metrics_are_read_at_once_and_once_a_step(monkeypatch):
     train_step, reads = make_step(), []
-    real = Metrics.read
-    monkeypatch.setattr(Metrics, "read", lambda self: (reads.append(1), real(self))[1])
+    real = Metrics.transfer
+    monkeypatch.setattr(Metrics, "transfer", lambda self: (reads.append(1), real(self))[1])
     for step in range(3):
         train_step(batch(step), step)
-    before = train_step.metrics_state()
-    assert train_step.read_metrics(reset=False)["loss"] == before["loss"] / 3
-    train_step.read_metrics()
+    before = train_step.metrics.state_dict()
+    assert train_step.metrics.means(reset=False)["loss"] == before["loss"] / 3
+    train_step.metrics.means()
     sums = {"loss": 0.0, "grad_norm": 0.0, "bad_step": -1, "skipped": 0, "in_a_row": 0}
-    assert train_step.metrics_state() == {**sums, "count": 0}
+    assert train_step.metrics.state_dict() == {**sums, "count": 0}
     assert len(reads) == 1
-    assert real(train_step.metrics) == tuple(sums.values())
+    assert real(train_step.metrics) == list(sums.values())
 
 
 # On a GPU
@@ -247,7 +247,7 @@ def test_a_step_reads_nothing_on_the_host(compile, kernels, graphs, accumulate):
             train_step(images, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert train_step.metrics_state()["bad_step"] == -1
+    assert train_step.metrics.state_dict()["bad_step"] == -1
 
 
 @gpu

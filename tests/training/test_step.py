@@ -43,7 +43,7 @@ def curve(train_step, steps, device="cpu", start=0):
     losses = []
     for step in range(start, start + steps):
         train_step(batch(step, device), step)
-        losses.append(train_step.read_metrics()["loss"])
+        losses.append(train_step.metrics.means()["loss"])
     return losses
 
 
@@ -73,7 +73,7 @@ def test_a_step_is_the_textbook_update():
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         adam.param_groups[0]["lr"] = 1e-3 * (step + 1) / 5
         adam.step()
-        metrics = train_step.read_metrics()
+        metrics = train_step.metrics.means()
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -98,9 +98,9 @@ def test_metrics_are_means_since_the_last_read_and_continue_from_a_saved_state()
     for step in range(4):
         train_step(batch(step), step)
         if step == 1:
-            saved = train_step.metrics_state()
-            train_step.load_metrics_state(saved)
-    assert train_step.read_metrics()["loss"] == pytest.approx(sum(each) / 4, rel=1e-6)
+            saved = train_step.metrics.state_dict()
+            train_step.metrics.load_state_dict(saved)
+    assert train_step.metrics.means()["loss"] == pytest.approx(sum(each) / 4, rel=1e-6)
 
 
 def test_the_first_step_that_is_not_finite_is_remembered():
@@ -110,7 +110,7 @@ def test_the_first_step_that_is_not_finite_is_remembered():
             with torch.no_grad():
                 train_step.parameters[0].fill_(float("nan"))
         train_step(batch(step), step)
-        assert train_step.metrics_state()["bad_step"] == (2 if step >= 2 else -1)
+        assert train_step.metrics.state_dict()["bad_step"] == (2 if step >= 2 else -1)
 
 
 def test_gradients_are_clipped():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import fastdiff.evaluation.evaluator as evaluator_module
 import fastdiff.training.train as train_module
-import fastdiff.training.trainer as trainer_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
-from fastdiff.training.step import Metrics, TrainStep
+from fastdiff.training.metrics import Metrics
+from fastdiff.training.step import TrainStep
 from fastdiff.training.train import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -177,18 +178,18 @@ def test_a_stopped_run_of_an_installed_fastdiff_names_its_command(tiny_config, c
 
 
 def test_a_signal_during_an_evaluation_breaks_it_off(tiny_config, tmp_path, monkeypatch):
-    real = trainer_module.evaluate
+    real = evaluator_module.evaluate
 
     def evaluate(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
     assert train(tiny_config(eval_every=10)) == 130
     run = tmp_path / "working" / "1"
     assert checkpoint.load_latest(run / "checkpoints").step == 10
     assert not list((run / "saves").glob("samples-*"))
-    monkeypatch.setattr(trainer_module, "evaluate", real)
+    monkeypatch.setattr(evaluator_module, "evaluate", real)
     assert train(tiny_config(eval_every=10), resume=run) == 0
     assert sorted(p.name for p in (run / "saves").glob("samples-*")) == [
         f"samples-000000{step}.png" for step in (10, 20, 30)
@@ -285,7 +286,7 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
                "samples": 4, "features": "fake", "feature_size": 8, "reference": "tiny", "seconds": 0.1}  # fmt: skip
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
     monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
     monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
     train(tiny_config(eval_every=5, keep_last=2, features="auto"))
@@ -325,13 +326,13 @@ def test_a_run_may_go_on_in_smaller_parts(tiny_config, tmp_path):
 
 
 def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
-    reads, real = [], Metrics.read
+    reads, real = [], Metrics.transfer
 
     def read(self):
         reads.append(1)
         return real(self)
 
-    monkeypatch.setattr(Metrics, "read", read)
+    monkeypatch.setattr(Metrics, "transfer", read)
     train(tiny_config(steps=20, eval_every=10))  # each boundary logs, saves, evaluates, and saves again
     assert len(reads) == 3  # the first step, whose compilation is not timed, and two boundaries
 

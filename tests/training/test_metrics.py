@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fastdiff.training.noise_levels import CENTRES, EDGES, NoiseLevels
+from fastdiff.training.metrics import CENTRES, EDGES, NoiseLevels
 
 
 def test_each_loss_is_counted_in_its_bin():

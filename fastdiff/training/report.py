@@ -1,0 +1,113 @@
+"""What a training run shows: its facts at the start, its rows, its curves, and the batch that made it fail."""
+
+import gc
+import json
+from pathlib import Path
+
+import torch
+
+from fastdiff.config import PRESETS, Config
+from fastdiff.data.datasets import ImageSet
+from fastdiff.data.loaders import batch_plan
+from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.reporting import plots
+from fastdiff.reporting.progress import TrainingProgress
+from fastdiff.runs.run import Run, write_atomically
+from fastdiff.runtime.device import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
+from fastdiff.runtime.world import Ranks
+from fastdiff.training.optim import learning_rate
+from fastdiff.training.state import RunState
+from fastdiff.training.step import TrainStep
+
+
+def facts(
+    config: Config, ranks: Ranks, run: Run, image_set: ImageSet, distance: FrechetDistance | None, parameters: int
+) -> dict[str, str]:
+    """Name -> what runs, in words: the lines that a run starts with."""
+    device, size = ranks.device, ranks.size
+    deterministic = ", deterministic" if config.deterministic else ""
+    bf16 = resolve_bf16(config.precision, device)
+    return {
+        "ranks": f"{size}, each with {config.batch_size // size} of {config.batch_size} images",
+        "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "precision": f"{'bf16 autocast, float32 weights' if bf16 else 'float32'}, TF32 off{deterministic}",
+        "compile": "torch.compile" if resolve_compile(config.compile, device) else "off",
+        "graphs": "CUDA graphs of training and sampling steps" if config.graphs and device.type == "cuda" else "off",
+        "kernels": f"{resolve_kernels(config.kernels, device)} (GroupNorm+SiLU, clip + Adam + EMA)",
+        "loader": f"{resolve_loader(config.loader, device)}, flip {'on' if config.flips else 'off'}",
+        "data": image_set.describe(),
+        "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
+        "network": f"U-Net, {parameters:,} parameters",
+        "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
+        "run": str(run.path),
+    }
+
+
+def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
+    """Of the facts, those that a profile is read with."""
+    chosen = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "network")}
+    changes = config.changes(PRESETS[config.preset])
+    return {
+        **chosen,
+        "data": lines["data"].partition(";")[0],
+        "step": f"a batch of {config.batch_size}",
+        "beside the preset": ", ".join(f"{name} {now}" for name, (_, now) in changes.items()) or "nothing",
+    }
+
+
+def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
+    """Write a row of the steps since the last one. Waits for the device.
+
+    A partial window at the end of a run is logged but not reset, so that resuming with a larger --steps reproduces the
+    unbroken run.
+    """
+    config, step = state.config, state.step
+    last_step, last_seconds = state.last_log
+    whole = step % config.log_every == 0
+    row = {
+        "step": step,
+        "images": state.images,
+        **state.metrics.means(reset=whole),
+        "lr": learning_rate(step - 1, peak=config.lr, warmup_steps=config.warmup_steps),
+        "images_per_second": (step - last_step) * config.batch_size / (state.seconds - last_seconds),
+        "seconds": state.seconds,
+    }
+    if run is not None:
+        run.log_train(row)
+    if whole:
+        state.last_log = (step, state.seconds)
+        state.loss_history.append((step, row["loss"]))
+    to_eval = config.eval_every - step % config.eval_every
+    if config.steps is not None:
+        to_eval = min(to_eval, config.steps - step)
+    progress.update(
+        step=step, images=state.images, loss=row["loss"], images_per_second=row["images_per_second"],
+        steps_to_eval=to_eval,
+    )  # fmt: skip
+
+
+def plot(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
+    """Draw loss, throughput and Frechet distance over the whole run, and the loss by noise level, also as rows."""
+    if run is None:
+        return
+    since = state.noise_levels.read(reset=False)
+    rows = [*state.noise_history, *([{"step": state.step, **since}] if any(since["images"]) else [])]
+    with run.spared(progress.print):
+        plots.plot_run(run.train_rows(), run.eval_rows(), rows, run.saves)
+        write_atomically(run.path / "loss-by-noise.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    gc.collect()  # figures are cycles of several MB each, which the collector would let pile up
+
+
+def dump_batch(train_step: TrainStep, config: Config, run: Run, image_set: ImageSet, step: int) -> Path:
+    """Write which images, flips and times a step (from 0) had: all a pure function of the seed and the step."""
+    n = config.batch_size
+    indices, flips = batch_plan(len(image_set.images), batch_size=n, seed=config.seed, step=step)
+    batch = {
+        "step": step + 1,
+        "indices": indices.tolist(),
+        "flips": (flips & config.flips).tolist(),
+        "t": train_step.times(n, step).tolist(),
+    }
+    path = run.path / f"non-finite-step-{step + 1}.json"
+    write_atomically(path, (json.dumps(batch) + "\n").encode())
+    return path
