@@ -10,8 +10,9 @@ from pathlib import Path
 import tyro
 
 from fastdiff.cli import run_command, told_once
-from fastdiff.config import PRESETS, Config
+from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.presets import PRESETS
 from fastdiff.runs.run import open_run
 
 

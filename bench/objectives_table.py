@@ -113,9 +113,11 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     device = resolve_device("auto")
     trained = load_trained(checkpoint, device=device)
     config = trained.config
-    data = load_dataset(config.data, root=config.data_root, split=config.split, image_size=config.net.image_size)
-    extractor = make_extractor("efficientnet_lite0", device=device, size=config.feature_size)
-    distance = FrechetDistance(extractor, data, cache_dir=cache_folder(config.data_root), device=device)
+    data = load_dataset(
+        config.images.data, root=config.images.data_root, split=config.images.split, image_size=config.net.image_size
+    )
+    extractor = make_extractor("efficientnet_lite0", device=device, size=config.eval.feature_size)
+    distance = FrechetDistance(extractor, data, cache_dir=cache_folder(config.images.data_root), device=device)
     for sampler, steps in plan:
         generator = trained.generator(
             SamplerSettings(sampler, steps), batch_size=256, device=device, bf16=resolve_bf16("auto", device)
@@ -123,7 +125,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
         row, kept = evaluate(generator, distance, n=flags.samples, seed=0, keep=8)
         row |= {
             "objective": objective,
-            "schedule": config.resolved_schedule,
+            "schedule": config.diffusion.resolved_schedule,
             "train_steps": trained.step,
             "evaluations": evaluations(generator.plan),
         }

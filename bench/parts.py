@@ -20,7 +20,7 @@ from fastdiff.training.step import TrainStep
 
 def objective(size: Size) -> Objective:
     """The config's own."""
-    return make_objective(**size.config.diffusion)
+    return make_objective(**size.config.diffusion.arguments)
 
 
 def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[nn.Module, Update]:
@@ -34,7 +34,7 @@ def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[nn.Mo
     model = UNet(size.config.net).to(size.device)
     network = fuse(model) if kernels == "triton" else model
     update = make_update(
-        kernels, model, EMA(model, size.config.ema_decay), weight_decay=size.config.weight_decay,
+        kernels, model, EMA(model, size.config.optim.ema_decay), weight_decay=size.config.optim.weight_decay,
         half=half_parameters(network) if size.bf16 else (), graphs=graphs,
     )  # fmt: skip
     return network, update
@@ -45,8 +45,8 @@ def train_step(size: Size, *, kernels: str, compile: bool, graphs: bool = False)
     model, update = make_parts(size, kernels, graphs=graphs)
     c = size.config
     return TrainStep(
-        model, objective(size), update, lr=c.lr, warmup_steps=c.warmup_steps, grad_clip=c.grad_clip, seed=c.seed,
-        bf16=size.bf16, compile=compile, graphs=graphs,
+        model, objective(size), update, lr=c.optim.lr, warmup_steps=c.optim.warmup_steps,
+        grad_clip=c.optim.grad_clip, seed=c.run.seed, bf16=size.bf16, compile=compile, graphs=graphs,
     )  # fmt: skip
 
 
@@ -61,19 +61,21 @@ def loader(size: Size, kind: str) -> Loader:
     """A loader over the size's images, on its device."""
     c = size.config
     images = image_set(size.images, c.net.image_size)
-    return make_loader(kind, images, batch_size=c.batch_size, seed=c.seed, device=size.device)
+    return make_loader(kind, images, batch_size=c.optim.batch_size, seed=c.run.seed, device=size.device)
 
 
 def constant_batch(size: Size) -> torch.Tensor:
     """uint8 (batch, H, W, C) on the device."""
     c = size.config
-    return torch.from_numpy(image_set(size.images, c.net.image_size).images[: c.batch_size].copy()).to(size.device)
+    return torch.from_numpy(image_set(size.images, c.net.image_size).images[: c.optim.batch_size].copy()).to(
+        size.device
+    )
 
 
 def training_work(size: Size, run: Callable[[int], object], *, units: float = 1.0) -> Workload:
     """A workload that trains on one batch a call."""
     _, flops = network_flops(size.config.net)
-    n = size.config.batch_size
+    n = size.config.optim.batch_size
     return Workload(run, flops=flops * n, images=n, units=units)
 
 

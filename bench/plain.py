@@ -44,24 +44,24 @@ def plain_step(config: Config, batches: Iterator[Tensor], device: torch.device) 
         batches: float32 (B, C, H, W) on the host.
     """
     model = UNet(config.net).to(device).to(memory_format=torch.contiguous_format)
-    adam = torch.optim.Adam(model.parameters(), lr=config.lr)
+    adam = torch.optim.Adam(model.parameters(), lr=config.optim.lr)
     average = [p.detach().clone() for p in model.parameters()]
-    betas = torch.linspace(1e-4, 0.02, config.timesteps, dtype=torch.float64)
+    betas = torch.linspace(1e-4, 0.02, config.diffusion.timesteps, dtype=torch.float64)
     abar = (1 - betas).cumprod(0).float().to(device)
 
     def step(i: int) -> None:
         x0 = next(batches).to(device, non_blocking=True)
-        t = torch.randint(config.timesteps, (len(x0),), device=device)
+        t = torch.randint(config.diffusion.timesteps, (len(x0),), device=device)
         eps = torch.randn_like(x0)
         a = abar[t][:, None, None, None]
         loss = F.mse_loss(model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t), eps)
         adam.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
         adam.step()
         with torch.no_grad():
             for mean, p in zip(average, model.parameters(), strict=True):
-                mean.mul_(config.ema_decay).add_(p, alpha=1 - config.ema_decay)
+                mean.mul_(config.optim.ema_decay).add_(p, alpha=1 - config.optim.ema_decay)
 
     def with_defaults(i: int) -> None:
         # TF32 convolutions are on by default; without them this baseline would be slower than it is for anybody.

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,9 +14,10 @@ from bench import machine
 from bench.bars import BARS, Better, verdict
 from bench.results import Ratio, Results, Row
 from bench.timing import WARM_UP, Samples, Stopwatch, Workload, interleave
-from fastdiff.config import PRESETS, Config, UNetConfig
+from fastdiff.config import Config, UNetConfig
 from fastdiff.data.datasets import ImageSet
 from fastdiff.nets.unet import UNet
+from fastdiff.presets import PRESETS
 from fastdiff.runtime.device import environment, set_backends
 
 
@@ -81,7 +82,7 @@ def make_size(name: str) -> Size:
             QUICK, torch.device("cpu"), 1797, bf16=False, ours=False, steps=5, overhead_steps=5,
             sampler_batches=(1, 16, 64), flat=1_017_088, norms=((16, 128, 32), (16, 256, 8)), budget=1.0,
         )  # fmt: skip
-    config = replace(QUICK, net=TINY, batch_size=4, timesteps=20, eval_samples=4, eval_batch_size=4, eval_steps=2)
+    config = QUICK.replace(net=TINY, batch_size=4, timesteps=20, eval_samples=4, eval_batch_size=4, eval_steps=2)
     return Size(
         config, torch.device("cpu"), 16, bf16=False, ours=True, steps=2, overhead_steps=3, sampler_batches=(1, 16),
         flat=3008, norms=((2, 16, 4),), budget=0.0, trial=True,

@@ -53,10 +53,14 @@ def _features(size: Size) -> Comparison:
 def _evaluation(size: Size) -> Comparison:
     """Some samples and their features, counted up to the config's number of samples; and the distance, once."""
     c = size.config
-    training, samples, distance = f"{c.eval_every} training steps", f"{c.eval_samples} samples", "Frechet distance"
+    training, samples, distance = (
+        f"{c.eval.eval_every} training steps",
+        f"{c.eval.eval_samples} samples",
+        "Frechet distance",
+    )
 
     def build() -> dict[str, Workload]:
-        n = min(c.eval_samples, c.eval_batch_size if size.device.type == "cuda" else 16)
+        n = min(c.eval.eval_samples, c.eval.eval_batch_size if size.device.type == "cuda" else 16)
         with tempfile.TemporaryDirectory() as folder:
             reference = image_set(512 if size.device.type == "cuda" else 64, c.net.image_size)
             extractor = _extractor(size)
@@ -64,13 +68,16 @@ def _evaluation(size: Size) -> Comparison:
                 FrechetDistance(extractor, reference, cache_dir=folder, device=size.device) for _ in range(2)
             )
         full.update(torch.from_numpy(reference.images).permute(0, 3, 1, 2))
-        draw = sampling(size, SamplerSettings(c.eval_sampler, c.eval_steps), n, captured=size.ours)
+        draw = sampling(size, SamplerSettings(c.eval.eval_sampler, c.eval.eval_steps), n, captured=size.ours)
         batch, step = constant_batch(size), our_step(size)
         forward, _ = network_flops(c.net)
         return {
-            training: training_work(size, lambda i: step(batch, i), units=1 / c.eval_every),
+            training: training_work(size, lambda i: step(batch, i), units=1 / c.eval.eval_every),
             samples: Workload(
-                lambda i: sampled.update(draw(i)), flops=forward * n * c.eval_steps, images=n, units=n / c.eval_samples
+                lambda i: sampled.update(draw(i)),
+                flops=forward * n * c.eval.eval_steps,
+                images=n,
+                units=n / c.eval.eval_samples,
             ),
             distance: Workload(lambda i: full.compute()),
         }

@@ -24,7 +24,7 @@ def comparisons(size: Size) -> list[Comparison]:
         return work
 
     ratios = {kind: (Against(TRAINING, "higher", "7"),) for kind in kinds}
-    return [Comparison("loaders", f"batch {size.config.batch_size}", (TRAINING, *kinds), build, ratios)]
+    return [Comparison("loaders", f"batch {size.config.optim.batch_size}", (TRAINING, *kinds), build, ratios)]
 
 
 def test_loaders(record):

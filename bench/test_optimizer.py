@@ -18,17 +18,17 @@ def _naive(size: Size) -> Callable[[int], None]:
     """What a first version writes: nothing fused, an average in a loop."""
     model = UNet(size.config.net).to(size.device)
     parameters = list(model.parameters())
-    adam = torch.optim.Adam(parameters, lr=size.config.lr, foreach=False)
+    adam = torch.optim.Adam(parameters, lr=size.config.optim.lr, foreach=False)
     average = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.grad = torch.randn_like(p)
 
     def update(i: int) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, size.config.grad_clip, foreach=False)
+        torch.nn.utils.clip_grad_norm_(parameters, size.config.optim.grad_clip, foreach=False)
         adam.step()
         with torch.no_grad():
             for mean, p in zip(average, parameters, strict=True):
-                mean.mul_(size.config.ema_decay).add_(p, alpha=1 - size.config.ema_decay)
+                mean.mul_(size.config.optim.ema_decay).add_(p, alpha=1 - size.config.optim.ema_decay)
 
     return update
 
@@ -38,9 +38,9 @@ def _update(size: Size, kernels: str) -> Callable[[int], None]:
     gradients = [torch.randn_like(w) for w in update.weights.values()]
 
     def run(i: int) -> None:
-        update.begin(lr=size.config.lr)
+        update.begin(lr=size.config.optim.lr)
         update.add(gradients)
-        update.apply(grad_clip=size.config.grad_clip)
+        update.apply(grad_clip=size.config.optim.grad_clip)
 
     return run
 

@@ -37,7 +37,7 @@ def _ladder(size: Size) -> Comparison:
         images = image_set(size.images, c.net.image_size).images
         cuda = size.device.type == "cuda"
         workers = min(8, (os.cpu_count() or 1) - 1) if cuda else 0  # on a CPU they would take the step's own cores
-        batches = endless(images, c.batch_size, workers=workers, pin_memory=cuda)
+        batches = endless(images, c.optim.batch_size, workers=workers, pin_memory=cuda)
         steps = {
             memory: train_step(size, kernels="torch", compile=False),
             "+ compile": train_step(size, kernels="torch", compile=True),
@@ -49,7 +49,7 @@ def _ladder(size: Size) -> Comparison:
         work = {PLAIN: training_work(size, plain_step(c, batches, size.device))}
         return work | {name: training_work(size, lambda i, step=step: step(batch, i)) for name, step in steps.items()}
 
-    return Comparison("step", f"batch {size.config.batch_size}", variants, build, ratios)
+    return Comparison("step", f"batch {size.config.optim.batch_size}", variants, build, ratios)
 
 
 def _with_loader(size: Size) -> Comparison:
@@ -63,7 +63,7 @@ def _with_loader(size: Size) -> Comparison:
             work[kind] = training_work(size, lambda i, batches=batches: step(next(batches)[0], i))
         return work
 
-    return Comparison("step", f"batch {size.config.batch_size}, ours", ("constant batch", *ratios), build, ratios)
+    return Comparison("step", f"batch {size.config.optim.batch_size}, ours", ("constant batch", *ratios), build, ratios)
 
 
 def comparisons(size: Size) -> list[Comparison]:

@@ -4,7 +4,6 @@ Every flag of train_cifar.py passes through. After each evaluation the run direc
 and an up-to-date track.png; `--resume RUN_DIR` goes on, and `--plot RUN_DIR` makes both anew from any run.
 """
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -162,8 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     if flags.plot is not None:
         return plot(flags.plot)
-    config = flags.config if flags.every is None else dataclasses.replace(flags.config, eval_every=flags.every)
-    if config.features == "none":
+    config = flags.config if flags.every is None else flags.config.replace(eval_every=flags.every)
+    if config.eval.features == "none":
         raise UserError("--features none leaves nothing to track; choose an extractor, or train with train_cifar.py.")
 
     from bench.machine import ceilings_apart
@@ -172,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     from fastdiff.runtime.device import memory_peak, resolve_device
     from fastdiff.training.train import train
 
-    device = resolve_device(config.device)
+    device = resolve_device(config.machine.device)
     ceiling = ceilings_apart(device, budget=4)["flops_s"]
     _, flops = network_flops(config.net)
     print(f"{'ceiling':<10} {ceiling / 1e12:.4g} TFLOP/s, {flops / 1e9:.4g} GFLOP to train on an image")

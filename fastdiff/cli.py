@@ -15,8 +15,9 @@ from typing import Literal
 
 import tyro
 
-from fastdiff.config import PRESETS, PresetName, SamplerName, SpacingName
+from fastdiff.config import PresetName, SamplerName, SpacingName
 from fastdiff.errors import TrainingFailed, UsageError, UserError
+from fastdiff.presets import PRESETS
 from fastdiff.runtime import output
 
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end

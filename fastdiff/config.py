@@ -1,7 +1,6 @@
 """What a run is made of: frozen dataclasses, checked when they are built, and the table of presets."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +24,22 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 def _at_least(least: int, name: str, value: int) -> None:
     _require(value >= least, name, value, f"at least {least}")
     _require(value < 2**63, name, value, "below 2^63")
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+
+
+def _check_words(section: object) -> None:
+    """Every choice is one of those that its type lists, and no name or path is blank."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if get_origin(hint) is Literal:
+            _require(value in get_args(hint), name, value, f"one of {', '.join(get_args(hint))}")
+        elif isinstance(value, str):
+            _require(value.strip() != "", name, value, "a name or a path")
 
 
 DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
@@ -91,11 +106,8 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A training run. Every field is a flag of `train_cifar.py`; the defaults are the DDPM CIFAR-10 baseline."""
-
-    preset: PresetName = "ddpm-cifar10"
-    """Where the other fields' defaults come from."""
+class ImagesConfig:
+    """Where the images come from, and how they reach the device."""
 
     data: str = "cifar10"
     """`cifar10`, `digits` (scikit-learn's; no download), or a path: a folder, tar or zip of images, or an .npz."""
@@ -108,10 +120,18 @@ class Config:
     flip: Literal["auto", "on", "off"] = "auto"
     """Mirror every other image at random; `auto`: on, but off for digits."""
 
-    init_from: str | None = None
-    """Start from the averaged weights of a network of the same shape, as step 0 of a new run: a run, a checkpoint, a
-    folder of `export`, or the folder of a diffusers pipeline or UNet2DModel."""
-    net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
+    def __post_init__(self) -> None:
+        _check_words(self)
+
+    @property
+    def flips(self) -> bool:
+        """Whether images are mirrored at random, with `auto` resolved by the data."""
+        return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise process, and what the network learns about it."""
 
     objective: Literal["eps", "x0", "v", "score", "flow", "edm"] = "eps"
     """What the network predicts."""
@@ -132,124 +152,12 @@ class Config:
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for objective and weighting edm."""
 
-    batch_size: int = 128
-    """Images in a step."""
-    accumulate: int = 1
-    """Parts of a batch that go through the network one after the other, to need less memory; the update is the same."""
-    lr: float = 2e-4
-    """Adam's learning rate after warm-up."""
-    warmup_steps: int = 5000
-    """Steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW's); 0 is plain Adam."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
-    skip_nonfinite: int = 0
-    """Steps in a row whose loss or gradient may be NaN or infinite: they are skipped and counted; one more stops."""
-    ema_decay: float = 0.9999
-    """Decay of the weights' exponential moving average, in [0, 1); 0 keeps no memory."""
-    steps: int | None = None
-    """Stop after this many steps; by default train until stopped (Ctrl-C saves)."""
-    seed: int = 0
-    """Seed of weights, data order, noise and evaluation samples; at least 0."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto`: cuda if there is one."""
-    rank_timeout: float = 600.0
-    """Several ranks: seconds without progress after which a rank counts as hung, and all end."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto`: on for CUDA, off for CPU."""
-    graphs: bool = True
-    """Capture the training step and each sampling step in CUDA graphs; without effect on a CPU."""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    """GroupNorm+SiLU, Adam and EMA by our fused Triton kernels or by PyTorch; `auto`: triton on CUDA, torch on CPU."""
-
-    deterministic: bool = False
-    """On a GPU, only algorithms that give the same bits in every run, so that a resumed run is the unbroken one bit for
-    bit; slower. A CPU always does."""
-
-    log_every: int = 100
-    """Steps between metric rows; the only moments in which the host reads a value of the device."""
-    save_every: int = 10_000
-    """Steps between checkpoints."""
-    eval_every: int = 10_000
-    """Steps between evaluations (sample grid, trajectory, Frechet distance, plots); each also saves a checkpoint."""
-    keep_last: int = 3
-    """Newest checkpoints to keep; the best by Frechet distance is kept as well."""
-    profile: int = 0
-    """Record this many steps in the middle of the run with torch.profiler into <run>/profile/; 0: none."""
-    run_root: str = "working"
-    """Folder in which the run directory is made; it is numbered upwards."""
-
-    features: Literal["auto", "inception", "efficientnet_lite0", "none"] = "auto"
-    """Extractor of the Frechet distance; `auto`: inception if its weights are to be had; `none`: no distance."""
-    feature_size: int | None = None
-    """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
-    eval_at_start: bool = False
-    """Also evaluate before the first step."""
-    eval_samples: int = 10_000
-    """Samples of each Frechet distance during training."""
-    eval_batch_size: int = 256
-    """Images sampled at a time."""
-    eval_sampler: SamplerName = "ddim"
-    """Sampler of evaluations (ddim with eta = 0)."""
-    eval_steps: int = 50
-    """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
-    grid_samples: int = 64
-    """Images in the sample grid."""
-
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Config).items():
-            if get_origin(hint) is Literal:
-                _require(
-                    getattr(self, name) in get_args(hint),
-                    name,
-                    getattr(self, name),
-                    f"one of {', '.join(get_args(hint))}",
-                )
-            elif isinstance(getattr(self, name), str):
-                _require(getattr(self, name).strip() != "", name, getattr(self, name), "a name or a path")
-        _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
-        at_least = {
-            "timesteps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "log_every": 1, "save_every": 1,
-            "eval_every": 1, "keep_last": 1, "eval_samples": 2, "eval_batch_size": 1, "eval_steps": 1,
-            "grid_samples": 1, "seed": 0, "profile": 0, "skip_nonfinite": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            _at_least(least, name, getattr(self, name))
-        _require(self.batch_size < 2**31, "batch_size", self.batch_size, "below 2^31, as for DALI")
-        _require(
-            self.batch_size % self.accumulate == 0,
-            "accumulate",
-            self.accumulate,
-            f"a divisor of --batch-size ({self.batch_size})",
-        )
-        for name in ("steps", "feature_size"):
-            if getattr(self, name) is not None:
-                _at_least(1, name, getattr(self, name))
-        for name in ("lr", "grad_clip", "rank_timeout", "min_snr_gamma", "sigma_data"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
-        _require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"
-        )
-        _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
-        self._check_schedule()
-
-    def _check_schedule(self) -> None:
-        """Raises UserError where objective, schedule and sampling of times do not fit together."""
+        _check_words(self)
+        _at_least(1, "timesteps", self.timesteps)
+        _positive(self, "min_snr_gamma", "sigma_data")
         schedule, auto = self.resolved_schedule, " (auto)" if self.schedule == "auto" else ""
-        discrete = schedule in DISCRETE_SCHEDULES
-        if discrete:
-            _require(
-                self.eval_steps <= self.timesteps,
-                "eval_steps",
-                self.eval_steps,
-                f"at most --timesteps ({self.timesteps})",
-            )
-        if self.zero_terminal_snr and not discrete:
+        if self.zero_terminal_snr and not self.discrete:
             raise UserError(
                 f"--zero-terminal-snr rescales {' and '.join(DISCRETE_SCHEDULES)}, but --schedule is {schedule}{auto}; "
                 "drop one of them."
@@ -272,105 +180,244 @@ class Config:
         return AUTO_SCHEDULE[self.objective] if self.schedule == "auto" else self.schedule
 
     @property
+    def discrete(self) -> bool:
+        """Whether the schedule has --timesteps levels, and no times between them."""
+        return self.resolved_schedule in DISCRETE_SCHEDULES
+
+    @property
     def task(self) -> str:
         """What the network is trained for; see the function `task`."""
-        schedule = self.resolved_schedule
-        timesteps = self.timesteps if schedule in DISCRETE_SCHEDULES else None
-        words = task(self.objective, schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr)
+        timesteps = self.timesteps if self.discrete else None
+        words = task(
+            self.objective, self.resolved_schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr
+        )
         return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
 
     @property
-    def flips(self) -> bool:
-        """Whether images are mirrored at random, with `auto` resolved by the data."""
-        return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `make_objective`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"kind": values.pop("objective"), **values, "schedule": self.resolved_schedule}
 
-    @property
-    def diffusion(self) -> dict[str, Any]:
-        """What `make_objective` needs, as its keyword arguments."""
-        names = ("weighting", "timesteps", "zero_terminal_snr", "time_sampling", "min_snr_gamma", "sigma_data")
-        options = {name: getattr(self, name) for name in names}
-        return {"kind": self.objective, "schedule": self.resolved_schedule, **options}
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update of the weights and of their average."""
+
+    init_from: str | None = None
+    """Start from the averaged weights of a network of the same shape, as step 0 of a new run: a run, a checkpoint, a
+    folder of `export`, or the folder of a diffusers pipeline or UNet2DModel."""
+    batch_size: int = 128
+    """Images in a step."""
+    accumulate: int = 1
+    """Parts of a batch that go through the network one after the other, to need less memory; the update is the same."""
+    lr: float = 2e-4
+    """Adam's learning rate after warm-up."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW's); 0 is plain Adam."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    skip_nonfinite: int = 0
+    """Steps in a row whose loss or gradient may be NaN or infinite: they are skipped and counted; one more stops."""
+    ema_decay: float = 0.9999
+    """Decay of the weights' exponential moving average, in [0, 1); 0 keeps no memory."""
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        _at_least(1, "batch_size", self.batch_size)
+        _at_least(1, "accumulate", self.accumulate)
+        _at_least(0, "warmup_steps", self.warmup_steps)
+        _at_least(0, "skip_nonfinite", self.skip_nonfinite)
+        _require(self.batch_size < 2**31, "batch_size", self.batch_size, "below 2^31, as for DALI")
+        divides = f"a divisor of --batch-size ({self.batch_size})"
+        _require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate, divides)
+        _positive(self, "lr", "grad_clip")
+        decay = self.weight_decay
+        _require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "at least 0")
+        _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluations during training: sample grid, trajectory, Frechet distance."""
+
+    features: Literal["auto", "inception", "efficientnet_lite0", "none"] = "auto"
+    """Extractor of the Frechet distance; `auto`: inception if its weights are to be had; `none`: no distance."""
+    feature_size: int | None = None
+    """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
+    eval_at_start: bool = False
+    """Also evaluate before the first step."""
+    eval_every: int = 10_000
+    """Steps between evaluations (sample grid, trajectory, Frechet distance, plots); each also saves a checkpoint."""
+    eval_samples: int = 10_000
+    """Samples of each Frechet distance during training."""
+    eval_batch_size: int = 256
+    """Images sampled at a time."""
+    eval_sampler: SamplerName = "ddim"
+    """Sampler of evaluations (ddim with eta = 0)."""
+    eval_steps: int = 50
+    """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
+    grid_samples: int = 64
+    """Images in the sample grid."""
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
+            _at_least(1, name, getattr(self, name))
+        _at_least(2, "eval_samples", self.eval_samples)
+        if self.feature_size is not None:
+            _at_least(1, "feature_size", self.feature_size)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run is, and what it leaves."""
+
+    steps: int | None = None
+    """Stop after this many steps; by default train until stopped (Ctrl-C saves)."""
+    seed: int = 0
+    """Seed of weights, data order, noise and evaluation samples; at least 0."""
+    log_every: int = 100
+    """Steps between metric rows; the only moments in which the host reads a value of the device."""
+    save_every: int = 10_000
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; the best by Frechet distance is kept as well."""
+    profile: int = 0
+    """Record this many steps in the middle of the run with torch.profiler into <run>/profile/; 0: none."""
+    run_root: str = "working"
+    """Folder in which the run directory is made; it is numbered upwards."""
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        for name, least in (("log_every", 1), ("save_every", 1), ("keep_last", 1), ("seed", 0), ("profile", 0)):
+            _at_least(least, name, getattr(self, name))
+        if self.steps is not None:
+            _at_least(1, "steps", self.steps)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What computes the run, and how; nothing here changes what is trained, but for rounding."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: cuda if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto`: on for CUDA, off for CPU."""
+    graphs: bool = True
+    """Capture the training step and each sampling step in CUDA graphs; without effect on a CPU."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """GroupNorm+SiLU, Adam and EMA by our fused Triton kernels or by PyTorch; `auto`: triton on CUDA, torch on CPU."""
+    deterministic: bool = False
+    """On a GPU, only algorithms that give the same bits in every run, so that a resumed run is the unbroken one bit for
+    bit; slower. A CPU always does."""
+    rank_timeout: float = 600.0
+    """Several ranks: seconds without progress after which a rank counts as hung, and all end."""
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        _positive(self, "rank_timeout")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Every field of a section is a flag of `train_cifar.py`, named without its section; the defaults
+    are the DDPM CIFAR-10 baseline."""
+
+    preset: PresetName = "ddpm-cifar10"
+    """Where the other fields' defaults come from."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        _check_words(self)
+        _require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
+        steps, timesteps = self.eval.eval_steps, self.diffusion.timesteps
+        if self.diffusion.discrete:
+            _require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
+
+    @classmethod
+    def of(cls, **flags: Any) -> "Config":
+        """The baseline with other values, each by its flag's name: `Config.of(lr=1e-3, channels=64)`."""
+        return cls().replace(**flags)
+
+    def replace(self, **flags: Any) -> "Config":
+        """A copy with other values, each by its flag's name, or a whole section by the section's."""
+        changes: dict[str, Any] = {name: flags[name] for name in flags if name in SECTIONS or name == "preset"}
+        for section in SECTIONS:
+            values = {name: value for name, value in flags.items() if SECTION_OF.get(name) == section}
+            if values and section not in changes:
+                changes[section] = dataclasses.replace(getattr(self, section), **values)
+        if unknown := sorted(flags.keys() - SECTION_OF.keys() - SECTIONS.keys() - {"preset"}):
+            raise TypeError(f"no flag has the name {', '.join(unknown)}")
+        return dataclasses.replace(self, **changes)
+
+    def resolved(self, device: str) -> "Config":
+        """The config with every `auto` decided that the kind of device, "cuda" or "cpu", and the data decide.
+
+        `features`, `time_sampling` and `feature_size` stay: the extractor's weights and the schedule decide them.
+        """
+        cuda = device == "cuda"
+        auto = {
+            "device": device, "precision": "bf16" if cuda else "fp32", "compile": "on" if cuda else "off",
+            "kernels": "triton" if cuda else "torch", "loader": "dali" if cuda else "resident",
+            "schedule": self.diffusion.resolved_schedule, "flip": "on" if self.images.flips else "off",
+        }  # fmt: skip
+        values = self.flat()
+        return self.replace(**{name: value for name, value in auto.items() if values[name] == "auto"})
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types."""
+        """The config as plain JSON types, section by section."""
         return dataclasses.asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flag's name, the network's among them."""
-        values = self.to_dict()
-        return {**{name: value for name, value in values.items() if name != "net"}, **values["net"]}
+        """Every field by its flag's name."""
+        return {"preset": self.preset} | {name: getattr(getattr(self, s), name) for name, s in SECTION_OF.items()}
 
     def changes(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Fields that are not among RESUMABLE_CHANGES and differ: name -> their value in `other`, and here."""
-        ours, theirs = ({**each.flat(), "flip": "on" if each.flips else "off"} for each in (self, other))
+        ours, theirs = ({**each.flat(), "flip": "on" if each.images.flips else "off"} for each in (self, other))
         return {
             name: (theirs[name], value)
             for name, value in ours.items()
             if value != theirs[name] and name not in RESUMABLE_CHANGES
         }
 
-    def to_json(self) -> str:
-        """The config as the text of a run's config.json."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. Raises UserError for a field that this version does not know."""
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        unknown += [
-            f"net.{name}" for name in set(values.get("net", {})) - {f.name for f in dataclasses.fields(UNetConfig)}
-        ]
-        if unknown:
+        """The inverse of `to_dict`; also of what stood in config.json before it had sections.
+
+        Raises:
+            UserError: a field that this version does not know.
+        """
+        flat: dict[str, Any] = {}
+        values = {name: value for name, value in values.items() if name != "resolved"}  # what `auto` became then
+        for name, value in values.items():
+            if isinstance(value, dict) and name in SECTIONS:
+                flat |= {each if SECTION_OF.get(each) == name else f"{name}.{each}": v for each, v in value.items()}
+            else:
+                flat[name] = value
+        if unknown := sorted(flat.keys() - SECTION_OF.keys() - {"preset"}):
             raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
-        values = dict(values)
-        if "net" in values:
-            net: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["net"].items()}
-            values["net"] = UNetConfig(**net)
-        return cls(**values)
+        return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
 
 
-PRESETS: dict[str, Config] = {
-    "ddpm-cifar10": Config(),
-    "quick": Config(
-        preset="quick",
-        data="digits",
-        net=UNetConfig(
-            image_size=16,
-            channels=16,
-            channel_mult=(1, 4, 4),
-            blocks_per_level=1,
-            attention_resolutions=(8, 4),
-            norm_groups=8,
-        ),
-        batch_size=64,
-        lr=2e-3,
-        warmup_steps=100,
-        ema_decay=0.99,
-        steps=850,
-        log_every=25,
-        save_every=425,
-        eval_every=850,
-        eval_at_start=True,
-        eval_samples=200,
-        eval_batch_size=200,
-        # Of 16 samples after 600 steps, ddim left visible noise in about 6 and ddpm in none.
-        eval_sampler="ddpm",
-        eval_steps=100,
-        features="efficientnet_lite0",
-        sigma_data=0.75,  # digits have a mean of -0.38 and a standard deviation of 0.70
-    ),
-    "v-cosine": Config(preset="v-cosine", objective="v", schedule="cosine", eval_sampler="dpmpp-2m", eval_steps=25),
-    "edm": Config(preset="edm", objective="edm", weighting="edm", eval_sampler="heun", eval_steps=18),
-    "flow": Config(
-        preset="flow",
-        objective="flow",
-        time_sampling="logit-normal",
-        eval_sampler="heun",
-        eval_steps=25,
-    ),
-    "score-vp": Config(preset="score-vp", objective="score", eval_sampler="dpmpp-2m", eval_steps=25),
-    "score-ve": Config(preset="score-ve", objective="score", schedule="ve-sde", eval_sampler="heun", eval_steps=25),
+# Section -> the names of its fields; and flag -> its section. No two sections have a field of one name.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    f.name: tuple(each.name for each in dataclasses.fields(kind))
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(kind := get_type_hints(Config)[f.name])
 }
+SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
 # A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
 # `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding. Data may have another

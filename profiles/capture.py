@@ -38,14 +38,14 @@ class _Topic:
     """Folder to write; default profiles/<device>/<command>-<preset>."""
 
     def __post_init__(self) -> None:
-        if self.config.profile < 1:
-            raise UserError(f"--profile is {self.config.profile}, but a capture records at least 1 step.")
+        if self.config.run.profile < 1:
+            raise UserError(f"--profile is {self.config.run.profile}, but a capture records at least 1 step.")
 
     def directory(self, command: str) -> Path:
         """Where the files go."""
         from fastdiff.runtime.device import device_name, resolve_device, slug
 
-        device = slug(device_name(resolve_device(self.config.device)))
+        device = slug(device_name(resolve_device(self.config.machine.device)))
         return self.out or REPO / "profiles" / device / f"{command}-{self.config.preset}"
 
 
@@ -68,8 +68,8 @@ class Train(_Topic):
             if code != 0:
                 return code
             shutil.copytree(Path(folder) / "1" / "profile", directory, dirs_exist_ok=True)
-            if self.config.graphs and resolve_device(self.config.device).type == "cuda":
-                code = _train(dataclasses.replace(self.config, graphs=False), folder)
+            if self.config.machine.graphs and resolve_device(self.config.machine.device).type == "cuda":
+                code = _train(self.config.replace(graphs=False), folder)
                 if code != 0:
                     return code
                 append_uncaptured(directory, analyse(read_trace(Path(folder) / "2" / "profile" / "trace.json.gz")))
@@ -84,8 +84,8 @@ def _train(config: Config, folder: str) -> int:
 
     never = 10**9
     return train(
-        dataclasses.replace(
-            config, steps=LEAD + steps_needed(config.profile), run_root=folder, features="none", eval_at_start=False,
+        config.replace(
+            steps=LEAD + steps_needed(config.run.profile), run_root=folder, features="none", eval_at_start=False,
             save_every=never, eval_every=never, eval_steps=1, grid_samples=1,
         )
     )  # fmt: skip
@@ -105,37 +105,36 @@ class Sample(_Topic):
         from fastdiff.nets.fuse import fuse
         from fastdiff.nets.unet import UNet
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
-        from fastdiff.runtime import device as machine
+        from fastdiff.runtime.device import resolve_device, set_backends
 
-        config, net = self.config, self.config.net
-        device = machine.resolve_device(config.device)
-        bf16 = machine.resolve_bf16(config.precision, device)
+        device = resolve_device(self.config.machine.device)
+        config, net = self.config.resolved(device.type), self.config.net
+        bf16, compiles = config.machine.precision == "bf16", config.machine.compile == "on"
         cuda = device.type == "cuda"
         lead = LEAD if cuda else 1
-        kernels = machine.resolve_kernels(config.kernels, device)
-        machine.set_backends(device)
-        torch.manual_seed(config.seed)
+        kernels = config.machine.kernels
+        set_backends(device)
+        torch.manual_seed(config.run.seed)
         model = UNet(net).to(device).requires_grad_(False).eval()
         model = fuse(model) if kernels == "triton" else model
-        compiles = machine.resolve_compile(config.compile, device)
-        objective = make_objective(**config.diffusion)
-        batch, steps = config.eval_batch_size, config.eval_steps
-        settings = SamplerSettings(config.eval_sampler, steps)
+        objective = make_objective(**config.diffusion.arguments)
+        batch, steps = config.eval.eval_batch_size, config.eval.eval_steps
+        settings = SamplerSettings(config.eval.eval_sampler, steps)
         generator = Generator(
             model, objective, settings, image_shape=(net.image_channels, net.image_size, net.image_size),
-            batch_size=batch, device=device, bf16=bf16, compile=compiles, graphs=config.graphs,
+            batch_size=batch, device=device, bf16=bf16, compile=compiles, graphs=config.machine.graphs,
         )  # fmt: skip
-        batches = generator.batches((lead + steps_needed(config.profile)) * batch, seed=config.seed)
+        batches = generator.batches((lead + steps_needed(config.run.profile)) * batch, seed=config.run.seed)
         facts = {
-            "step": f"a batch of {batch} samples, {config.eval_sampler}, {evaluations(generator.plan)} evaluations",
+            "step": f"a batch of {batch} samples, {settings.label}, {evaluations(generator.plan)} evaluations",
             "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
             "compile": "torch.compile" if compiles else "off",
-            "graphs": "a CUDA graph of the sampling step" if config.graphs and cuda else "off",
+            "graphs": "a CUDA graph of the sampling step" if config.machine.graphs and cuda else "off",
             "kernels": kernels,
             "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",
         }
         recorder = StepRecorder(
-            self.directory("sample"), steps=config.profile, begin=lead, device=device,
+            self.directory("sample"), steps=config.run.profile, begin=lead, device=device,
             title=f"Sampling, preset {config.preset}", facts=facts,
         )  # fmt: skip
         with recorder:
@@ -152,12 +151,12 @@ class Kernels(_Topic):
     def run(self) -> int:
         """Returns 0. Raises UserError for bad input."""
         from fastdiff.reporting.recording import LEAD, StepRecorder, steps_needed
-        from fastdiff.runtime.device import resolve_bf16, resolve_device, set_backends
+        from fastdiff.runtime.device import resolve_device, set_backends
 
-        config = self.config
-        device = resolve_device(config.device)
+        device = resolve_device(self.config.machine.device)
+        config = self.config.resolved(device.type)
         set_backends(device)
-        bf16 = resolve_bf16(config.precision, device)
+        bf16 = config.machine.precision == "bf16"
         calls, shapes = _kernel_calls(config, device, bf16=bf16)
         facts = {
             "step": f"group_norm_silu and add_group_norm_silu (of a residual) forward and backward at (N, C, H, W) = "
@@ -165,11 +164,11 @@ class Kernels(_Topic):
             "precision": "bf16 activations" if bf16 else "float32",
         }
         recorder = StepRecorder(
-            self.directory("kernels"), steps=config.profile, begin=LEAD, device=device,
+            self.directory("kernels"), steps=config.run.profile, begin=LEAD, device=device,
             title=f"Our kernels, preset {config.preset}", facts=facts,
         )  # fmt: skip
         with recorder:
-            for i in range(1, LEAD + steps_needed(config.profile) + 1):
+            for i in range(1, LEAD + steps_needed(config.run.profile) + 1):
                 for call in calls:
                     call()
                 recorder.after_step(i)
@@ -189,7 +188,7 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
     levels = [(net.channels * mult, net.image_size >> i) for i, mult in enumerate(net.channel_mult)]
 
     def norm(channels: int, side: int, *, add: bool) -> Callable[[], object]:
-        shape = (config.batch_size, channels, side, side)
+        shape = (config.optim.batch_size, channels, side, side)
         x, residual, dy, du, du2 = (
             torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(5)
         )  # fmt: skip
@@ -209,7 +208,7 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
 
     attention = [(c, side) for c, side in levels if side in net.attention_resolutions] or levels[-1:]
     channels, side = attention[-1]
-    thirds = [torch.randn(config.batch_size, side**2, channels, device=device).to(dtype) for _ in range(3)]
+    thirds = [torch.randn(config.optim.batch_size, side**2, channels, device=device).to(dtype) for _ in range(3)]
 
     def merge() -> object:
         with record_function("backward"):
@@ -231,7 +230,7 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
         with record_function("ema"):
             ema_update_(average, param, decay)
 
-    shapes = ", ".join(f"({config.batch_size}, {c}, {side}, {side})" for c, side in levels)
+    shapes = ", ".join(f"({config.optim.batch_size}, {c}, {side}, {side})" for c, side in levels)
     norms = [norm(c, side, add=add) for add in (False, True) for c, side in levels]
     return [*norms, merge, adam, ema], shapes
 
@@ -241,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     config = dataclasses.replace(defaults(arguments), profile=5)
     few = dataclasses.replace(
-        config, eval_sampler="ddim", eval_steps=5, eval_batch_size=min(config.eval_batch_size, 64)
+        config, eval_sampler="ddim", eval_steps=5, eval_batch_size=min(config.eval.eval_batch_size, 64)
     )
     commands = {"train": Train(config), "sample": Sample(few), "kernels": Kernels(config)}
     command = tyro.cli(

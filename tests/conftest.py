@@ -1,6 +1,5 @@
 """Markers and settings that all tests share."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -72,14 +71,14 @@ def tiny_config(tmp_path):
     np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
 
     def make(root: Path | str = "working", **changes) -> Config:
-        config = Config(
+        config = Config.of(
             data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
             lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=30, device="cpu", log_every=10, save_every=10,
             eval_every=1000, keep_last=10,
             run_root=str(tmp_path / root), features="none", eval_batch_size=4, eval_steps=2,
             grid_samples=4,
         )  # fmt: skip
-        return dataclasses.replace(config, **changes)
+        return config.replace(**changes)
 
     return make
 

@@ -5,19 +5,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.config import AUTO_SCHEDULE, DISCRETE_SCHEDULES, PRESETS, RESUMABLE_CHANGES, Config, UNetConfig
+from fastdiff.config import (
+    AUTO_SCHEDULE,
+    DISCRETE_SCHEDULES,
+    RESUMABLE_CHANGES,
+    SECTION_OF,
+    SECTIONS,
+    Config,
+    UNetConfig,
+)
 from fastdiff.diffusion.objectives import OBJECTIVES, make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
+from fastdiff.presets import PRESETS
 
 
 def choices(name):
     from typing import get_args, get_type_hints
 
-    return set(get_args(get_type_hints(Config)[name]))
+    section = type(getattr(Config(), SECTION_OF[name])) if name in SECTION_OF else Config
+    return set(get_args(get_type_hints(section)[name]))
 
 
 def test_the_flags_choices_are_the_tables_keys():
@@ -33,8 +43,9 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
     assert all(config.preset == name for name, config in PRESETS.items())
     assert PRESETS["ddpm-cifar10"] == Config()
     baseline = Config()
-    assert (baseline.batch_size, baseline.lr, baseline.warmup_steps) == (128, 2e-4, 5000)
-    assert (baseline.net.dropout, baseline.grad_clip, baseline.ema_decay, baseline.steps) == (0.1, 1.0, 0.9999, None)
+    assert (baseline.optim.batch_size, baseline.optim.lr, baseline.optim.warmup_steps) == (128, 2e-4, 5000)
+    assert (baseline.net.dropout, baseline.optim.grad_clip, baseline.optim.ema_decay) == (0.1, 1.0, 0.9999)
+    assert baseline.run.steps is None
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -42,20 +53,20 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 def test_the_objective_changes_by_one_flag(preset, objective):
     if (preset, objective) == ("flow", "edm"):  # whose times are no longer in [0, 1]
         with pytest.raises(UserError, match=r"--time-sampling logit-normal .* is sigma; choose log-normal"):
-            dataclasses.replace(PRESETS[preset], objective=objective)
+            PRESETS[preset].replace(objective=objective)
         return
-    config = dataclasses.replace(PRESETS[preset], objective=objective)
-    built = make_objective(**config.diffusion)
+    config = PRESETS[preset].replace(objective=objective)
+    built = make_objective(**config.diffusion.arguments)
     assert built.name == objective
-    assert built.schedule.name == config.resolved_schedule
-    built.schedule.grid(config.eval_steps)
+    assert built.schedule.name == config.diffusion.resolved_schedule
+    built.schedule.grid(config.eval.eval_steps)
 
 
 def test_auto_schedules_are_those_of_the_objectives():
     assert set(DISCRETE_SCHEDULES) == set(DISCRETE)
     assert AUTO_SCHEDULE.keys() == OBJECTIVES.keys()
-    assert dataclasses.replace(Config(), objective="edm").resolved_schedule == "edm"
-    assert dataclasses.replace(Config(), objective="edm", schedule="cosine").resolved_schedule == "cosine"
+    assert Config().replace(objective="edm").diffusion.resolved_schedule == "edm"
+    assert Config().replace(objective="edm", schedule="cosine").diffusion.resolved_schedule == "cosine"
 
 
 MISFITS = [
@@ -70,7 +81,7 @@ MISFITS = [
 @pytest.mark.parametrize(("changes", "message"), MISFITS)
 def test_parts_that_do_not_fit_are_refused_here_and_when_they_are_built(changes, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(Config(), **changes)
+        Config().replace(**changes)
     options = dict(changes)
     options["kind"] = options.pop("objective", "eps")
     options.setdefault("schedule", AUTO_SCHEDULE[options["kind"]])
@@ -79,12 +90,12 @@ def test_parts_that_do_not_fit_are_refused_here_and_when_they_are_built(changes,
 
 
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():
-    assert dataclasses.replace(Config(), objective="flow", eval_steps=2000).eval_steps == 2000
+    assert Config().replace(objective="flow", eval_steps=2000).eval.eval_steps == 2000
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_a_config_survives_json(config):
-    assert Config.from_dict(json.loads(config.to_json())) == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_an_unknown_field_is_named():
@@ -95,7 +106,7 @@ def test_an_unknown_field_is_named():
 
 
 def test_the_changes_that_a_resumed_run_may_make_are_fields():
-    assert {f.name for f in dataclasses.fields(Config)} >= RESUMABLE_CHANGES
+    assert SECTION_OF.keys() >= RESUMABLE_CHANGES
 
 
 BAD = [
@@ -114,7 +125,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_bad_value_is_refused_by_the_flags_name(name, value):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*, but must be"):
-        dataclasses.replace(Config(), **{name: value})
+        Config().replace(**{name: value})
 
 
 BAD_NET = [
@@ -130,14 +141,35 @@ def test_a_bad_network_is_refused(name, value):
         dataclasses.replace(UNetConfig(), **{name: value})
 
 
-@given(st.sampled_from([f.name for f in dataclasses.fields(Config) if f.type is int]), st.integers(-(2**40), 2**40))
+def test_flags_have_names_of_their_own():
+    assert sum(map(len, SECTIONS.values())) == len(SECTION_OF)
+    assert not SECTION_OF.keys() & SECTIONS.keys()
+
+
+def test_a_config_from_before_the_sections_is_read():
+    flat = {"preset": "edm", "data": "digits", "objective": "edm", "lr": 1e-3, "steps": 7, "net": {"channels": 64}}
+    config = Config.from_dict(flat)
+    assert config == Config.of(preset="edm", data="digits", objective="edm", lr=1e-3, steps=7, channels=64)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_resolved_config_leaves_no_auto_that_the_device_decides(device):
+    auto = [name for name, value in PRESETS["quick"].resolved(device).flat().items() if value == "auto"]
+    assert auto == ["time_sampling"]
+    assert Config.of(kernels="torch").resolved("cuda").machine.kernels == "torch"
+
+
+WHOLE = [name for name, value in Config().flat().items() if type(value) is int and name not in SECTIONS["net"]]
+
+
+@given(st.sampled_from(WHOLE), st.integers(-(2**40), 2**40))
 def test_any_whole_number_is_taken_or_refused_by_name(name, value):
     try:
-        config = dataclasses.replace(Config(), **{name: value})
+        config = Config().replace(**{name: value})
     except UserError as error:
         refusal = str(error)
     else:
-        assert getattr(config, name) == value
+        assert config.flat()[name] == value
         return
     assert "--" in refusal
     assert "must be" in refusal

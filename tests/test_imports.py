@@ -14,6 +14,7 @@ LAYERS = [
     ["fastdiff.errors"],
     ["fastdiff._kernels"],
     ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data"],
+    ["fastdiff.presets"],
     ["fastdiff.nets"],
     ["fastdiff.interop_settings"],
     ["fastdiff.interop"],

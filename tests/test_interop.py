@@ -387,11 +387,11 @@ def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, how):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, Config().task),
+        ({}, Config().diffusion.task),
         ({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100},
-         Config(objective="v", schedule="cosine", timesteps=100).task),
+         Config.of(objective="v", schedule="cosine", timesteps=100).diffusion.task),
         ({"prediction_type": "sample", "rescale_betas_zero_snr": True},
-         Config(objective="x0", zero_terminal_snr=True).task),
+         Config.of(objective="x0", zero_terminal_snr=True).diffusion.task),
         ({"beta_end": 0.012}, "eps on other betas (linear), 1000 timesteps"),
         ({"trained_betas": [0.1, 0.2]}, "eps on other betas (linear), 1000 timesteps"),
     ],

@@ -7,7 +7,6 @@ import tempfile
 import zipfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
-from fastdiff.runs.run import open_run, write_atomically
+from fastdiff.runs.run import json_text, open_run, write_atomically
 from fastdiff.runtime.device import resolve_bf16, resolve_compile, resolve_device, set_backends
 
 GRID_LIMIT = 1024
@@ -116,12 +115,12 @@ def measure(
     reference = _images(config, trained, data)
     print(f"data       {reference.describe()}", file=sys.stderr)
     extractor = make_extractor(features, device=where, size=feature_size)
-    distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(config.data_root), device=where)
+    distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(config.images.data_root), device=where)
     generator = trained.generator(
         settings, batch_size=batch_size, device=where, bf16=bf16, compile=resolve_compile(compile, where), graphs=graphs
     )
     row, _ = evaluate(generator, distance, n=n, seed=seed, keep=1)
-    images = trained.step * config.batch_size
+    images = trained.step * config.optim.batch_size
     row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
     _record(trained, row)
     return row
@@ -194,23 +193,23 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
     if out.exists() and not _is_empty_folder(out):
         raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
     trained = load_trained(checkpoint, device=torch.device("cpu"))
-    config = trained.config
+    config, process = trained.config, trained.config.diffusion
     with _complete_folder(out) as folder:
         if to == "diffusers":
             save_diffusers_pipeline(
-                trained.model, folder, schedule=config.resolved_schedule, timesteps=config.timesteps,
-                objective=config.objective, zero_terminal_snr=config.zero_terminal_snr,
+                trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
+                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr,
             )  # fmt: skip
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
             save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
-            write_atomically(folder / "config.json", config.to_json().encode())
+            write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
     print(f"{out}: {to}, averaged weights of {trained.path}")
     if to == "diffusers":
         print(
             "DDPMPipeline draws from it as `sample --sampler ddpm` does, and DDIMPipeline with "
             "use_clipped_model_output=True as `--sampler ddim`; with both, choose num_inference_steps among the "
-            f"divisors of {config.timesteps}, as diffusers rounds other grids differently."
+            f"divisors of {process.timesteps}, as diffusers rounds other grids differently."
         )
 
 
@@ -270,14 +269,16 @@ def _check_seed(seed: int) -> None:
 
 
 def _at(config: Config, data_root: str | None) -> Config:
-    return config if data_root is None else replace(config, data_root=data_root)
+    return config if data_root is None else config.replace(data_root=data_root)
 
 
 def _images(config: Config, trained: Trained, data: str | None, split: Any = None) -> ImageSet:
     """The images that `data` names, or those that the run was trained on."""
     if data is None:
         return load_run_data(config, trained.saved, split=split)[0]
-    return load_dataset(data, root=config.data_root, split=split or config.split, image_size=config.net.image_size)
+    return load_dataset(
+        data, root=config.images.data_root, split=split or config.images.split, image_size=config.net.image_size
+    )
 
 
 def _nhwc(images: Tensor) -> np.ndarray:

@@ -21,7 +21,6 @@ from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.weights import read_trained
-from fastdiff.runtime.device import resolve_kernels
 from fastdiff.runtime.signals import Stopped
 from fastdiff.runtime.world import Ranks
 
@@ -63,8 +62,8 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()
-    network = fuse(model) if resolve_kernels(config.kernels, device) == "triton" else model
-    objective = make_objective(**config.diffusion)
+    network = fuse(model) if config.resolved(device.type).machine.kernels == "triton" else model
+    objective = make_objective(**config.diffusion.arguments)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
     return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest)

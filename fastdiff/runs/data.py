@@ -24,19 +24,19 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
     Raises:
         UserError: there are none, or others.
     """
-    split = split or config.split
-    sha256 = saved.get("data_sha256", "") if split == config.split else ""
-    places = [config.data]
-    if saved and config.data == saved["config"]["data"]:
-        places = [saved.get("data_path") or config.data, config.data]
+    split = split or config.images.split
+    sha256 = saved.get("data_sha256", "") if split == config.images.split else ""
+    places = [config.images.data]
+    if saved and config.images.data == Config.from_dict(saved["config"]).images.data:
+        places = [saved.get("data_path") or config.images.data, config.images.data]
     there = [place for place in dict.fromkeys(places) if os.path.exists(_path(place) or ".")]
     if saved and not there:
         raise UserError(
-            f"--data {config.data} is not there, seen from {os.getcwd()}; if the images have moved, add --data and "
-            "their new place."
+            f"--data {config.images.data} is not there, seen from {os.getcwd()}; if the images have moved, add --data "
+            "and their new place."
         )
     for place in there or places:
-        images = load_dataset(place, root=config.data_root, split=split, image_size=config.net.image_size)
+        images = load_dataset(place, root=config.images.data_root, split=split, image_size=config.net.image_size)
         if sha256 in ("", images.sha256):
             break
     else:

@@ -53,7 +53,7 @@ def create_run(root: str | os.PathLike = "working", *, config: dict) -> Run:
     Two runs started at the same moment get different numbers. `config` is anything that JSON can hold.
     Raises UserError if the directory cannot be made.
     """
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"  # before the directory: a bad config leaves none behind
+    text = json_text(config)  # before the directory: a bad config leaves none behind
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -182,6 +182,13 @@ class Run:
         """The evaluation rows in the order they were written, read from `metrics.jsonl`."""
         return [row for row in self._rows() if row["kind"] == "eval"]
 
+    def record_config(self, config: dict) -> None:
+        """Have `config.json` hold this, where it does not."""
+        text = json_text(config)
+        if self.config != json.loads(text):
+            write_atomically(self.path / "config.json", text.encode())
+            self.config = json.loads(text)
+
     def truncate(self, step: int, *, drop: Callable[[Row], bool] = lambda row: False) -> None:
         """Drops the rows of steps after `step`: a run resumed from that step's checkpoint writes them again.
 
@@ -302,6 +309,11 @@ class _Lines:
         if self._waiting and not self._file.closed:
             self.append("")
         self._file.close()
+
+
+def json_text(config: dict) -> str:
+    """A config as `config.json` holds it. Raises ValueError for a number that is not finite."""
+    return json.dumps(config, indent=2, allow_nan=False) + "\n"
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

@@ -105,20 +105,22 @@ def initial_weights(config: Config) -> InitialWeights | None:
     Raises:
         UserError: it cannot be read, or is of another shape than the run's network.
     """
-    if config.init_from is None:
+    if config.optim.init_from is None:
         return None
-    path = Path(config.init_from).expanduser()
+    path = Path(config.optim.init_from).expanduser()
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
-        net, state, task = trained.config.net, trained.state, trained.config.task
+        net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
         source = f"{trained.path}, step {trained.step:,}"
     else:
         network = read_diffusers(path, image_size=config.net.image_size)
         net, state, task, source = network.config, network.state, network.task, str(path)
     _check_net(path, config.net, net)
     source += f", trained as {task}" if task is not None else ""
-    other = task is not None and task != config.task
-    warning = f"--init-from {path} was trained as {task}, but this run trains {config.task}." if other else None
+    other = task is not None and task != config.diffusion.task
+    warning = (
+        f"--init-from {path} was trained as {task}, but this run trains {config.diffusion.task}." if other else None
+    )
     return InitialWeights(state, source, warning)
 
 

@@ -104,11 +104,6 @@ def _output(*command: str) -> str:
         return ""
 
 
-def resolve_kernels(kernels: str, device: torch.device) -> str:
-    """`triton` or `torch`: as asked, and for `auto` triton on CUDA only."""
-    return kernels if kernels != "auto" else ("triton" if device.type == "cuda" else "torch")
-
-
 def resolve_compile(compile: str, device: torch.device) -> bool:
     """Whether to use torch.compile: as asked, and for `auto` on CUDA only."""
     return compile == "on" or (compile == "auto" and device.type == "cuda")
@@ -127,11 +122,6 @@ def check_triton(kernels: str, compiled: bool, device: torch.device) -> None:
         raise UserError("--kernels triton needs Triton, which is not installed here: use --kernels torch.")
     if compiled and device.type == "cuda":
         raise UserError("--compile on needs Triton on CUDA, and it is not installed here: use --compile off.")
-
-
-def resolve_loader(kind: str, device: torch.device) -> str:
-    """`auto` is dali on CUDA, and resident elsewhere."""
-    return kind if kind != "auto" else ("dali" if device.type == "cuda" else "resident")
 
 
 def set_backends(device: torch.device, *, deterministic: bool = False) -> None:

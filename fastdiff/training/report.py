@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.config import PRESETS, Config
+from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan
 from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.presets import PRESETS
 from fastdiff.reporting import plots
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.runs.run import Run, write_atomically
-from fastdiff.runtime.device import device_name, resolve_bf16, resolve_compile, resolve_kernels, resolve_loader
+from fastdiff.runtime.device import device_name
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import learning_rate
 from fastdiff.training.state import RunState
@@ -23,20 +24,21 @@ from fastdiff.training.step import TrainStep
 def facts(
     config: Config, ranks: Ranks, run: Run, image_set: ImageSet, distance: FrechetDistance | None, parameters: int
 ) -> dict[str, str]:
-    """Name -> what runs, in words: the lines that a run starts with."""
-    device, size = ranks.device, ranks.size
-    deterministic = ", deterministic" if config.deterministic else ""
-    bf16 = resolve_bf16(config.precision, device)
+    """Name -> what runs, in words: the lines that a run starts with. The config is resolved."""
+    device, size, machine, diffusion = ranks.device, ranks.size, config.machine, config.diffusion
+    batch, deterministic = config.optim.batch_size, ", deterministic" if machine.deterministic else ""
+    graphs = machine.graphs and device.type == "cuda"
     return {
-        "ranks": f"{size}, each with {config.batch_size // size} of {config.batch_size} images",
+        "ranks": f"{size}, each with {batch // size} of {batch} images",
         "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "precision": f"{'bf16 autocast, float32 weights' if bf16 else 'float32'}, TF32 off{deterministic}",
-        "compile": "torch.compile" if resolve_compile(config.compile, device) else "off",
-        "graphs": "CUDA graphs of training and sampling steps" if config.graphs and device.type == "cuda" else "off",
-        "kernels": f"{resolve_kernels(config.kernels, device)} (GroupNorm+SiLU, clip + Adam + EMA)",
-        "loader": f"{resolve_loader(config.loader, device)}, flip {'on' if config.flips else 'off'}",
+        "precision": ("bf16 autocast, float32 weights" if machine.precision == "bf16" else "float32")
+        + f", TF32 off{deterministic}",
+        "compile": "torch.compile" if machine.compile == "on" else "off",
+        "graphs": "CUDA graphs of training and sampling steps" if graphs else "off",
+        "kernels": f"{machine.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
+        "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
-        "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
+        "objective": f"{diffusion.objective} on {diffusion.schedule}, weighting {diffusion.weighting}",
         "network": f"U-Net, {parameters:,} parameters",
         "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
         "run": str(run.path),
@@ -50,7 +52,7 @@ def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
     return {
         **chosen,
         "data": lines["data"].partition(";")[0],
-        "step": f"a batch of {config.batch_size}",
+        "step": f"a batch of {config.optim.batch_size}",
         "beside the preset": ", ".join(f"{name} {now}" for name, (_, now) in changes.items()) or "nothing",
     }
 
@@ -63,13 +65,13 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
     """
     config, step = state.config, state.step
     last_step, last_seconds = state.last_log
-    whole = step % config.log_every == 0
+    whole = step % config.run.log_every == 0
     row = {
         "step": step,
         "images": state.images,
         **state.metrics.means(reset=whole),
-        "lr": learning_rate(step - 1, peak=config.lr, warmup_steps=config.warmup_steps),
-        "images_per_second": (step - last_step) * config.batch_size / (state.seconds - last_seconds),
+        "lr": learning_rate(step - 1, peak=config.optim.lr, warmup_steps=config.optim.warmup_steps),
+        "images_per_second": (step - last_step) * config.optim.batch_size / (state.seconds - last_seconds),
         "seconds": state.seconds,
     }
     if run is not None:
@@ -77,9 +79,9 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
     if whole:
         state.last_log = (step, state.seconds)
         state.loss_history.append((step, row["loss"]))
-    to_eval = config.eval_every - step % config.eval_every
-    if config.steps is not None:
-        to_eval = min(to_eval, config.steps - step)
+    to_eval = config.eval.eval_every - step % config.eval.eval_every
+    if config.run.steps is not None:
+        to_eval = min(to_eval, config.run.steps - step)
     progress.update(
         step=step, images=state.images, loss=row["loss"], images_per_second=row["images_per_second"],
         steps_to_eval=to_eval,
@@ -100,12 +102,12 @@ def plot(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
 
 def dump_batch(train_step: TrainStep, config: Config, run: Run, image_set: ImageSet, step: int) -> Path:
     """Write which images, flips and times a step (from 0) had: all a pure function of the seed and the step."""
-    n = config.batch_size
-    indices, flips = batch_plan(len(image_set.images), batch_size=n, seed=config.seed, step=step)
+    n = config.optim.batch_size
+    indices, flips = batch_plan(len(image_set.images), batch_size=n, seed=config.run.seed, step=step)
     batch = {
         "step": step + 1,
         "indices": indices.tolist(),
-        "flips": (flips & config.flips).tolist(),
+        "flips": (flips & config.images.flips).tolist(),
         "t": train_step.times(n, step).tolist(),
     }
     path = run.path / f"non-finite-step-{step + 1}.json"

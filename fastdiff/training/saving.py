@@ -49,11 +49,11 @@ class Saver:
         if not torch.stack([t.isfinite().all().to(numbers[0].device) for t in numbers]).all():
             raise TrainingFailed(
                 f"a weight, average or moment is not finite at step {step:,}, which is not saved; {self.last_good()}. "
-                f"A lower --lr (now {config.lr:g}) or --precision fp32 may help."
+                f"A lower --lr (now {config.optim.lr:g}) or --precision fp32 may help."
             )
         self.run.sync()
         best = {self.state.best["step"]} if self.state.best else set()
-        self._writer.save(step, values, keep_last=config.keep_last, keep_steps=best)
+        self._writer.save(step, values, keep_last=config.run.keep_last, keep_steps=best)
         if self.ends():
             self.collect(wait=True)
 
@@ -72,7 +72,7 @@ class Saver:
             message = f"{error.strerror}; {self.last_good()}"
             if self.ends():
                 raise TrainingFailed(f"{message}. Free some space and resume") from error
-            self.say(f"{message}. Training goes on, and the next {self.state.config.log_every} steps try again")
+            self.say(f"{message}. Training goes on, and the next {self.state.config.run.log_every} steps try again")
 
     def settle(self) -> None:
         """Wait until no save is under way."""

@@ -45,7 +45,7 @@ class RunState:
     @property
     def images(self) -> int:
         """Training images seen so far."""
-        return self.step * self.config.batch_size
+        return self.step * self.config.optim.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         """What `checkpoint.save` writes. Waits for the device."""

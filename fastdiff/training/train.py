@@ -3,7 +3,6 @@
 data -> step(objective, network) -> optimizer + EMA -> checkpoint, metrics, evaluation
 """
 
-import json
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,17 +35,10 @@ from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data
-from fastdiff.runs.run import Run, create_run, open_run, write_atomically
+from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.weights import InitialWeights, initial_weights
 from fastdiff.runtime import output
-from fastdiff.runtime.device import (
-    check_triton,
-    resolve_bf16,
-    resolve_compile,
-    resolve_kernels,
-    resolve_loader,
-    set_backends,
-)
+from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.ema import EMA
@@ -92,50 +85,52 @@ def train(
         TrainingFailed: the loss or a gradient was not finite, or the last step could not be saved.
     """
     with ExitStack() as stack:
-        ranks = stack.enter_context(Ranks.launched(config.device, timeout=config.rank_timeout))
-        _check(config, ranks)
+        ranks = stack.enter_context(Ranks.launched(config.machine.device, timeout=config.machine.rank_timeout))
+        asked, config = config, config.resolved(ranks.device.type)
+        _check(asked, config, ranks)
         run, saved, initial = None, None, None
         if ranks.is_main and resume is not None:
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))
             checkpoint.recover(run.checkpoints)
-            saved = _find_checkpoint(config, run.path)
+            saved = _find_checkpoint(asked, run.path)
         elif ranks.is_main:
             initial = initial_weights(config)
         saved, initial = ranks.share((saved, initial), "the weights to start from")
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
-        distance = _make_distance(config, image_set, ranks) if config.features != "none" else None
-        check_loader(resolve_loader(config.loader, ranks.device))
+        distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
+        check_loader(config.images.loader)
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
-            run = stack.enter_context(create_run(config.run_root, config=config.to_dict()))
+            run = stack.enter_context(create_run(config.run.run_root, config=_recorded(asked, config)))
         if run is not None:
             stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
-        progress = stack.enter_context(TrainingProgress(config.steps, console))
+        progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, ranks, run, progress, stop)
 
         step, model, ema = _make_step(config, ranks, initial)
-        state = RunState(config, data, model, ema, step.update, step.metrics, step.noise_levels)
+        state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
             if run is not None:
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
         evaluator = _make_evaluator(session, step, ema, distance)
         saver = stack.enter_context(
-            Saver(run, state, ends=lambda: stop.signal is not None or state.step == config.steps, say=progress.print)
+            Saver(
+                run, state, ends=lambda: stop.signal is not None or state.step == config.run.steps, say=progress.print
+            )
         )
         record: Callable[[], AbstractContextManager[StepRecorder | None]] = nullcontext
         if run is not None:
             lines = facts(config, ranks, run, image_set, distance, sum(p.numel() for p in model.parameters()))
             _tell(progress, lines, initial, unnoised_end(step.objective.schedule))
-            if run.config != json.loads(config.to_json()):
-                write_atomically(run.path / "config.json", config.to_json().encode())
+            run.record_config(_recorded(asked, config))
             record = partial(
-                record_run, run.path / "profile", steps=config.profile, start=state.step, last=config.steps,
-                pauses=(config.save_every, config.eval_every), title=f"Training step, preset {config.preset}",
-                device=ranks.device, facts=profile_facts(config, lines), say=progress.print, settle=saver.settle,
+                record_run, run.path / "profile", steps=config.run.profile, start=state.step, last=config.run.steps,
+                pauses=(config.run.save_every, config.eval.eval_every), title=f"Training step, preset {config.preset}",
+                device=ranks.device, facts=profile_facts(asked, lines), say=progress.print, settle=saver.settle,
             )  # fmt: skip
         try:
             _loop(session, state, step, evaluator, saver, image_set, record, after_evaluation)
@@ -183,13 +178,13 @@ def _loop(
             after_evaluation(run)
 
     def evaluates() -> bool:
-        return state.step % config.eval_every == 0 or state.step == config.steps
+        return state.step % config.eval.eval_every == 0 or state.step == config.run.steps
 
     _check_ranks(session, state, saver)
     if run is not None and state.step == 0:
         with run.spared(progress.print):
-            draw_forward_noising(step.objective, image_set, run.saves / "forward-noising.png", seed=config.seed)
-    due = config.eval_at_start if state.step == 0 else evaluates()
+            draw_forward_noising(step.objective, image_set, run.saves / "forward-noising.png", seed=config.run.seed)
+    due = config.eval.eval_at_start if state.step == 0 else evaluates()
     if due and state.evaluated != state.step:  # at the start, or where the last process was stopped before it
         try:
             evaluate()
@@ -199,17 +194,17 @@ def _loop(
             raise
         if state.step:
             save()
-    if config.steps is not None and state.step >= config.steps:
-        progress.print(f"step {state.step:,} of --steps {config.steps:,} is reached")
+    if config.run.steps is not None and state.step >= config.run.steps:
+        progress.print(f"step {state.step:,} of --steps {config.run.steps:,} is reached")
         return
     loader = make_loader(
-        resolve_loader(config.loader, ranks.device), image_set, batch_size=config.batch_size // ranks.size,
-        seed=config.seed, rank=ranks.rank, world_size=ranks.size, device=ranks.device, start_step=state.step,
-        flip=config.flips,
+        config.images.loader, image_set, batch_size=config.optim.batch_size // ranks.size, seed=config.run.seed,
+        rank=ranks.rank, world_size=ranks.size, device=ranks.device, start_step=state.step,
+        flip=config.images.flip == "on",
     )  # fmt: skip
     with closing(loader), record() as recorder:
         clock = time.perf_counter()
-        while config.steps is None or state.step < config.steps:
+        while config.run.steps is None or state.step < config.run.steps:
             with record_function("data"):
                 images, _ = next(loader)
             ready = step.ready
@@ -221,8 +216,8 @@ def _loop(
             saver.collect()
             if recorder is not None:
                 clock += recorder.after_step(state.step)  # what the profiler takes is no training time
-            logs = state.step % config.log_every == 0 or state.step == config.steps
-            saves = state.step % config.save_every == 0 or evaluates() or bool(stopping)
+            logs = state.step % config.run.log_every == 0 or state.step == config.run.steps
+            saves = state.step % config.run.save_every == 0 or evaluates() or bool(stopping)
             if not (logs or saves):
                 if not ready:
                     _check_finite(session, step, saver, image_set)  # waits for the device: the clock starts after it
@@ -232,7 +227,9 @@ def _loop(
             state.seconds += time.perf_counter() - clock
             if logs:
                 log(state, run, progress)
-            if state.step % config.save_every == 0 or state.step % config.eval_every == 0:  # not at a last step between
+            if (
+                state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0
+            ):  # not at a last step between
                 state.noise_history.append({"step": state.step, **step.noise_levels.read()})
             if saves:
                 _check_ranks(session, state, saver)
@@ -246,56 +243,60 @@ def _loop(
             clock = time.perf_counter()
 
 
-def _check(config: Config, ranks: Ranks) -> None:
+def _check(asked: Config, config: Config, ranks: Ranks) -> None:
     """Raise UserError where the config does not fit the machine or the ranks; set PyTorch's own switches."""
-    parts = ranks.size * config.accumulate
-    if config.batch_size % parts:
+    batch, accumulate, machine = config.optim.batch_size, config.optim.accumulate, config.machine
+    if batch % (ranks.size * accumulate):
         raise UsageError(
-            f"--batch-size is {config.batch_size}, but must be a multiple of {parts}: {ranks.size} ranks share it, "
-            f"and --accumulate is {config.accumulate}."
+            f"--batch-size is {batch}, but must be a multiple of {ranks.size * accumulate}: {ranks.size} ranks share "
+            f"it, and --accumulate is {accumulate}."
         )
-    device = ranks.device
-    check_triton(resolve_kernels(config.kernels, device), resolve_compile(config.compile, device), device)
-    set_backends(device, deterministic=config.deterministic)
-    flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in OWN_FLAGS}
-    flags["--flip"] = config.flips  # which `auto` takes from the name of the data
+    check_triton(machine.kernels, machine.compile == "on", ranks.device)
+    set_backends(ranks.device, deterministic=machine.deterministic)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in asked.flat().items() if name not in OWN_FLAGS}
+    flags["--flip"] = config.images.flip  # which `auto` takes from the name of the data
     ranks.check_equal(**flags, torch=torch.__version__)
+
+
+def _recorded(asked: Config, config: Config) -> dict[str, Any]:
+    """What config.json holds: the config as asked for, and what each `auto` has become."""
+    ran = {name: value for name, value in config.flat().items() if value != asked.flat()[name]}
+    return {**asked.to_dict(), "resolved": ran}
 
 
 def _make_step(config: Config, ranks: Ranks, initial: InitialWeights | None) -> tuple[TrainStep, UNet, EMA]:
     """The network, its average, and the step that trains it."""
-    device = ranks.device
-    kernels, bf16 = resolve_kernels(config.kernels, device), resolve_bf16(config.precision, device)
-    torch.manual_seed(config.seed)
-    model = UNet(config.net).to(device)
+    optim, machine = config.optim, config.machine
+    bf16, compile = machine.precision == "bf16", machine.compile == "on"
+    torch.manual_seed(config.run.seed)
+    model = UNet(config.net).to(ranks.device)
     if initial is not None:
         model.load_state_dict(initial.state)
-    network = fuse(model) if kernels == "triton" else model
-    ema = EMA(model, config.ema_decay)
+    network = fuse(model) if machine.kernels == "triton" else model
+    ema = EMA(model, optim.ema_decay)
     update = make_update(
-        kernels, model, ema, weight_decay=config.weight_decay, half=half_parameters(network) if bf16 else (),
-        accumulate=config.accumulate * ranks.size > 1, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite > 0,
+        machine.kernels, model, ema, weight_decay=optim.weight_decay, half=half_parameters(network) if bf16 else (),
+        accumulate=optim.accumulate * ranks.size > 1, graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
-        network, make_objective(**config.diffusion), update, lr=config.lr, warmup_steps=config.warmup_steps,
-        grad_clip=config.grad_clip, seed=config.seed, bf16=bf16, compile=resolve_compile(config.compile, device),
-        accumulate=config.accumulate, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite, ranks=ranks,
+        network, make_objective(**config.diffusion.arguments), update, lr=optim.lr, warmup_steps=optim.warmup_steps,
+        grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
+        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks,
     )  # fmt: skip
     return step, model, ema
 
 
 def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
-    config, device = session.config, session.ranks.device
-    network = fuse(ema.model) if resolve_kernels(config.kernels, device) == "triton" else ema.model
-    size = config.net.image_size
+    config, net, machine = session.config.eval, session.config.net, session.config.machine
     generator = Generator(
-        network, step.objective, SamplerSettings(config.eval_sampler, config.eval_steps),
-        batch_size=config.eval_batch_size, image_shape=(config.net.image_channels, size, size), device=device,
-        bf16=step.bf16, compile=resolve_compile(config.compile, device), graphs=config.graphs,
+        fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
+        SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
+        image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
+        compile=machine.compile == "on", graphs=machine.graphs,
     )  # fmt: skip
     return Evaluator(
         generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
-        seed=step_seed(config.seed, EVALUATION_STREAM), say=session.progress.print,
+        seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
     )  # fmt: skip
 
 
@@ -321,7 +322,7 @@ def _check_finite(session: Session, step: TrainStep, saver: Saver, image_set: Im
             dump_batch(step, config, run, image_set, bad)
         raise TrainingFailed(
             f"the loss or the gradient of step {bad + 1:,} is not finite; nothing was saved after it, and "
-            f"{saver.last_good()}. {run.path / dump} tells its batch. A lower --lr (now {config.lr:g}) or "
+            f"{saver.last_good()}. {run.path / dump} tells its batch. A lower --lr (now {config.optim.lr:g}) or "
             "--precision fp32 may help."
         )
 
@@ -348,12 +349,12 @@ def _make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> Frechet
     """The distance to the training images; all ranks take the extractor that `auto` is on rank 0."""
 
     def make(features: str) -> FeatureExtractor:
-        return make_extractor(features, device=ranks.device, size=config.feature_size)
+        return make_extractor(features, device=ranks.device, size=config.eval.feature_size)
 
-    extractor = make(config.features) if ranks.is_main else None
+    extractor = make(config.eval.features) if ranks.is_main else None
     name = ranks.share(extractor.name if extractor is not None else "", "the extractor")
     return FrechetDistance(
-        extractor or make(name), image_set, cache_dir=cache_folder(config.data_root), device=ranks.device,
+        extractor or make(name), image_set, cache_dir=cache_folder(config.images.data_root), device=ranks.device,
         reference=ranks.is_main,
     )  # fmt: skip
 
@@ -364,7 +365,7 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
     if saved is None:
         raise UserError(
             f"--resume {resume} has no checkpoint to continue from (it was stopped before --save-every "
-            f"{config.save_every} steps); start a new run."
+            f"{config.run.save_every} steps); start a new run."
         )
     for path, reason in saved.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)

@@ -1,4 +1,3 @@
-import dataclasses
 import multiprocessing.connection
 import socket
 import time
@@ -70,12 +69,12 @@ def tiny_config(tmp_path):
     np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
 
     def make(root: str = "working", **changes) -> dict:
-        config = Config(
+        config = Config.of(
             data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
             lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=20, device="cpu", log_every=1, save_every=5,
             eval_every=10, keep_last=10, run_root=str(tmp_path / root), features="none", eval_batch_size=4,
             eval_steps=3, grid_samples=10, rank_timeout=60.0,
         )  # fmt: skip
-        return dataclasses.replace(config, **changes).to_dict()
+        return config.replace(**changes).to_dict()
 
     return make

@@ -67,10 +67,14 @@ def shared_samples(config: dict) -> None:
     """Samples, grid and statistics of two ranks are those of one."""
     config = Config.from_dict(config)
     with Ranks.launched("cpu", timeout=60) as ranks:
-        image_set = load_dataset(config.data, root=config.data_root, image_size=config.net.image_size)
+        image_set = load_dataset(config.images.data, root=config.images.data_root, image_size=config.net.image_size)
         distances = [
             FrechetDistance(
-                FakeFeatures(), image_set, cache_dir=Path(config.data_root), device="cpu", reference=ranks.is_main
+                FakeFeatures(),
+                image_set,
+                cache_dir=Path(config.images.data_root),
+                device="cpu",
+                reference=ranks.is_main,
             )
             for _ in range(2)
         ]

@@ -22,22 +22,22 @@ from tests.reliability.jobs import rows, same_state, saved
 
 def exact_losses(config: Config) -> torch.Tensor:
     """The losses of each step in float64, by a loop that shares no code with TrainStep."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     model = UNet(config.net).double()
-    objective = make_objective("eps", schedule="ddpm-linear", timesteps=config.timesteps, weighting="uniform")
+    objective = make_objective("eps", schedule="ddpm-linear", timesteps=config.diffusion.timesteps, weighting="uniform")
     adam = torch.optim.Adam(model.parameters())
-    images = torch.from_numpy(load_dataset(config.data, root=config.data_root, image_size=8).images)
+    images = torch.from_numpy(load_dataset(config.images.data, root=config.images.data_root, image_size=8).images)
     losses = []
-    for step in range(config.steps):
-        indices, flips = map(torch.from_numpy, batch_plan(len(images), batch_size=8, seed=config.seed, step=step))
+    for step in range(config.run.steps):
+        indices, flips = map(torch.from_numpy, batch_plan(len(images), batch_size=8, seed=config.run.seed, step=step))
         batch = torch.where(flips[:, None, None, None], images[indices].flip(2), images[indices])
-        torch.manual_seed(step_seed(config.seed, step))
+        torch.manual_seed(step_seed(config.run.seed, step))
         t, eps = objective.sample_t(8), torch.randn(8, 8, 8, 3).permute(0, 3, 1, 2).double()
         loss = objective.loss(model, (batch.permute(0, 3, 1, 2).double() - 127.5) / 127.5, t, eps).mean()
         adam.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        adam.param_groups[0]["lr"] = learning_rate(step, peak=config.lr, warmup_steps=config.warmup_steps)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        adam.param_groups[0]["lr"] = learning_rate(step, peak=config.optim.lr, warmup_steps=config.optim.warmup_steps)
         adam.step()
         losses.append(loss.detach())
     return torch.stack(losses)

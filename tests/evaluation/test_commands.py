@@ -29,7 +29,7 @@ NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolu
 def run(tmp_path):
     """A run with checkpoints at steps 1 and 2, whose averaged weights differ from its weights."""
     np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    config = Config(
+    config = Config.of(
         data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4
     )
     with create_run(tmp_path / "working", config=config.to_dict()) as made:
@@ -511,7 +511,7 @@ def test_flags_override_the_preset_and_the_run(tmp_path, repo, monkeypatch):
     quick = parse(["--preset", "quick", "--lr", "0.5", "--dropout=0.25"]).config
     assert (quick.preset, quick.lr, quick.net.dropout, quick.data) == ("quick", 0.5, 0.25, "digits")
     saved = dataclasses.replace(quick, steps=77)
-    (tmp_path / "config.json").write_text(saved.to_json())
+    (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
     for form in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
         flags = parse([*form, "--log-every", "3"])
         assert flags.config == dataclasses.replace(saved, log_every=3)

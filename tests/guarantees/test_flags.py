@@ -30,7 +30,7 @@ from tests.conftest import TINY, flags_of
 from tests.reliability.conftest import counts
 from tests.reliability.jobs import random_source
 
-CONFIG = Config(
+CONFIG = Config.of(
     data="images.npz", data_root="data", net=TINY, timesteps=20, batch_size=4, warmup_steps=1, steps=2, device="cpu",
     log_every=1, save_every=1, eval_every=2, features="none", eval_samples=2, eval_batch_size=2, eval_steps=2,
     grid_samples=2,

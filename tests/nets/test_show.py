@@ -5,11 +5,11 @@ import re
 import pytest
 
 from fastdiff.cli import main
-from fastdiff.config import PRESETS
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
 from fastdiff.nets.show import table
 from fastdiff.nets.unet import UNet, UNetConfig
+from fastdiff.presets import PRESETS
 
 
 def test_the_parts_of_the_cifar10_network_add_up():

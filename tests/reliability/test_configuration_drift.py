@@ -23,9 +23,9 @@ def old_run(tmp_path):
     run = shutil.copytree(FORMAT_1 / "run", tmp_path / "working" / "1")
     shutil.copy(FORMAT_1 / "images.npz", tmp_path)
     values = json.loads((run / "config.json").read_text())
-    config = dataclasses.replace(Config.from_dict(values), data=str(tmp_path / "images.npz"), steps=8)
+    config = Config.from_dict(values).replace(data=str(tmp_path / "images.npz"), steps=8)
     path = next((run / "checkpoints").iterdir())
-    rewrite(path, lambda manifest: manifest["state"]["config"].__setitem__("data", config.data))
+    rewrite(path, lambda manifest: manifest["state"]["config"]["images"].__setitem__("data", config.images.data))
     return run, config
 
 
@@ -40,7 +40,7 @@ def test_a_run_of_the_first_version_goes_on(tmp_path, old_run):
 def test_every_difference_is_named_and_what_is_free_to_change(old_run):
     run, config = old_run
     net = dataclasses.replace(config.net, dropout=0.5)
-    changed = dataclasses.replace(config, lr=0.5, batch_size=16, seed=3, net=net)
+    changed = config.replace(lr=0.5, batch_size=16, seed=3, net=net)
     with pytest.raises(UserError) as caught:
         _find_checkpoint(changed, run)
     message = str(caught.value)
@@ -65,9 +65,9 @@ def test_each_change_is_allowed_or_refused_as_it_says(old_run):
         try:
             other = type(value)(value * 2 if value else 0.25)
             if hasattr(config.net, name):
-                changed = dataclasses.replace(config, net=dataclasses.replace(config.net, **{name: other}))
+                changed = config.replace(net=dataclasses.replace(config.net, **{name: other}))
             else:
-                changed = dataclasses.replace(config, **{name: other})
+                changed = config.replace(**{name: other})
         except UserError:
             continue  # impossible by itself
         if changed.flat()[name] == value:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fastdiff.config import PRESETS
+from fastdiff.presets import PRESETS
 from fastdiff.training.train import train
 from tests.reliability import jobs
 from tests.reliability.conftest import counts

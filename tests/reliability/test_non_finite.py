@@ -1,6 +1,5 @@
 """NaN and Inf in the input, weights, gradient or loss of a step: the run stops, and nothing bad is saved."""
 
-import dataclasses
 import json
 import math
 import re
@@ -73,7 +72,7 @@ def test_one_more_in_a_row_stops_the_run_also_across_a_resume(tiny_config, tmp_p
     config = tiny_config(skip_nonfinite=2, save_every=1, log_every=4)
     log, run = tmp_path / "log", tmp_path / "working" / "1"
     hook = (jobs.poison, "loss", [5, 6], math.inf)
-    whole = dataclasses.replace(config, steps=7)
+    whole = config.replace(steps=7)
     assert jobs.finish(jobs.start(jobs.train_run, whole, None, hook, log=log)) == 0, log.read_text()[-2000:]
     hook = (jobs.poison, "loss", [7], math.nan)
     assert jobs.finish(jobs.start(jobs.train_run, config, run, hook, log=log)) == 1, log.read_text()[-2000:]

@@ -96,7 +96,7 @@ def config(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
     net = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
-    return Config(
+    return Config.of(
         data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=net, timesteps=100, batch_size=8,
         warmup_steps=5, steps=24, device="cpu", log_every=2, save_every=100, eval_every=100, features="none",
         eval_steps=2, grid_samples=4, run_root=str(tmp_path / "plain"),
@@ -110,7 +110,7 @@ def numbers(run):
 
 def test_training_goes_on_bit_for_bit(config, tmp_path, capsys):
     assert train(config) == 0
-    profiled = dataclasses.replace(config, profile=3, run_root=str(tmp_path / "profiled"))
+    profiled = config.replace(profile=3, run_root=str(tmp_path / "profiled"))
     assert train(profiled) == 0
     one, other = tmp_path / "plain" / "1", tmp_path / "profiled" / "1"
     assert len(numbers(one)) == 12
@@ -128,16 +128,16 @@ def test_training_goes_on_bit_for_bit(config, tmp_path, capsys):
     assert train(dataclasses.replace(profiled, steps=26), resume=other) == 0
     assert (other / "profile" / "summary.md").read_bytes() == before
     assert "remove it to record another" in capsys.readouterr().out
-    assert train(dataclasses.replace(config, steps=50, profile=2), resume=one) == 0
+    assert train(config.replace(steps=50, profile=2), resume=one) == 0
     assert (one / "profile" / "summary.md").exists()
 
 
 def test_too_many_steps_are_refused_before_the_first(config, tmp_path):
     with pytest.raises(UserError, match="--profile 30 needs 71 steps"):
-        train(dataclasses.replace(config, profile=30))
+        train(config.replace(profile=30))
     assert (tmp_path / "plain" / "1" / "metrics.jsonl").read_text() == ""
     with pytest.raises(UserError, match="--profile"):
-        dataclasses.replace(config, profile=-1)
+        config.replace(profile=-1)
 
 
 def test_what_the_device_had_still_to_do_is_training_time(tmp_path, monkeypatch):

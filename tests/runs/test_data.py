@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from fastdiff.config import PRESETS
 from fastdiff.errors import UserError
+from fastdiff.presets import PRESETS
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data
 from fastdiff.training.train import train
@@ -40,7 +40,7 @@ def test_moved_images_are_the_same_ones_under_their_old_name(run):
     (folder / "images.npz").rename(folder / "e.npz")
     with pytest.raises(UserError, match=r"--data images.npz is not there, seen from .*; .* add --data and"):
         load_run_data(config, saved)
-    images, data = load_run_data(dataclasses.replace(config, data="e.npz"), saved)
+    images, data = load_run_data(config.replace(data="e.npz"), saved)
     assert images.name == "images-train"  # so that distances to them go on to compare
     assert data["data_path"] == str(folder / "e.npz")
 
@@ -49,13 +49,13 @@ def test_other_images_are_refused_by_content(run):
     config, _, saved = run
     other_images("e.npz")
     with pytest.raises(UserError) as caught:
-        load_run_data(dataclasses.replace(config, data="e.npz"), saved)
+        load_run_data(config.replace(data="e.npz"), saved)
     message = str(caught.value)
     assert "holds other images (60, SHA-256 " in message
     assert f"than the run was trained on (50, SHA-256 {saved['data_sha256'][:12]}...)" in message
     del saved["data_images"], saved["data_path"], saved["data_name"]  # a checkpoint of an earlier version
     with pytest.raises(UserError, match=r"trained on \(SHA-256"):
-        load_run_data(dataclasses.replace(config, data="e.npz"), saved)
+        load_run_data(config.replace(data="e.npz"), saved)
     assert load_run_data(config, saved)[0].sha256 == saved["data_sha256"]
 
 
@@ -64,11 +64,11 @@ def test_a_run_goes_on_with_moved_images(run):
     train(config)
     (folder / "images.npz").rename(folder / "e.npz")
     path = folder / "working" / "1"
-    assert train(dataclasses.replace(config, data="e.npz", steps=4), resume=path) == 0
-    assert json.loads((path / "config.json").read_text())["data"] == "e.npz"
+    assert train(config.replace(data="e.npz", steps=4), resume=path) == 0
+    assert json.loads((path / "config.json").read_text())["images"]["data"] == "e.npz"
     state = checkpoint.load_latest(path / "checkpoints").state
     assert state["data_path"] == str(folder / "e.npz")
-    assert load_run_data(dataclasses.replace(config, data="e.npz"), state)[0].name == "images-train"
+    assert load_run_data(config.replace(data="e.npz"), state)[0].name == "images-train"
 
 
 def test_another_name_must_not_change_whether_images_are_flipped(tiny_config):

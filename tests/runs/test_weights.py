@@ -28,9 +28,9 @@ def source(tiny_config, tmp_path):
 
 def start(config):
     """The first checkpoint of a run whose one step changes no weight."""
-    train(dataclasses.replace(config, lr=1e-30, steps=1))
-    runs = sorted(os.listdir(config.run_root), key=int)
-    return checkpoint.load_latest(f"{config.run_root}/{runs[-1]}/checkpoints")
+    train(config.replace(lr=1e-30, steps=1))
+    runs = sorted(os.listdir(config.run.run_root), key=int)
+    return checkpoint.load_latest(f"{config.run.run_root}/{runs[-1]}/checkpoints")
 
 
 def assert_weights(saved, expected):
@@ -77,7 +77,7 @@ def test_a_network_that_diffusers_made_is_trained_on(tiny_config, tmp_path):
 def test_a_resumed_run_reads_its_own_weights(source, tiny_config, tmp_path):
     run, _ = source
     whole, cut = (tiny_config(init_from=str(run), run_root=str(tmp_path / name)) for name in ("whole", "cut"))
-    train(dataclasses.replace(whole, steps=6))
+    train(whole.replace(steps=6))
     train(dataclasses.replace(cut, steps=4))
     shutil.rmtree(run)
     train(dataclasses.replace(cut, steps=6), resume=tmp_path / "cut" / "1")
@@ -147,4 +147,4 @@ def test_an_empty_name_is_refused(tiny_config):
 def test_it_is_a_flag():
     from train_cifar import parse
 
-    assert parse(["--init-from", "working/1"]).config == Config(init_from="working/1")
+    assert parse(["--init-from", "working/1"]).config == Config.of(init_from="working/1")
