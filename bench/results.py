@@ -161,7 +161,7 @@ def rich_table(results: Results) -> Table:
 
 
 def markdown_table(results: Results) -> str:
-    """For the README."""
+    """For a README or a pull request."""
     lines = [f"{summary(results)}.", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(row, newline='<br>'))} |" for row in results.rows]
     return "\n".join(lines) + "\n"
