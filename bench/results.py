@@ -16,7 +16,7 @@ FORMAT = "fastdiff-bench-1"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A row's time over, or under, that of something measured in the same rounds.
+    """A row's time compared with another one, measured in the same rounds.
 
     against   what the row is compared with
     value     `lower` is better: own time / other time; `higher` is better: other time / own time
