@@ -26,7 +26,7 @@ class ReplayClock:
         return self.now
 
     def replay(self, samples: Samples, benchmark) -> None:
-        """One round of pytest-benchmark for each sample: its statistics are those of the samples."""
+        """One round of pytest-benchmark for each sample, so that its statistics are the samples'."""
         seconds = iter(samples.seconds)
 
         def advance() -> None:
@@ -45,7 +45,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastdiff bench")
     group.addoption(
         "--size", choices=("auto", "gpu", "cpu", "tiny"), default="auto",
-        help="what is measured; auto: gpu where there is one, else cpu; tiny: a mere trial of the code",
+        help="what is measured; auto: gpu where there is one, else cpu; tiny: only try the code",
     )  # fmt: skip
     group.addoption(
         "--save", metavar="JSON", type=Path,

@@ -14,7 +14,7 @@ def ceilings(device: torch.device, stopwatch: Stopwatch, *, budget: float, scale
 
     Args:
         budget: seconds for both.
-        scale: divides the sizes, for a mere trial.
+        scale: divides the sizes, to try the code only.
     """
     cuda = device.type == "cuda"
     n = (2**30 if cuda else 2**28) // scale

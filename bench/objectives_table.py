@@ -91,7 +91,7 @@ def train(flags: Flags, objective: str) -> Path:
 
 
 def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
-    """The rows of one objective; those of earlier calls are read back."""
+    """The rows of one objective; rows of earlier calls are read back."""
     import numpy as np
 
     from fastdiff.data.cache import cache_folder

@@ -16,7 +16,7 @@ FORMAT = "fastdiff-bench-1"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A row's time over, or under, that of something measured in the same rounds.
+    """A row's time compared with another one, measured in the same rounds.
 
     against   what the row is compared with
     value     `lower` is better: own time / other time; `higher` is better: other time / own time
@@ -161,7 +161,7 @@ def rich_table(results: Results) -> Table:
 
 
 def markdown_table(results: Results) -> str:
-    """For the README."""
+    """For a README or a pull request."""
     lines = [f"{summary(results)}.", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(row, newline='<br>'))} |" for row in results.rows]
     return "\n".join(lines) + "\n"

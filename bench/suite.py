@@ -190,7 +190,7 @@ class Bench:
     def _ratio(
         self, against: Against, variant: str, workloads: dict[str, Workload], samples: dict[str, Samples]
     ) -> Ratio:
-        """The median over rounds, in each of which all workloads ran back to back."""
+        """The median over rounds; in each round all workloads ran back to back."""
 
         def per_unit(name: str) -> list[float]:
             return [seconds / workloads[name].units for seconds in samples[name].seconds]

@@ -1,4 +1,4 @@
-"""Print results of the suite as the README's Markdown table.
+"""Print results of the suite as a Markdown table.
 
 python bench/table.py bench/results/cpu-amd-epyc-2c.json
 """

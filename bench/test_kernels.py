@@ -101,7 +101,7 @@ def _adam_ema(size: Size) -> Iterator[Case]:
     yield Case(f"n={size.flat}", make)
 
 
-# The cases of a training run; those of the SPEC are chosen for correctness, not for speed.
+# The cases of a training run; a SPEC's own cases are chosen for correctness, not for speed.
 CASES: dict[str, Callable[[Size], Iterator[Case]]] = {
     "group_norm_silu": _norms,
     "add_group_norm_silu": _sums,

@@ -145,7 +145,7 @@ def _warm_up(work: Workload, stopwatch: Stopwatch, calls: int, *, queued: bool) 
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: L2 of a GPU, else the CPU's largest (32 MiB where it is not told)."""
+    """Size of the last cache before memory: L2 of a GPU, else the CPU's largest (32 MiB if unknown)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

@@ -3,11 +3,11 @@
     python bench/tune_norms.py             # a table: the rule of kernels/launch.py beside the best of its alternatives
     python bench/tune_norms.py --write     # and the best ones into kernels/tuned.py
 
-Shapes are those of the CIFAR-10 U-Net, and so is what is added up: a block's first norm reads a residual and on the way
-up a skip, and its backward adds the sum's other gradients, two on the way down, where the sum is kept for a skip; the
-second norm, with dropout, reads x alone. Times are the device's own, of calls over buffers that are not in L2, as
-multiples of a device copy of the same bytes. Tiles that spill registers are not tried, nor more programs that
-stay than a multiprocessor holds; what is written spills for no call site with the same key, and on no architecture.
+Shapes and sums are the CIFAR-10 U-Net's. A block's first norm reads a residual, and on the way up a skip connection;
+its backward adds the sum's other gradients (two on the way down, where the sum is kept for a skip connection). The
+second norm, with dropout, reads x alone. Times are device times of calls over buffers that are not in L2, as multiples
+of a device copy of the same bytes. Tiles that spill registers are not tried, nor more resident programs than a
+multiprocessor holds. Written tiles spill for no call site with the same key, on no architecture.
 """
 
 import multiprocessing
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def variant(self) -> str:
-        """The name in kernels/group_norm_jobs.py of what a call site switches on."""
+        """What a call site switches on, by its name in kernels/group_norm_jobs.py."""
         return "shift+dropout" if self.dropout else "add, kept" if self.own == self.channels else "add"
 
     @property
@@ -87,7 +87,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Timed:
-    """Tiles, and their time over that of a device copy."""
+    """Tiles, and their time as a multiple of a device copy's."""
 
     ratio: float
     tiles: NormTiles

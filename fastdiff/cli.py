@@ -34,7 +34,7 @@ def other_rank() -> bool:
 
 @contextmanager
 def told_once() -> Generator[None]:
-    """Nothing of what the block prints is shown by another rank, which then waits a moment before it exits."""
+    """Only the first rank of a host shows what the block prints; the others wait a moment before they exit."""
     if not other_rank():
         yield
         return
@@ -69,7 +69,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def _told(error: Exception) -> str | None:
-    """The line to tell of what the user or the machine did wrong; None for an error of ours."""
+    """One line on what the user or the machine did wrong; None for a fault of ours."""
     if isinstance(error, UserError | TrainingFailed):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -151,7 +151,7 @@ class Evaluate(_FromCheckpoint):
     n: int = 10_000
     """Samples to draw; published FIDs use 50,000."""
     features: Literal["auto", "inception", "efficientnet_lite0"] = "auto"
-    """Extractor: inception gives `fid`; `auto` takes it if its weights are to be had."""
+    """Extractor: inception gives `fid`; `auto` takes it if its weights are available."""
     feature_size: int | None = None
     """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
     data: str | None = None

@@ -159,7 +159,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file torch.load raises whatever its parser stumbles over
+    except Exception as error:  # on a damaged file torch.load raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as tensors ({reason}); download or export it again.") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):

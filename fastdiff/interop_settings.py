@@ -1,6 +1,6 @@
 """The settings of diffusers' `UNet2DModel` and `DDPMScheduler` that mean the same as ours, both ways.
 
-A silent difference is worse than a refusal: what a setting means that we do not know, or have no counterpart for, is
+A silent difference is worse than a refusal: a setting that we do not know, or have no counterpart for, is refused,
 never guessed.
 """
 
@@ -175,7 +175,7 @@ def scheduler_to_diffusers(
             "be given the step's own; use --to safetensors."
         )
     if zero_terminal_snr and timesteps == 1:
-        raise UserError("zero terminal SNR cannot be exported with 1 timestep, of which diffusers makes NaN.")
+        raise UserError("zero terminal SNR cannot be exported with 1 timestep: diffusers makes NaN of it.")
     return {
         "num_train_timesteps": timesteps,
         "prediction_type": PREDICTION_TYPES[objective],

@@ -93,7 +93,7 @@ def _train(config: Config, folder: str) -> int:
 
 @dataclass(frozen=True)
 class Sample(_Topic):
-    """Batches of samples, as evaluations draw them; the weights are those of a new network. --profile: how many."""
+    """Batches of samples, drawn as in evaluations from a new network's weights. --profile: how many."""
 
     def run(self) -> int:
         """Returns 0. Raises UserError for bad input."""

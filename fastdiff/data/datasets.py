@@ -218,6 +218,6 @@ def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
 
 
 def _decoder() -> str:
-    """The version of what makes arrays of files: the sources in this folder, and Pillow."""
+    """The version of the code that decodes: the sources in this folder, and Pillow."""
     code = source_hash(Path(__file__).parent.parent, ["data"])
     return hashlib.sha256(f"{code} {PIL.__version__}".encode()).hexdigest()[:8]

@@ -19,7 +19,7 @@ from fastdiff.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "QOI", "AVIF")
 DARK = "of 16 bits have no pixel of 4,096 or more, as if they held 12 bits: they come out dark; multiply them by 16"
-FRAMES = "have several frames, of which the first is taken"
+FRAMES = "have several frames; only the first is used"
 MAX_PIXELS = 2**26  # of one image (8192 x 8192): bounds what a small malicious file can unpack to
 CHUNK = 16  # items per task: small images take less time than handing them over one by one
 
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 def _to_8_bits(image: Image.Image, bits: int) -> Image.Image:
-    """Grey of 16 or 12 bits, in whatever mode Pillow has it, by its upper 8; other images as they are."""
+    """The upper 8 bits of grey images of 16 or 12 bits, in any of Pillow's modes; other images unchanged."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) >> (4 if bits == 12 else 8)).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -58,7 +58,7 @@ def decode(data: bytes, size: int, remark: Callable[[str], object] = lambda what
     """One encoded image (of `FORMATS`), turned upright by its EXIF tag, as uint8 (size, size, 3).
 
     Args:
-        remark: called with `DARK` or `FRAMES` where that is so.
+        remark: called with `DARK` or `FRAMES` if it applies.
 
     Raises:
         ValueError: not such an image, damaged, truncated, or of more than `MAX_PIXELS`; says why.

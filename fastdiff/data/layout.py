@@ -32,7 +32,7 @@ class Listing:
 
     Attributes:
         images: names of the image files, with "/", sorted.
-        left_out: reason -> names of what is passed over for it.
+        left_out: reason -> names of what is passed over.
     """
 
     images: list[str]
@@ -129,8 +129,8 @@ def choose(listing: Listing, split: str, origin: Path) -> Choice:
       splits; what lies deeper belongs to the class above it.
 
     Raises:
-        UserError: no images, no such split, images beside class folders, or names that do not tell: folders of which
-            only some are splits, two folders for one split, splits inside classes, classes that differ only in case.
+        UserError: no images, no such split, images beside class folders, or unclear names: only some folders are
+            splits, two folders for one split, splits inside classes, classes that differ only in case.
     """
     if not listing.images:
         seen = f" (left out: {some(told(listing.left_out), 6, '; ')})" if listing.left_out else ""

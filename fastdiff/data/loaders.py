@@ -102,7 +102,7 @@ def make_loader(
     start_step: int = 0,
     flip: bool = True,
 ) -> Loader:
-    """An endless loader over `image_set`, whose batches are those of `batch_plan`.
+    """An endless loader over `image_set`, with the batches of `batch_plan`.
 
     Args:
         kind: "dali" (images stay in host memory; a prefetching NVIDIA DALI pipeline, its GPU operators on CUDA) or

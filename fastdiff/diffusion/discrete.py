@@ -89,7 +89,7 @@ class DiscreteSchedule(Schedule):
         return (t - 1.0) * min(1.0, 1000.0 / self.T)
 
     def time_at(self, fraction: Tensor) -> Tensor:
-        """Whole times: each of 1..T for a T-th of the fractions."""
+        """Whole times: each of 1..T covers 1 / T of the fractions."""
         return (fraction * self.T).ceil().clamp(1, self.T)
 
     def uniform_t(self, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -102,7 +102,7 @@ class DiscreteSchedule(Schedule):
         return t.round().long() if t.is_floating_point() else t
 
     def grid(self, n: int, *, spacing: str = "auto") -> Tensor:
-        """See `Schedule.grid`. `trailing` and `leading` are whole times, of which there are T; others lie between."""
+        """See `Schedule.grid`. `trailing` and `leading` give whole times, at most T of them; others lie between."""
         spacing = self.default_spacing if spacing == "auto" else spacing
         if spacing not in ("trailing", "leading"):
             return super().grid(n, spacing=spacing)

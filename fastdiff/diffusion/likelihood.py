@@ -5,7 +5,7 @@ rescaled y = x / k, k = sqrt(alpha^2 + sigma^2):
 
     dy / d theta = (cos(theta) y - x0_hat) / sin(theta)
 
-which is finite everywhere but at sigma = 0, whatever the schedule. (From y = cos x0 + sin eps: dy / d theta =
+which is finite everywhere except at sigma = 0, for any schedule. (From y = cos x0 + sin eps: dy / d theta =
 cos eps_hat - sin x0_hat.) The density follows the instantaneous change of variables (eq. 39).
 """
 
@@ -34,14 +34,14 @@ def log_likelihood(
     """log p(x) by the probability flow, with Hutchinson's estimate of the divergence (Song et al. 2021, eq. 39 and 40).
 
     Each step of the grid is one of the classical fourth-order Runge-Kutta method: 4 evaluations of the denoiser, and
-    for each probe one backward pass through it. The probes are drawn once and kept all along, as the paper does.
+    for each probe one backward pass through it. The probes are drawn once and kept for the whole path, as in the paper.
 
     Args:
         denoise: `denoise(x_t, t) -> x0_hat`, differentiable in x_t.
         x: (N, ...) what to measure, taken to be at the time ts[-1].
-        ts: descending grid from the noisy end to a time above 0, where log p is infinitely steep: ts[-1] is usually
+        ts: descending grid from the noisy end to a time above 0, as log p is infinitely steep at 0. ts[-1] is usually
             schedule.t_min, as in `likelihood_grid`.
-        probes: random sign vectors v of the estimate v^T J v; its error falls as 1 / sqrt(probes).
+        probes: random sign vectors v in the estimate v^T J v, whose error falls as 1 / sqrt(probes).
         generator: draws the probes, on the device of x.
 
     Returns:

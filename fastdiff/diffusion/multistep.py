@@ -6,8 +6,8 @@ solution (Lu et al. 2022, DPM-Solver++, proposition 4.1)
     x_s = (sigma_s / sigma_t) x_t + alpha_s * integral over lambda of exp(lambda - lambda_s) x0_hat(lambda)
 
 and a method of order k puts a polynomial through the last k estimates in its place. h is infinite in a step from
-alpha = 0 and in one to sigma = 0: a ratio h / h_earlier with an infinite h_earlier is 0, so that the order rises from 1
-by itself after the start, and a step with infinite h is of first order.
+alpha = 0 and in one to sigma = 0: a ratio h / h_earlier with an infinite h_earlier is 0. So the order rises from 1
+after the start, and a step with infinite h is of first order.
 """
 
 import math

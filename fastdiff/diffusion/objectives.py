@@ -24,7 +24,7 @@ from fastdiff.errors import UserError
 
 Model = Callable[..., Tensor]
 
-LARGEST_LOG_SNR = 60.0  # of weights: e^60 is finite in float32, and no schedule's network is asked beyond 30
+LARGEST_LOG_SNR = 60.0  # in weights: e^60 is finite in float32, and no schedule evaluates a network beyond 30
 
 
 def per_image(scale: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Objective(ABC):
         UserError: an unknown weighting or time sampling, or a schedule that this kind or the time sampling cannot have.
     """
 
-    needs_signal = False  # whether x0 cannot be told where alpha = 0
+    needs_signal = False  # whether the prediction does not determine x0 where alpha = 0
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Objective(ABC):
 
     @abstractmethod
     def log_gain(self, log_snr: Tensor) -> Tensor:
-        """log c^2 at a log-SNR: error of x0_hat over error of the prediction, both squared; of the shape of log_snr."""
+        """log c^2 at a log-SNR: error of x0_hat over error of the prediction, both squared; shaped like log_snr."""
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps: (N, C, H, W) for t (N,) (Ho et al. 2020, eq. 4)."""
@@ -180,7 +180,7 @@ class X0Objective(Objective):
 class VObjective(Objective):
     """The network predicts v, the velocity along the arc from x0 to eps (Salimans & Ho 2022, appendix D).
 
-    The paper's alpha^2 + sigma^2 = 1 is had on every schedule by dividing x_t by s = sqrt(alpha^2 + sigma^2).
+    Dividing x_t by s = sqrt(alpha^2 + sigma^2) gives every schedule the paper's alpha^2 + sigma^2 = 1.
     """
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

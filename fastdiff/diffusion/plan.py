@@ -1,9 +1,10 @@
-"""Plans: what a sampler is, is its coefficients; what runs them is the same for all.
+"""Plans: a sampler is its table of coefficients, and one loop runs every table.
 
-A sampler is a function from a schedule and a grid of times to a plan. A plan holds every coefficient of the n steps,
-formed in float64 before the first step, as rows of a table, and names the function that takes a step by one row: no
-branch on a value, no read of the device, the same draws of noise in each step. So `run` here takes the steps one after
-the other, and `evaluation/graph_loop.py` captures one in a CUDA graph and replays it for every row.
+A sampler is a function from a schedule and a grid of times to a plan. A plan holds the coefficients of all n steps as
+rows of a table, computed in float64 before the first step, and names the function that takes one step from one row.
+That function branches on no value, reads nothing back from the device, and draws the same noise in each step. So `run`
+takes the steps one by one, and `evaluation/graph_loop.py` captures one step in a CUDA graph and replays it for each
+row.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +31,9 @@ class Rows:
     """n steps of one kind.
 
     step    takes one of them
-    times   (n, k) float64, what the network is asked at in each
+    times   (n, k) float64, where each step evaluates the network
     table   (n, m) float64, the coefficients of each
-    memory  how many tensors like x a step carries beside x; zeros before the first
+    memory  number of tensors like x that a step carries besides x; zeros before the first
     """
 
     step: Step
@@ -45,7 +46,7 @@ class Rows:
         return x, *(torch.zeros_like(x) for _ in range(self.memory))
 
     def on(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """times, and the table in x's dtype, on x's device, without waiting for what it has still to do."""
+        """times, and the table in x's dtype, on x's device; does not wait for the device."""
         times, table = self.times, self.table.to(x.dtype)
         if x.is_cuda:
             times, table = times.pin_memory(), table.pin_memory()
@@ -67,7 +68,7 @@ def run(
 
     Args:
         x_T: (N, C, H, W), noise of the schedule's `prior_std`; the result has its dtype and device.
-        generator: of the noise that steps add, on the device of x_T.
+        generator: draws the noise that steps add, on the device of x_T.
         on_step: called after each step, with its number.
     """
     x, i = x_T, 0
@@ -88,7 +89,7 @@ def run(
 
 
 def evaluations(plan: Plan) -> int:
-    """How often a plan asks the network, for each sample."""
+    """Network evaluations of a plan, per sample."""
     return sum(rows.times.numel() for rows in plan)
 
 
@@ -119,7 +120,7 @@ def linear_step(denoise: Denoise, noise: Noise, t: Tensor, row: Tensor, state: S
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise shaped like x, contiguous order whatever x's memory format."""
+    """Standard normal noise shaped like x, in contiguous order whatever x's memory format is."""
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
@@ -152,7 +153,7 @@ def transition(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tenso
 
 
 def too_long(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-    """Steps t -> s, (n,) each, that are no small steps of a differential equation, which would magnify x_t many times.
+    """Which steps t -> s, (n,) bool, are too long for a differential equation: they would magnify x_t many times.
 
     They begin at almost pure noise (the last time of cosine), or divide the ratio of noise to signal by more than 1000
     (a grid of one or two steps down from sigma = 80).

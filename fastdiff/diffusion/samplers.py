@@ -42,8 +42,8 @@ def ddpm(schedule: Schedule, ts: Tensor, *, variance: str = "fixed-small") -> Pl
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any subsequence of the times.
 
     Args:
-        variance: of the noise added on the way from t to s: `fixed-small` is the posterior's, beta-tilde (eq. 7);
-            `fixed-large` is beta, that of the forward step from s to t (section 3.2).
+        variance: of the noise added from t to s. `fixed-small` is the posterior's variance, beta-tilde (eq. 7);
+            `fixed-large` is beta, the variance of the forward step from s to t (section 3.2).
     """
     if variance not in ("fixed-small", "fixed-large"):
         raise UserError(f"variance {variance!r} is unknown; choose fixed-small or fixed-large.")
@@ -73,11 +73,11 @@ def ddim(schedule: Schedule, ts: Tensor, *, eta: float = 0.0) -> Plan:
 
 
 def euler_ancestral(schedule: Schedule, ts: Tensor, *, eta: float = 1.0) -> Plan:
-    """An Euler step to a noise level below that of s, then fresh noise up to it (k-diffusion's euler_ancestral).
+    """An Euler step to a noise level below s's own, then fresh noise up to it (k-diffusion's euler_ancestral).
 
     With rho = sigma / alpha and in x / alpha: rho_up = eta rho_s / rho_t sqrt(rho_t^2 - rho_s^2), and Euler goes down
-    to rho_down = sqrt(rho_s^2 - rho_up^2). Multiplied by alpha_s these are the terms of DDIM's eq. 12: the samplers are
-    one, and eta has one meaning in both. Only the default differs.
+    to rho_down = sqrt(rho_s^2 - rho_up^2). Multiplied by alpha_s these are the terms of DDIM's eq. 12, so the two
+    samplers are the same, and eta means the same in both. Only the default differs.
     """
     return ddim(schedule, ts, eta=eta)
 
@@ -209,8 +209,8 @@ def predictor_corrector(schedule: Schedule, ts: Tensor, *, snr: float = 0.16, co
     # Algorithms 4 and 5: epsilon = 2 alpha (r |z| / |g|)^2, where alpha = 1 - beta of the forward step into s (1 for
     # VE), |z|^2 is d, the numbers of an image, as the paper advises for small batches, and |g| the batch's mean.
     epsilon = 2.0 * torch.cat([alpha_ts[1:], alpha_s[-1:]]) ** 2 * snr**2
-    # The mean square of a score is at least d over the variance of what it is the score of (Cramer and Rao), here at
-    # most sigma^2 + alpha^2 for data in [-1, 1]. Without this floor a small |g|, far from the data, is a huge step.
+    # Cramer and Rao: a score's mean square is at least d over the variance of x, which is at most sigma^2 + alpha^2
+    # for data in [-1, 1]. Without this floor a small |g|, far from the data, would make a huge step.
     least = 1.0 / (sigma_s**2 + alpha_s**2)
     n = len(ts) - 1 if sigma_s[-1] > 0 else len(ts) - 2  # the corrected steps; one to sigma = 0 is none
     columns = (from_x_t, from_x0, std, alpha_s / sigma_s**2, 1.0 / sigma_s**2, epsilon, least)

@@ -30,7 +30,7 @@ class Schedule(ABC):
     Attributes:
         name: its key in SCHEDULES.
         t_max: the noisiest time. alpha may be exactly 0 there; log-SNR is then -inf.
-        t_min: the smallest time that a network is asked about, in training and in sampling.
+        t_min: the smallest time at which a network is evaluated, in training and in sampling.
         prior_std: standard deviation of the noise that sampling starts from, x_T = prior_std * z.
         default_spacing: of `grid`.
         default_time_sampling: what `times.sample_t` takes for "auto".
@@ -54,7 +54,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def _t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """For any log-SNR; what lies outside of [0, t_max] is clamped by the caller."""
+        """For any log-SNR; the caller clamps the result to [0, t_max]."""
 
     @abstractmethod
     def _d_alpha(self, t: Tensor) -> Tensor: ...
@@ -122,7 +122,7 @@ class Schedule(ABC):
         return self.time_at(torch.rand(n, generator=generator, device=device, dtype=torch.float64))
 
     def training_t(self, t: Tensor) -> Tensor:
-        """The times nearest to t that training uses: all of them, but of discrete schedules the whole ones, int64."""
+        """The nearest times that training uses: t itself; on discrete schedules whole times, int64."""
         return t
 
     def grid(self, n: int, *, spacing: str = "auto") -> Tensor:

@@ -11,7 +11,7 @@ from fastdiff.errors import UserError
 
 __all__ = ["SCHEDULES", "DiscreteSchedule", "Schedule", "make_schedule", "unnoised_end"]
 
-# Of alpha^2 / sigma^2 at t_max. All schedules end below it as they are meant: ve-sde at 4e-4, ddpm-linear at 4e-5.
+# Of alpha^2 / sigma^2 at t_max. As designed, all schedules end below it: ve-sde at 4e-4, ddpm-linear at 4e-5.
 LARGEST_TERMINAL_SNR = 1e-3
 
 DISCRETE: dict[str, Callable[..., DiscreteSchedule]] = {"ddpm-linear": ddpm_linear, "cosine": cosine}

@@ -16,7 +16,7 @@ P_MEAN, P_STD = -1.2, 1.2  # of log sigma; Karras et al. 2022, table 1
 
 
 def uniform(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Independent times, uniform over the schedule's time axis (for VE and EDM that of log sigma)."""
+    """Independent times, uniform over the schedule's time axis (log sigma for VE and EDM)."""
     return schedule.uniform_t(n, generator, device)
 
 
@@ -46,7 +46,7 @@ def logit_normal(schedule: Schedule, n: int, generator: torch.Generator | None, 
     """
     if schedule.prior_std != 1.0:
         raise UserError(
-            f"time sampling logit-normal needs a time in [0, 1], but that of {schedule.name} is sigma; "
+            f"time sampling logit-normal needs a time in [0, 1], but the time of {schedule.name} is sigma; "
             "choose log-normal, uniform or low-discrepancy."
         )
     z = torch.randn(n, generator=generator, device=device, dtype=torch.float64)

@@ -30,7 +30,7 @@ class Trained:
     """A network as it was saved: averaged weights in eval mode, its objective, and the run's config.
 
     model     the network
-    network   what computes it, by the run's --kernels: itself, or fused over the same weights
+    network   what runs, by the run's --kernels: the model itself, or fused over the same weights
     run       the run directory of a checkpoint that lies in one
     saved     the rest of the checkpoint's state, without tensors
     """
@@ -52,7 +52,7 @@ class Trained:
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
-    """Load averaged weights, see `read_trained`, to run by the run's --kernels.
+    """Load averaged weights (see `read_trained`), to run with the run's --kernels.
 
     Raises:
         UserError: nothing there, or nothing that verifies.
@@ -84,10 +84,10 @@ def evaluate(
     Args:
         distance: holds the reference; None to draw samples only.
         n: samples for the distance.
-        keep: the first samples, to be looked at; all that is drawn without a distance.
-        check: called at every sampling step; may raise Stopped to break off, which then all ranks do.
-        ranks: the processes that share the samples out, by whole batches; all call with the same arguments. The sums of
-            the features are added up over them, in float64. None for one alone.
+        keep: how many of the first samples to return; without a distance only these are drawn.
+        check: called at every sampling step; may raise Stopped, and then all ranks stop.
+        ranks: the processes that share the samples, by whole batches; all call with the same arguments. The features'
+            sums are added up over them, in float64. None for a single process.
 
     Returns:
         A row that names the metric, its value, the number of samples, the sampler, its steps, the extractor, the

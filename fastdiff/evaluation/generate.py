@@ -69,7 +69,7 @@ class SamplerSettings:
 
     @property
     def label(self) -> str:
-        """The sampler's name, with whatever is not its default: unipc (log-snr, order=2)."""
+        """The sampler's name, and what differs from its defaults: unipc (log-snr, order=2)."""
         parts = [self.spacing] if self.spacing != "auto" else []
         parts += [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.extra.items()
@@ -110,7 +110,7 @@ def _check_options(name: str, keys: Iterable[str]) -> None:
 def half_weights(model: Network) -> Network:
     """A copy in eval mode whose convolutions and linear layers hold bfloat16 weights.
 
-    Under autocast it computes what the model would, without casting every weight anew in every step.
+    Under autocast it computes what the model would, without casting all weights again in every step.
     """
     half = copy.deepcopy(model).requires_grad_(False).eval()
     for p in half_parameters(half):
@@ -119,7 +119,7 @@ def half_weights(model: Network) -> Network:
 
 
 def _batch_seed(seed: int, batch: int) -> int:
-    """The 63-bit seed of all randomness in a batch; that of the first is the given one."""
+    """The 63-bit seed of all randomness in a batch; the first batch takes the given seed itself."""
     if batch == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}/{batch}".encode(), digest_size=8).digest()
@@ -130,8 +130,8 @@ class Generator:
     """Draws images from a network.
 
     The network runs in bfloat16 if asked; the state of the sampler is float32. Estimates of x0 are clamped to [-1, 1].
-    Every batch is of the same size and the last is cut, so that a compiled network sees one shape. However many images
-    are drawn, memory is that of one batch, and each kind of step is compiled and captured once.
+    Every batch has the same size, and the last is cut, so that a compiled network sees one shape. Memory is that of one
+    batch, and each kind of step is compiled and captured once, however many images are drawn.
 
     Args:
         network: `network(x_t, t, **conditions)`, in eval mode; its weights may change in place between calls.
@@ -139,7 +139,7 @@ class Generator:
         batch_size: images drawn at a time, at least 1.
         bf16: autocast activations, and compute with bfloat16 copies of the weights.
         compile: torch.compile the network.
-        graphs: on CUDA, capture a sampling step in a CUDA graph and replay it; see `GraphLoop`.
+        graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
 
     Raises:
         UserError: a batch size below 1, or steps that the schedule does not have.
@@ -188,12 +188,12 @@ class Generator:
     ) -> Iterator[Tensor]:
         """Draw n images, a batch at a time; the same for the same seed, n, batch size and machine.
 
-        Each batch has a seed of its own, so that several ranks can share them out: each draws every `ranks`-th batch,
-        from that of its own number on, and together they draw what one alone would.
+        Each batch has its own seed, so that ranks can share the batches: rank r draws batches r, r + ranks, and so on.
+        Together they draw what one rank would draw alone.
 
         Args:
             n: images, at least 1.
-            conditions: of the n images, (n, ...) each.
+            conditions: one row for each of the n images, (n, ...) each.
             on_step: see `plan.run`; called in every batch.
             progress: called after each step with the images drawn so far, a step counting as its share of a batch.
             rank, ranks: this process among all.

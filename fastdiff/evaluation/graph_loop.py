@@ -14,19 +14,19 @@ Conditions = Mapping[str, Tensor]  # by the names of the network's arguments, ea
 class GraphLoop:
     """Runs plans of one denoiser in fixed buffers, each kind of step captured once in a CUDA graph and then replayed.
 
-    State, times, table and conditions are copied into buffers; a step takes the row at an index that lies on the device
-    too, and moves it on. So one graph serves all rows, and all batches of one shape. On a CPU the same steps run
+    State, times, table and conditions are copied into buffers. A step reads the row at an index on the device and
+    increments the index, so one graph serves all rows, and all batches of one shape. On a CPU the same steps run
     uncaptured in the same buffers.
 
-    A replay sees what is in the buffers and what has changed in place, such as the network's weights, and nothing else:
-    hence the denoiser is the loop's own, fixed for good, and what may differ from call to call is an argument.
+    A replay sees only what is in the buffers and what changed in place, such as the network's weights. So the loop has
+    one fixed denoiser, and whatever may differ between calls is an argument.
 
     Args:
         denoise: `denoise(x_t, t, **conditions) -> x0_hat`.
         device: where it runs.
 
     Attributes:
-        generator: the one to seed before each call: steps draw from it.
+        generator: steps draw from it; seed it before each call.
     """
 
     def __init__(self, denoise: Callable[..., Tensor], device: torch.device) -> None:

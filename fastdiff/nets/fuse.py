@@ -2,9 +2,9 @@
 
 torch.fx traces a network into a graph of its layers' calls. Each rule below rewrites what it recognises; it knows
 layers, never a network. The result is a module over the same parameters, under the same names; `program(fuse(net))`
-shows what it runs, and fastdiff/nets/README.md what leaving a rule out would cost.
+shows what it runs, and fastdiff/nets/README.md says what each rule is worth.
 
-    drop_identities     what does nothing is not called
+    drop_identities     identities and unused dropout are removed
     merge_upsampling    nearest upsampling and its 3x3 convolution become one, with 4/9 of the products
     merge_qkv           the gradients of q, k and v are merged by one kernel
     fold_into_norms     a norm forms the sum that it reads, and does SiLU and dropout
@@ -53,7 +53,7 @@ def fuse(net: nn.Module, rules: Sequence[Rule] | None = None) -> fx.GraphModule:
     left = [name for name, module in fused.named_modules() if isinstance(module, nn.GroupNorm)]
     left += [str(node) for node in fused.graph.find_nodes(op="call_function", target=F.group_norm)]
     if left and fold_into_norms in rules:
-        raise ValueError(f"the norm {left[0]} cannot be fused; let it be an nn.GroupNorm with weights that is traced")
+        raise ValueError(f"the norm {left[0]} cannot be fused; use an nn.GroupNorm with weights that torch.fx sees")
     return fused
 
 
@@ -79,7 +79,7 @@ class _Tracer(fx.Tracer):
 
 
 def drop_identities(gm: fx.GraphModule) -> None:
-    """Identities, and dropout in evaluation, are not called."""
+    """Removes identities, and dropout in evaluation."""
     for node in list(gm.graph.nodes):
         dropout = layer(gm, node, Dropout | nn.Dropout)
         if layer(gm, node, nn.Identity) or (dropout is not None and not (dropout.training and dropout.p > 0)):
@@ -147,7 +147,7 @@ def fold_into_norms(gm: fx.GraphModule) -> None:
 
 
 def merge_projections(gm: fx.GraphModule) -> None:
-    """linear(x) + bias, linear'(x) + bias', ... become one product, split; the biases are a convolution's, say."""
+    """linear(x) + bias, linear'(x) + bias', ... become one product, then split; a convolution's biases, say."""
     found = defaultdict(list)  # x -> what reads it: the linear layer, its sum with a bias, the bias
     for node in gm.graph.nodes:
         linear, total = layer(gm, node, nn.Linear), only_user(node)
@@ -173,13 +173,13 @@ RULES: tuple[Rule, ...] = (drop_identities, merge_upsampling, merge_qkv, fold_in
 
 
 def _silu_of(gm: fx.GraphModule, norm: Node) -> Node:
-    """The SiLU that alone reads the norm."""
+    """The SiLU after the norm, if it is the norm's only reader."""
     user = only_user(norm)
     return user if calls(user, F.silu) or layer(gm, user, nn.SiLU) else None
 
 
 def _seed(gm: fx.GraphModule, dropout: Node) -> Node:
-    """The seed that the dropout is given or, where it is None, one that is drawn for all of the network."""
+    """The dropout's seed or, if that is None, one drawn for the whole network."""
     given = dropout.args[1] if len(dropout.args) > 1 else dropout.kwargs.get("seed")
     for node in gm.graph.find_nodes(op="call_function", target=seed_or_drawn):
         if node.args[0] is given:
@@ -206,7 +206,7 @@ def _terms(gm: fx.GraphModule, total: Node) -> tuple[list[Node], list[Node], Nod
 
 
 def _addends(node: Node, total: Node) -> list[Node]:
-    """The tensors whose sum the node is; the node itself where others need it as it is."""
+    """The tensors that the node sums; the node itself if others read it too."""
     tensors = all(isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args)
     if calls(node, operator.add, torch.add) and tensors and not node.kwargs and _free(node, total):
         return [term for arg in node.args for term in _addends(arg, total)]
@@ -214,7 +214,7 @@ def _addends(node: Node, total: Node) -> list[Node]:
 
 
 def _free(node: Node, total: Node) -> bool:
-    """Whether nobody but the norm reads the node."""
+    """Whether only the norm reads the node."""
     return node is total or len(node.users) == 1
 
 

@@ -35,12 +35,12 @@ def parameters_of(gm: fx.GraphModule, node: Node) -> tuple[Node, Node]:
 
 
 def only_user(node: Node) -> Node:
-    """The node that alone reads this one."""
+    """The node's only reader; None if there is not exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def after(node: Node) -> Node:
-    """The node to insert before, so that what is inserted follows `node` and all inputs of the network."""
+    """Where to insert: the first place after `node` and after all inputs of the network."""
     while node.next.op == "placeholder":
         node = node.next
     return node.next

@@ -21,8 +21,8 @@ def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def table(net: nn.Module, *, image_size: int, image_channels: int) -> str:
     """A row for each part, in the order in which the network calls them, and the sums.
 
-    Nothing is computed. Operations are additions and multiplications of one evaluation of one image, in convolutions,
-    matrix products and attention; all else does not count.
+    Nothing is computed. Operations are the additions and multiplications for one image in convolutions, matrix
+    products and attention; nothing else counts.
     """
     net = copy.deepcopy(net).to("meta").eval()
     lines = [_line("part", "resolution", "channels", "parameters", "GFLOP an image")]

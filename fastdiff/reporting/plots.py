@@ -31,7 +31,7 @@ def plot_run(train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Se
 def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
     """The training loss over the steps: raw values faint, their running mean bold. No file without rows.
 
-    An inset shows the later part by itself, as the fall at the start dwarfs what comes after it.
+    An inset shows the later part, which the fall at the start would dwarf.
     """
     steps, losses = _column(rows, "loss")
     if len(steps) == 0:

@@ -42,7 +42,7 @@ def write_report(
 
     Args:
         plain_step: milliseconds of a step without the profiler.
-        facts: where, when and of what: a line each.
+        facts: device, date, versions and the like: one line each.
         memory: what was measured, and the peak in bytes, of the process so far.
     """
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
@@ -116,7 +116,7 @@ def _counts(profile: Profile, memory: tuple[str, int]) -> list[str]:
         launches = f"launches a step: {profile.launches:,.1f} calls, {profile.kernels:,.1f} kernels and copies"
         syncs = "host syncs a step"
     else:
-        launches = f"ops a step: {profile.kernels:,.1f}, of which {profile.launches:,.1f} are called by no other op"
+        launches = f"ops a step: {profile.kernels:,.1f}; {profile.launches:,.1f} of them are called by no other op"
         syncs = "tensors read by the host a step (each would wait, were it on a GPU)"
     return [
         f"- {launches}",

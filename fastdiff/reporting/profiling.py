@@ -22,7 +22,7 @@ from fastdiff.errors import UserError
 STEP, DRAIN = "ProfilerStep#", "profiler drain"  # torch's own range around a step; ours around the last wait
 RANGES = ("data", "forward", "backward", "all-reduce", "optimizer", "ema", "sampling")
 CATEGORIES = ("conv", "norm", "attention", "matmul", "pointwise", "optimizer", "data", "copy", "other", "idle")
-RANGE_CATEGORY = {"data": "data", "optimizer": "optimizer", "ema": "optimizer"}  # whatever runs in these, is these
+RANGE_CATEGORY = {"data": "data", "optimizer": "optimizer", "ema": "optimizer"}  # of all inside
 
 
 def _kernels(spec: KernelSpec) -> list[str]:
@@ -129,7 +129,7 @@ class Profile:
         ranges: for each of RANGES that is there: wall time on the host, and time of the kernels launched in it.
         launches: CUDA calls that start work (kernels, graphs, copies); on a CPU, ops called by no other op.
         kernels: kernels and copies that ran; on a CPU, all ops.
-        syncs: calls in which the host waits for the GPU; on a CPU, values read by the host, which would be that.
+        syncs: calls in which the host waits for the GPU; on a CPU, values that the host reads.
         memory: the peak of the timeline in bytes; on a CPU above what was allocated before. None without a timeline.
     """
 
@@ -290,7 +290,7 @@ def _category(name: str, place: str) -> str:
 
 
 def _op_categories(ops: Sequence[Event], parents: Sequence[int], place: Sequence[str]) -> list[str]:
-    """A part of a norm, of attention or of the optimizer is that; views and allocations are what they are made for."""
+    """Parts of a norm, of attention or of the optimizer count as it; views and allocations count as what they serve."""
     names: list[str] = []
     for e, parent, r in zip(ops, parents, place, strict=True):
         own, outer = _category(e.name, r), names[parent] if parent >= 0 else None

@@ -134,10 +134,10 @@ class TrainingProgress:
 
 @contextmanager
 def bar(description: str, total: int | None = None) -> Generator[Callable[[float], None]]:
-    """Shows how far a slow piece of work is, as told by calls of what it yields: show(units done so far).
+    """Shows the progress of slow work. Yields show(units done so far), for the caller to call.
 
-    A bar that vanishes at the end on a terminal; otherwise a line on stderr for every 30 seconds that it takes, so that
-    stdout stays clean for results.
+    On a terminal it is a bar that vanishes at the end; otherwise a line on stderr every 30 seconds, so that stdout
+    stays clean for results.
     """
     stdout, stderr = _consoles()
     # The live line's own console where that is a terminal, so that the two are drawn together.

@@ -24,16 +24,16 @@ def steps_needed(steps: int) -> int:
 
 
 def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[int]) -> int:
-    """After which step to begin, so that nothing but training (and its logging) lies in the steps that are measured.
+    """The step after which to begin, so that the measured steps hold only training and its logging.
 
-    The middle of what remains, or for a run without an end LEAD steps after its start; from there the next place, or
-    else the nearest before it, where no pause falls in between.
+    It aims at the middle of what remains, or at LEAD steps after the start if the run has no end. If a pause lies
+    there, it takes the next place without one, else the nearest before.
 
     Args:
         start: steps taken before this process.
         last: the last step, or None.
         steps: to be recorded.
-        pauses: after every so many steps a checkpoint or an evaluation interrupts the run.
+        pauses: intervals, in steps, at which a checkpoint or an evaluation interrupts the run.
 
     Raises:
         UserError: there is no such place.
@@ -60,7 +60,7 @@ def record_run(
     directory: Path, *, steps: int, start: int, last: int | None, pauses: Sequence[int], device: torch.device,
     title: str, facts: Mapping[str, str], say: Callable[[str], None], settle: Callable[[], object] = lambda: None,
 ) -> StepRecorder | nullcontext[None]:  # fmt: skip
-    """A recorder of `steps` steps of a run, or nothing: for 0 steps, or if a run that goes on has its profile already.
+    """A recorder of `steps` steps of a run; nothing for 0 steps, or if a resumed run already has its profile.
 
     Args:
         say: prints a line.
@@ -85,8 +85,8 @@ def record_run(
 class StepRecorder:
     """Times `steps` steps, then records as many, and writes trace.json.gz, summary.md and time.png.
 
-    Use it as a context manager around the loop, and call `after_step` at the end of each step. Nothing of what the
-    steps compute is touched; the device is waited for at four places only.
+    Use it as a context manager around the loop, and call `after_step` at the end of each step. It does not touch what
+    the steps compute, and waits for the device at four places only.
 
     Args:
         directory: for the three files.
@@ -94,7 +94,7 @@ class StepRecorder:
         begin: after which step to start.
         title: of the report.
         facts: lines of the report beside those about the machine.
-        settle: called before the first step that is timed, to wait for what else runs in the background.
+        settle: called before the first timed step, to wait for work in the background.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class StepRecorder:
         if done == 0:
             self.settle()
             self._wait()
-            entered = self.clock = time.perf_counter()  # what the device had still to do was training
+            entered = self.clock = time.perf_counter()  # until here the device was still training
         elif done == self.steps:
             self._wait()
             self.plain_step = 1e3 * (time.perf_counter() - self.clock) / self.steps

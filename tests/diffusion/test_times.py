@@ -25,7 +25,7 @@ def fraction(schedule, t):
 def test_times_have_the_distribution_they_are_named_after(name, sampling):
     schedule = make_schedule(name)
     if sampling == "logit-normal" and name in SIGMA:
-        with pytest.raises(UserError, match=f"logit-normal needs a time in .* that of {name} is sigma"):
+        with pytest.raises(UserError, match=f"logit-normal needs a time in .* time of {name} is sigma"):
             draw(schedule, sampling)
         return
     t = draw(schedule, sampling)

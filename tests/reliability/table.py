@@ -1,7 +1,7 @@
-"""The reliability table of the README: `python tests/reliability/table.py`.
+"""The table of tests/README.md: `python tests/reliability/table.py`.
 
-Its rows are written by `python -m pytest tests/reliability --slow`, one for each promise; how long each took, which no
-two runs agree on, stays in the record.
+`python -m pytest tests/reliability --slow` records one row for each promise. The seconds, which differ from run to run,
+stay in the record.
 """
 
 import json
