@@ -14,7 +14,7 @@ LAYERS = [
     ["fastdiff.errors"],
     ["fastdiff._kernels"],
     ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data"],
-    ["fastdiff.presets"],
+    ["fastdiff.presets", "fastdiff.flags"],
     ["fastdiff.nets"],
     ["fastdiff.interop_settings"],
     ["fastdiff.interop"],

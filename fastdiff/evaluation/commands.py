@@ -1,18 +1,11 @@
-"""The commands of `python -m fastdiff`, as functions of plain arguments."""
+"""The commands of `python -m fastdiff`: one function for each dataclass of flags. All raise UserError for bad input."""
 
-import os
-import shutil
+import json
 import sys
-import tempfile
-import zipfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,109 +14,84 @@ from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
-from fastdiff.evaluation.evaluate import Trained, evaluate, load_trained
+from fastdiff.evaluation.evaluate import Trained, load_trained
+from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import SamplerSettings, parse_options
+from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options
+from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
+from fastdiff.nets.fuse import fuse
+from fastdiff.nets.graph import program
+from fastdiff.nets.show import table
+from fastdiff.nets.unet import UNet
+from fastdiff.presets import PRESETS
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
+from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
 from fastdiff.runs.run import json_text, open_run, write_atomically
-from fastdiff.runtime.device import resolve_bf16, resolve_compile, resolve_device, set_backends
+from fastdiff.runtime import output
+from fastdiff.runtime.device import resolve_bf16, resolve_device, set_backends
 
 GRID_LIMIT = 1024
 
 
-def sample(
-    *,
-    checkpoint: Path,
-    sampler: str,
-    steps: int,
-    eta: float,
-    spacing: str,
-    options: Sequence[str],
-    seed: int,
-    batch_size: int,
-    device: str,
-    precision: str,
-    compile: str,
-    graphs: bool,
-    n: int,
-    out: Path,
-    save_npz: Path | None,
-) -> None:
-    """Draw n images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
-    _check_seed(seed)
+def _trained(flags: Sampling) -> tuple[Trained, Generator]:
+    """The network of a checkpoint, and what draws from it. Raises UserError for bad input."""
+    _check_seed(flags.seed)
+    options = parse_options(flags.sampler, flags.options)
+    settings = SamplerSettings(flags.sampler, flags.steps, flags.eta, flags.spacing, options)
+    device = resolve_device(flags.device)
+    set_backends(device)
+    trained = load_trained(flags.checkpoint, device=device)
+    generator = trained.generator(
+        settings, batch_size=flags.batch_size, device=device, bf16=resolve_bf16(flags.precision, device),
+        compile=flags.compile == "on", graphs=flags.graphs,
+    )  # fmt: skip
+    return trained, generator
+
+
+def sample(flags: Sample) -> None:
+    """Draw images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
+    n, out, save_npz = flags.n, flags.out, flags.save_npz
     if save_npz is not None and save_npz.resolve() == out.resolve():
         raise UsageError(f"--out and --save-npz are both {out}, and one would replace the other; name two files.")
     if out.suffix.lower() == ".npz":
         raise UsageError(f"--out {out} is for the grid, a picture; write the images by --save-npz {out}.")
     pictures.image_format(out)
     for path in filter(None, (out, save_npz)):
-        _check_output(path)
-    settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
-    where = resolve_device(device)
-    set_backends(where)
-    bf16 = resolve_bf16(precision, where)
-    trained = load_trained(checkpoint, device=where)
-    generator = trained.generator(
-        settings, batch_size=batch_size, device=where, bf16=bf16, compile=resolve_compile(compile, where), graphs=graphs
-    )
+        check_output(path)
+    trained, generator = _trained(flags)
     c, height, width = generator.image_shape
     shown: list[np.ndarray] = []
-    with bar("sampling", n) as show, _npz_writer(save_npz, (n, height, width, c)) as write:
-        for images in generator.batches(n, seed=seed, progress=show):
+    with bar("sampling", n) as show, npz_writer(save_npz, (n, height, width, c)) as write:
+        for images in generator.batches(n, seed=flags.seed, progress=show):
             array = _nhwc(images)
             write(array)
             if sum(map(len, shown)) < GRID_LIMIT:
                 shown.append(array)
     pictures.save_grid(np.concatenate(shown)[:GRID_LIMIT], out)
-    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {settings.label}, {steps} steps, from {trained.path}")
+    label, steps = generator.settings.label, generator.settings.steps
+    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {label}, {steps} steps, from {trained.path}")
 
 
-def measure(
-    *,
-    checkpoint: Path,
-    sampler: str,
-    steps: int,
-    eta: float,
-    spacing: str,
-    options: Sequence[str],
-    seed: int,
-    batch_size: int,
-    device: str,
-    precision: str,
-    compile: str,
-    graphs: bool,
-    n: int,
-    features: str,
-    feature_size: int | None,
-    data: str | None,
-    data_root: str | None,
-) -> dict[str, Any]:
-    """Measure the Frechet distance of n samples, add the row to the run if `checkpoint` lies in one, and return it."""
-    _check_seed(seed)
-    if n < 2:
-        raise UsageError(f"--n is {n}, but a Frechet distance needs at least 2 samples.")
-    settings = SamplerSettings(sampler, steps, eta, spacing, parse_options(sampler, options))
-    where = resolve_device(device)
-    set_backends(where)
-    bf16 = resolve_bf16(precision, where)
-    trained = load_trained(checkpoint, device=where)
-    config = _at(trained.config, data_root)
-    reference = _images(config, trained, data)
+def evaluate(flags: Evaluate) -> None:
+    """Print the Frechet distance of n samples as a JSON line, and add it to the run if the checkpoint lies in one."""
+    if flags.n < 2:
+        raise UsageError(f"--n is {flags.n}, but a Frechet distance needs at least 2 samples.")
+    trained, generator = _trained(flags)
+    config = _at(trained.config, flags.data_root)
+    reference = _images(config, trained, flags.data)
     print(f"data       {reference.describe()}", file=sys.stderr)
-    extractor = make_extractor(features, device=where, size=feature_size)
-    distance = FrechetDistance(extractor, reference, cache_dir=cache_folder(config.images.data_root), device=where)
-    generator = trained.generator(
-        settings, batch_size=batch_size, device=where, bf16=bf16, compile=resolve_compile(compile, where), graphs=graphs
-    )
-    row, _ = evaluate(generator, distance, n=n, seed=seed, keep=1)
+    extractor = make_extractor(flags.features, device=generator.device, size=flags.feature_size)
+    folder = cache_folder(config.images.data_root)
+    distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
+    row, _ = measure(generator, distance, n=flags.n, seed=flags.seed, keep=1)
     images = trained.step * config.optim.batch_size
     row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
     _record(trained, row)
-    return row
+    output.put(json.dumps(row))
 
 
 def _record(trained: Trained, row: dict[str, Any]) -> None:
@@ -139,63 +107,53 @@ def _record(trained: Trained, row: dict[str, Any]) -> None:
         print(f"not recorded in the run: {error}", file=sys.stderr)
 
 
-def likelihood(
-    *,
-    checkpoint: Path,
-    n: int,
-    steps: int,
-    probes: int,
-    seed: int,
-    batch_size: int,
-    device: str,
-    data: str | None,
-    data_root: str | None,
-    split: Literal["train", "test"] | None,
-) -> dict[str, Any]:
-    """Bits per dimension of n random images, by the probability flow in float32: their mean and its error."""
-    _check_seed(seed)
-    for name, value, least in (("n", n, 2), ("steps", steps, 2), ("probes", probes, 1), ("batch-size", batch_size, 1)):
-        if value < least:
-            raise UsageError(f"--{name} is {value}, but must be at least {least}.")
-    where = resolve_device(device)
-    set_backends(where)
-    trained = load_trained(checkpoint, device=where)
+def likelihood(flags: Likelihood) -> None:
+    """Print the bits per dimension of n random images, by the probability flow in float32: mean and standard error."""
+    _check_seed(flags.seed)
+    for name, least in (("n", 2), ("steps", 2), ("probes", 1), ("batch_size", 1)):
+        if getattr(flags, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, but must be at least {least}.")
+    device, n = resolve_device(flags.device), flags.n
+    set_backends(device)
+    trained = load_trained(flags.checkpoint, device=device)
     schedule = trained.objective.schedule
-    images = _images(_at(trained.config, data_root), trained, data, split)
+    images = _images(_at(trained.config, flags.data_root), trained, flags.data, flags.split)
     if len(images.images) < n:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     print(f"data       {images.describe()}", file=sys.stderr)
-    chosen = images.draw(n, seed=seed)
+    chosen = images.draw(n, seed=flags.seed)
     network = trained.network.requires_grad_(False)
-    generator = torch.Generator(where).manual_seed(seed)
-    ts = likelihood_grid(schedule, steps)
+    generator = torch.Generator(device).manual_seed(flags.seed)
+    ts = likelihood_grid(schedule, flags.steps)
     bits: list[Tensor] = []
-    with bar("likelihood", n) as show:
-        for start in range(0, n, batch_size):
-            batch = torch.from_numpy(images.images[chosen[start : start + batch_size]]).to(where).permute(0, 3, 1, 2)
-            x = dequantize(batch, generator=generator)
+    with bar("likelihood", n) as tell:
+        for start in range(0, n, flags.batch_size):
+            part = images.images[chosen[start : start + flags.batch_size]]
+            x = dequantize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2), generator=generator)
             log_p, _ = log_likelihood(
-                lambda x_t, t: trained.objective.denoise(network, x_t, t), schedule, x, ts, probes=probes,
+                lambda x_t, t: trained.objective.denoise(network, x_t, t), schedule, x, ts, probes=flags.probes,
                 generator=generator,
             )  # fmt: skip
             bits.append(bits_per_dim(log_p.double(), x[0].numel()).cpu())
-            show(start + len(batch))
+            tell(start + len(part))
     values = torch.cat(bits)
-    return {
+    row = {
         "bits_per_dim": values.mean().item(), "standard_error": values.std().item() / n**0.5, "images": n,
-        "drawn": f"at random from {len(images.images)}, seed {seed}",
-        "data": images.name, "steps": steps, "probes": probes, "step": trained.step, "checkpoint": trained.path.name,
+        "drawn": f"at random from {len(images.images)}, seed {flags.seed}", "data": images.name,
+        "steps": flags.steps, "probes": flags.probes, "step": trained.step, "checkpoint": trained.path.name,
     }  # fmt: skip
+    output.put(json.dumps(row))
 
 
-def export(*, checkpoint: Path, out: Path, to: str) -> None:
+def export(flags: Export) -> None:
     """Write the averaged weights into the folder `out`, new or empty, where they appear only when they are complete."""
-    if out.exists() and not _is_empty_folder(out):
+    out = flags.out
+    if out.exists() and not is_empty_folder(out):
         raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
-    trained = load_trained(checkpoint, device=torch.device("cpu"))
+    trained = load_trained(flags.checkpoint, device=torch.device("cpu"))
     config, process = trained.config, trained.config.diffusion
-    with _complete_folder(out) as folder:
-        if to == "diffusers":
+    with complete_folder(out) as folder:
+        if flags.to == "diffusers":
             save_diffusers_pipeline(
                 trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
                 objective=process.objective, zero_terminal_snr=process.zero_terminal_snr,
@@ -204,8 +162,8 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
             save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
             write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
-    print(f"{out}: {to}, averaged weights of {trained.path}")
-    if to == "diffusers":
+    print(f"{out}: {flags.to}, averaged weights of {trained.path}")
+    if flags.to == "diffusers":
         print(
             "DDPMPipeline draws from it as `sample --sampler ddpm` does, and DDIMPipeline with "
             "use_clipped_model_output=True as `--sampler ddim`; with both, choose num_inference_steps among the "
@@ -213,54 +171,12 @@ def export(*, checkpoint: Path, out: Path, to: str) -> None:
         )
 
 
-def _is_empty_folder(path: Path) -> bool:
-    try:
-        return not os.listdir(path)
-    except OSError:
-        return False
-
-
-@contextmanager
-def _complete_folder(out: Path) -> Generator[Path]:
-    """A folder to write in, whose content is moved to `out` in the end; after an error nothing is left.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    there = _is_empty_folder(out)
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # An empty folder is filled, not replaced: it may be a mount, or where the user is.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
-        yield temporary
-        if there:
-            for path in sorted(temporary.iterdir(), reverse=True):  # config.json or model_index.json last
-                path.rename(out / path.name)
-            temporary.rmdir()
-        else:
-            os.chmod(temporary, 0o755)
-            temporary.rename(out)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"--out {out} cannot be written: {error}.") from error
-        raise
-
-
-def _check_output(path: Path) -> None:
-    """Refuse, before the work, a file that could not be written after it."""
-    folder = path.absolute().parent
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file.")
-    if not folder.is_dir():
-        raise UserError(f"{path} cannot be written: the folder {folder} does not exist.")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {folder} takes no files ({error.strerror}).") from error
+def show(flags: Show) -> None:
+    """Print a preset's network as a table, or the program that it is fused into."""
+    config = PRESETS[flags.preset].net
+    net = UNet(config)
+    size = {"image_size": config.image_size, "image_channels": config.image_channels}
+    print(program(fuse(net)) if flags.code else table(net, **size), end="")
 
 
 def _check_seed(seed: int) -> None:
@@ -283,20 +199,3 @@ def _images(config: Config, trained: Trained, data: str | None, split: Any = Non
 
 def _nhwc(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-@contextmanager
-def _npz_writer(path: Path | None, shape: tuple[int, ...]) -> Generator[Any]:
-    """A function that appends batches to `images` of an .npz, so that they are never all in memory."""
-    if path is None:
-        yield lambda batch: None
-        return
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            yield lambda batch: file.write(np.ascontiguousarray(batch).data)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)

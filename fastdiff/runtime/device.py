@@ -104,11 +104,6 @@ def _output(*command: str) -> str:
         return ""
 
 
-def resolve_compile(compile: str, device: torch.device) -> bool:
-    """Whether to use torch.compile: as asked, and for `auto` on CUDA only."""
-    return compile == "on" or (compile == "auto" and device.type == "cuda")
-
-
 def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     """torch.compile, as one graph; on a GPU with small kernels merged."""
     return torch.compile(fn, fullgraph=True, options=COMPILE_OPTIONS)

@@ -1,0 +1,128 @@
+"""The flags of `python -m fastdiff`: one dataclass a command, which evaluation/commands.py runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastdiff.config import PresetName, SamplerName, SpacingName
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The flags of every command that draws samples."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint is taken), one checkpoint, e.g. working/1/checkpoints/step-10000, or a
+    folder that `export --to safetensors` has written."""
+    sampler: SamplerName = "ddim"
+    """How samples are drawn."""
+    steps: int = 50
+    """Steps for each sample: network evaluations, but twice as many for heun and predictor-corrector. At least 1, and
+    for the schedules ddpm-linear and cosine at most their T (1000)."""
+    eta: float = 0.0
+    """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
+    spacing: SpacingName = "auto"
+    """Where the steps lie: `trailing`, `leading` or `uniform` in time, `karras` (rho = 7), `log-snr`; `auto`: the
+    schedule's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the sampler as NAME=VALUE: unipc order; euler and heun S_churn, S_tmin, S_tmax, S_noise;
+    euler-ancestral eta; predictor-corrector snr, corrector_steps; ddpm variance."""
+    seed: int = 0
+    """The same seed, n, batch size and machine give the same images."""
+    batch_size: int = 256
+    """Images drawn at a time; bounds the memory."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: cuda if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Activations of the network; `auto`: bf16 on CUDA, fp32 on CPU."""
+    compile: Literal["on", "off"] = "off"
+    """torch.compile the network, at its first evaluation: slower to start, for many samples."""
+    graphs: bool = True
+    """Capture a sampling step in a CUDA graph and replay it; without effect on a CPU."""
+
+
+@dataclass(frozen=True)
+class Sample(Sampling):
+    """Draw images from a trained network into a grid, and if asked into an .npz."""
+
+    n: int = 64
+    """Images to draw."""
+    out: Path = Path("samples.png")
+    """The grid, a .png or .jpg; of more than 1,024 images it shows the first 1,024."""
+    save_npz: Path | None = None
+    """Also write all images here: `images`, uint8 (n, H, W, C)."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Sampling):
+    """Measure the Frechet distance of a trained network: one JSON line on stdout, and a row in the run's
+    metrics where they can be written."""
+
+    n: int = 10_000
+    """Samples to draw; published FIDs use 50,000."""
+    features: Literal["auto", "inception", "efficientnet_lite0"] = "auto"
+    """Extractor: inception gives `fid`; `auto` takes it if its weights are available."""
+    feature_size: int | None = None
+    """Input of efficientnet_lite0 in pixels; default 224 on CUDA, 64 on CPU."""
+    data: str | None = None
+    """Reference images; default: what the run was trained on."""
+    data_root: str | None = None
+    """Folder for downloads and caches; default: the run's."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Estimate how likely a trained network finds images: one JSON line, in bits per dimension (lower is likelier)."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint is taken), one checkpoint, or a folder of `export --to safetensors`."""
+    n: int = 256
+    """Images to measure, drawn at random; at least 2."""
+    steps: int = 50
+    """Steps of the probability-flow ODE, each 4 evaluations of the network and as many backward passes."""
+    probes: int = 1
+    """Random vectors of the estimate of the divergence for each image; its error falls as 1 / sqrt(probes)."""
+    seed: int = 0
+    """Of the images drawn, the dequantisation and the probes."""
+    batch_size: int = 64
+    """Images at a time; bounds the memory."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: cuda if there is one. Computed in float32 either way."""
+    data: str | None = None
+    """Images; default: what the run was trained on."""
+    data_root: str | None = None
+    """Folder for downloads and caches; default: the run's."""
+    split: Literal["train", "test"] | None = None
+    """Part of the data; default: the run's."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained network's averaged weights for other programs."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint is taken), one checkpoint, or a folder of `export --to safetensors`."""
+    out: Path
+    """Folder to write, which must be new or empty."""
+    to: Literal["diffusers", "safetensors"] = "diffusers"
+    """`diffusers`: a folder for DDPMPipeline.from_pretrained; `safetensors`: our weights and config.json."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print a network's parts: resolution, channels, parameters, and floating-point operations an image."""
+
+    preset: PresetName = "ddpm-cifar10"
+    """Whose network."""
+    code: bool = False
+    """Print what the network runs with --kernels triton instead: layers, kernels and parameters, a call a line."""
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "likelihood": Likelihood,
+    "export": Export,
+    "show": Show,
+}
