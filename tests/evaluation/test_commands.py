@@ -509,7 +509,7 @@ def test_flags_override_the_preset_and_the_run(tmp_path, repo, monkeypatch):
 
     assert parse([]).config == Config()
     quick = parse(["--preset", "quick", "--lr", "0.5", "--dropout=0.25"]).config
-    assert (quick.preset, quick.lr, quick.net.dropout, quick.data) == ("quick", 0.5, 0.25, "digits")
+    assert (quick.preset, quick.optim.lr, quick.net.dropout, quick.images.data) == ("quick", 0.5, 0.25, "digits")
     saved = dataclasses.replace(quick, steps=77)
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
     for form in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
