@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.training.test_graphs import assert_same_state
+from tests.runtime.test_graphs import assert_same_state
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.graphs import WARMUP, Captured
