@@ -204,7 +204,7 @@ class Trainer:
             while config.steps is None or self.step < config.steps:
                 self.ranks.at(f"step {self.step + 1:,}")
                 with record_function("data"):
-                    images, _ = next(loader)
+                    images = next(loader).images
                 ready = self.train_step.ready
                 self.train_step(images, self.step)
                 self.step += 1
