@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from tests.runtime.test_graphs import assert_same_state
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.graphs import WARMUP, Captured
 from fastdiff.runtime.world import Ranks
 from fastdiff.training import step as step_module
 from tests.recorded import captured, recorded_cuda
+from tests.runtime.test_graphs import assert_same_state
 from tests.training.test_step import batch, curve, make_step
 
 

@@ -44,7 +44,7 @@ for kind in ("float64", "torch", "triton"):
     model = Wide(UNet(net)) if kind == "float64" else UNet(net)
     network = fuse(model) if kind == "triton" else model
     ema = EMA(model, 0.9)
-    update = make_update(kind, model, ema, weight_decay=0.0)
+    update = make_update("triton" if kind == "triton" else "torch", model, ema, weight_decay=0.0)
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     step = TrainStep(
         network, objective, update, lr=1e-3, warmup_steps=5, grad_clip=1.0, seed=0, bf16=False, compile=False
