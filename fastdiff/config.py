@@ -136,12 +136,14 @@ class Config:
     """Images in a step."""
     accumulate: int = 1
     """Parts of a batch that go through the network one after the other, to need less memory; the update is the same."""
+    optimizer: Literal["adam", "radam"] = "adam"
+    """`adam`, or `radam`, whose first steps are rectified."""
     lr: float = 2e-4
-    """Adam's learning rate after warm-up."""
+    """Learning rate after warm-up."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW's); 0 is plain Adam."""
+    """Decoupled weight decay, as AdamW's; 0: none."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     skip_nonfinite: int = 0

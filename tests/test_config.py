@@ -12,6 +12,7 @@ from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
+from fastdiff.training.optim import OPTIMIZERS
 
 
 def choices(name):
@@ -27,6 +28,7 @@ def test_the_flags_choices_are_the_tables_keys():
     assert choices("weighting") == set(WEIGHTINGS)
     assert choices("eval_sampler") == set(SAMPLERS)
     assert choices("preset") == set(PRESETS)
+    assert choices("optimizer") == set(OPTIMIZERS)
 
 
 def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
@@ -108,6 +110,7 @@ BAD = [
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
     ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+    ("optimizer", "sgd"),
 ]  # fmt: skip
 
 

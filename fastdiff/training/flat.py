@@ -23,7 +23,7 @@ class Flat:
     state                what the optimizer keeps, by PyTorch's names: (n,) for each element, 0-dim for all
     leaves               what the network computes with: views of half, or the parameters
     order                where each of the parameters stands among all of the model's
-    lr                   0-dim, float64: the learning rate, of its group
+    lr                   0-dim: the learning rate of its group
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class FlatUpdate:
         make: PyTorch's optimizer of the same mathematics, in whose layout the state is saved.
     """
 
+    rate_dtype = torch.float64
+
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings, make: Make) -> None:
         self.ema, self.weight_decay, self.accumulate, self.make = (
             ema,
@@ -95,7 +97,7 @@ class FlatUpdate:
         self.rates: list[tuple[Tensor, float]] = []  # one of each group, and its factor
         self.flats: list[Flat] = []
         for group in parameter_groups(model):
-            lr = torch.zeros_like(self.decay)
+            lr = torch.zeros((), dtype=self.rate_dtype, device=device)
             self.rates.append((lr, group["lr_scale"]))
             for bf16 in (True, False):
                 parameters = [p for p in group["params"] if (p in cast) == bf16]

@@ -13,6 +13,7 @@ on with another one.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from fastdiff.training.ema import EMA
 from fastdiff.training.flat import FlatUpdate
 from fastdiff.training.fused_adam import FusedAdam
 from fastdiff.training.groups import Settings
+from fastdiff.training.radam import RAdam
 from fastdiff.training.torch_adam import TorchAdam
 
 
@@ -33,6 +35,7 @@ Update = TorchAdam | FlatUpdate
 
 OPTIMIZERS: dict[str, dict[str, Callable[[nn.Module, EMA, Settings], Update]]] = {
     "adam": {"torch": TorchAdam, "triton": FusedAdam},
+    "radam": {"torch": partial(RAdam, fused=False), "triton": partial(RAdam, fused=True)},
 }
 
 

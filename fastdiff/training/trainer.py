@@ -88,7 +88,7 @@ class Trainer:
         self.objective: Objective = make_objective(**config.diffusion)
         self.ema = EMA(self.model, config.ema_decay)
         self.update = make_update(
-            self.kernels, self.model, self.ema, weight_decay=config.weight_decay,
+            self.kernels, self.model, self.ema, optimizer=config.optimizer, weight_decay=config.weight_decay,
             half=half_parameters(network) if self.bf16 else (), accumulate=config.accumulate * ranks.size > 1,
             graphs=config.graphs, skip_nonfinite=config.skip_nonfinite > 0,
         )  # fmt: skip
@@ -138,7 +138,8 @@ class Trainer:
             + (", deterministic" if config.deterministic else ""),
             "compile": "torch.compile" if compiled else "off",
             "graphs": "CUDA graphs of training and sampling steps" if self.config.graphs and cuda else "off",
-            "kernels": f"{self.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
+            "kernels": self.kernels,
+            "optimizer": config.optimizer,
             "loader": f"{self.loader_kind}, flip {'on' if self.flip else 'off'}",
             "data": self.image_set.describe(),
             "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",

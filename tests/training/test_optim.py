@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from fastdiff.runtime.graphs import WARMUP, Captured
 from fastdiff.training.ema import EMA
 from fastdiff.training.groups import parameter_groups
 from fastdiff.training.optim import OPTIMIZERS, make_update
@@ -20,16 +21,16 @@ class Grouped(torch.nn.Sequential):
         return [{"params": self[1].parameters(), "lr_scale": 0.1}, {"params": self[0].parameters()}]
 
 
-def make(optimizer, kernels, *, network=torch.nn.Sequential, **settings):
+def make(optimizer, kernels, *, network=torch.nn.Sequential, device="cpu", **settings):
     torch.manual_seed(0)
-    model = network(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    model = network(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).to(device)
     settings = {"weight_decay": 0.01, "half": [model[0].weight] if kernels == "triton" else (), **settings}
     return make_update(kernels, model, EMA(model, 0.9), optimizer=optimizer, **settings)
 
 
 def gradients(update, step):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(w.shape, generator=generator).to(w.dtype) for w in update.weights.values()]
+    return [torch.randn(w.shape, generator=generator).to(w) for w in update.weights.values()]
 
 
 def take(update, steps, *, lr=0.1, good=None):
@@ -136,6 +137,32 @@ def test_an_update_that_is_not_good_is_as_if_it_had_not_been(optimizer, kernels)
     assert equal(tensors(one), tensors(other))
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RAdam])
+def test_ten_steps_follow_torch_optim(optimizer, kernels):
+    """On parameters of their own, which PyTorch clips and updates one by one; and their average."""
+    update = make(optimizer.__name__.lower().removesuffix("w"), kernels, half=(), weight_decay=0.1)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in update.parameters]
+    options = {"decoupled_weight_decay": True} if optimizer is torch.optim.RAdam else {}
+    theirs = optimizer(twins, weight_decay=0.1, **options)
+    averages = [p.detach().clone() for p in twins]
+    for step in range(10):  # RAdam is rectified from the 6th on
+        update.begin(lr=0.1)
+        update.add(gradients(update, step))
+        norm = update.apply(grad_clip=1.0)
+        for p, g in zip(twins, gradients(update, step), strict=True):
+            p.grad = g
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(twins, 1.0).item(), rel=1e-6)
+        theirs.param_groups[0]["lr"] = 0.1
+        theirs.step()
+        for average, p in zip(averages, twins, strict=True):
+            average.lerp_(p.detach(), 1 - (2 + step) / (11 + step))
+    for mine, other in zip(update.parameters, twins, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-7)
+    for mine, other in zip(update.ema.model.parameters(), averages, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "groups",
     [
@@ -150,3 +177,29 @@ def test_groups_that_cannot_be_are_refused(groups):
     net.parameter_groups = lambda: groups(net)
     with pytest.raises(ValueError, match="parameter group"):
         parameter_groups(net)
+
+
+@pytest.mark.gpu
+@every_kind
+def test_a_captured_update_is_the_plain_one(optimizer, kernels):
+    """With a rate that changes, and a gradient that is not finite among the replays."""
+    plain, captured = (make(optimizer, kernels, device="cuda", graphs=True) for _ in range(2))
+    given = gradients(captured, 0)
+
+    def body():
+        captured.add(given)
+        captured.apply(grad_clip=1.0)
+
+    call = Captured(body, device=given[0].device, capture=True, what="the update")
+    for step in range(WARMUP + 8):
+        fresh = gradients(captured, step)
+        if step == WARMUP + 3:
+            fresh[0].fill_(torch.nan)
+        torch._foreach_copy_(given, fresh)
+        captured.begin(lr=0.01 * step)
+        call()
+        plain.begin(lr=0.01 * step)
+        plain.add(fresh)
+        plain.apply(grad_clip=1.0)
+    for mine, other in zip(tensors(captured), tensors(plain), strict=True):
+        torch.testing.assert_close(mine, other)

@@ -373,6 +373,18 @@ def test_another_objective_is_one_flag(tiny_config, tmp_path, objective):
     assert (tmp_path / "working" / "1" / "saves" / "samples-00000002.png").exists()
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_run_by_another_optimizer_resumes_bit_for_bit(tiny_config, tmp_path, kernels):
+    options = {"optimizer": "radam", "kernels": kernels, "steps": 12, "weight_decay": 0.01}
+    train(tiny_config("whole", **options))
+    train(tiny_config(**options | {"steps": 7}))
+    run = tmp_path / "working" / "1"
+    with pytest.raises(UserError, match="--optimizer was 'radam', now 'adam'"):
+        train(tiny_config(**options | {"optimizer": "adam"}), resume=run)
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
 def test_the_golden_curve(tiny_config, tmp_path, train_in_new_process):
     """20 losses on a CPU: bit-equal in a fresh process, and equal to the recorded ones up to another CPU's rounding."""
     config = tiny_config(steps=20, log_every=1)
