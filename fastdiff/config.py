@@ -142,6 +142,10 @@ class Config:
     """Learning rate after warm-up."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly from 0."""
+    lr_decay: Literal["constant", "linear-decay", "wsd"] = "constant"
+    """After warm-up: `linear-decay`: fall linearly to 0 at --steps; `wsd`: stay, then fall over the last steps."""
+    decay_fraction: float = 0.2
+    """The part of --steps over which --lr-decay wsd falls, in (0, 1]."""
     weight_decay: float = 0.0
     """Decoupled weight decay, as AdamW's; 0: none."""
     grad_clip: float = 1.0
@@ -238,7 +242,23 @@ class Config:
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"
         )
         _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(0.0 < self.decay_fraction <= 1.0, "decay_fraction", self.decay_fraction, "above 0 and at most 1")
+        self._check_decay()
         self._check_schedule()
+
+    def _check_decay(self) -> None:
+        """Raises UserError where the learning rate has no steps to fall over."""
+        if self.lr_decay == "constant":
+            return
+        if self.steps is None:
+            raise UserError(f"--lr-decay {self.lr_decay} falls to 0 at --steps, which is not given; add --steps.")
+        start = self.decay_start
+        if start is None or not self.warmup_steps <= start < self.steps:
+            lower = "--warmup-steps or --decay-fraction" if self.lr_decay == "wsd" else "--warmup-steps"
+            raise UserError(
+                f"--lr-decay {self.lr_decay} would fall from step {start:,} to --steps {self.steps:,}, but must begin "
+                f"after --warmup-steps ({self.warmup_steps:,}); raise --steps, or lower {lower}."
+            )
 
     def _check_schedule(self) -> None:
         """Raises UserError where objective, schedule and sampling of times do not fit together."""
@@ -280,6 +300,15 @@ class Config:
         timesteps = self.timesteps if schedule in DISCRETE_SCHEDULES else None
         words = task(self.objective, schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr)
         return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
+
+    @property
+    def decay_start(self) -> int | None:
+        """How many steps are made before the learning rate falls; None if it does not."""
+        if self.lr_decay == "constant" or self.steps is None:
+            return None
+        if self.lr_decay == "linear-decay":
+            return self.warmup_steps
+        return max(0, self.steps - max(1, round(self.decay_fraction * self.steps)))
 
     @property
     def flips(self) -> bool:
@@ -376,12 +405,13 @@ PRESETS: dict[str, Config] = {
 
 # A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
 # `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding. Data may have another
-# name or place, as their content is compared.
+# name or place, as their content is compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of
+# steps to come, but of none that was made.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data",
         "data_root", "split", "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile",
-        "skip_nonfinite", "rank_timeout", "deterministic",
+        "skip_nonfinite", "rank_timeout", "deterministic", "lr_decay", "decay_fraction",
     }
 )  # fmt: skip

@@ -13,11 +13,13 @@ on with another one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from fastdiff.config import Config
 from fastdiff.training.ema import EMA
 from fastdiff.training.flat import FlatUpdate
 from fastdiff.training.fused_adam import FusedAdam
@@ -26,9 +28,40 @@ from fastdiff.training.radam import RAdam
 from fastdiff.training.torch_adam import TorchAdam
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int) -> float:
-    """Rate of the step-th update, counted from 0: a linear rise to `peak` over the warm-up, then constant."""
-    return peak * min(1.0, (step + 1) / warmup_steps) if warmup_steps else peak
+@dataclass(frozen=True)
+class LearningRate:
+    """A linear rise to `peak` over the warm-up, then `peak`, then, if it ever falls, a linear fall to 0.
+
+    Calling it with a step, counted from 0, gives the rate of that update. Update `decay_start` is the last at `peak`;
+    the fall would reach 0 at update `steps`, the first that is not made.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    decay_start: int | None = None
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "LearningRate":
+        """What --lr, --warmup-steps, --lr-decay, --steps and --decay-fraction say."""
+        start = config.decay_start
+        return cls(config.lr, config.warmup_steps, start, None if start is None else config.steps)
+
+    def __call__(self, step: int) -> float:
+        """The rate of one update."""
+        rate = self.peak * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.peak
+        if self.decay_start is None or self.steps is None or step < self.decay_start:
+            return rate
+        return rate * max(0, self.steps - step) / (self.steps - self.decay_start)
+
+    def agrees(self, other: "LearningRate", steps: int) -> bool:
+        """Whether the first `steps` updates have the rates of `other`, whose rise is the same."""
+        return self == other or all(each.decay_start is None or each.decay_start >= steps for each in (self, other))
+
+    def __str__(self) -> str:
+        if self.decay_start is None:
+            return "constant"
+        return f"falling from step {self.decay_start:,} to 0 at step {self.steps:,}"
 
 
 Update = TorchAdam | FlatUpdate

@@ -29,6 +29,7 @@ from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, resolve_compile, resolve_kernels, resolve_loader, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
+from fastdiff.training.optim import LearningRate
 from fastdiff.training.trainer import Trainer
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
@@ -143,7 +144,8 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
         )
     for path, reason in saved.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    changes = config.changes(Config.from_dict(saved.state["config"]))
+    before = Config.from_dict(saved.state["config"])
+    changes = config.changes(before)
     if changes:
         listed = "; ".join(
             f"--{name.replace('_', '-')} was {old!r}, now {new!r}" for name, (old, new) in changes.items()
@@ -152,4 +154,24 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
             f"--resume {resume} cannot change what is trained: {listed}. Drop these flags, or start a new run; "
             f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}."
         )
+    _check_learning_rate(LearningRate.of(before), LearningRate.of(config), saved.step, resume)
     return saved
+
+
+def _check_learning_rate(before: LearningRate, now: LearningRate, steps: int, resume: Path) -> None:
+    """Raises UserError if one of the steps made would have had another learning rate.
+
+    So a decay can branch off a constant run, and be moved until it begins.
+    """
+    if now.agrees(before, steps):
+        return
+    begun = before.decay_start is not None and before.decay_start < steps
+    advice = (
+        "Keep --lr-decay, --steps and --decay-fraction as they were"
+        if begun
+        else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {steps:,} or later"
+    )
+    raise UserError(
+        f"--resume {resume} has made {steps:,} steps by a learning rate that is {before}, and cannot go on by one that "
+        f"is {now}: steps already made would have been others. {advice}, or start a new run."
+    )

@@ -35,7 +35,7 @@ from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.training import run_state
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import learning_rate, make_update
+from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep, step_seed
 
 # Evaluations draw the same noise every time, so that grids of one run can be compared; apart from the steps' streams.
@@ -102,7 +102,7 @@ class Trainer:
         self.not_saved = False  # the last save failed: the next boundary tries again
         self.stopping = False  # all ranks know by now that a signal came
         self.train_step = TrainStep(
-            network, self.objective, self.update, lr=config.lr, warmup_steps=config.warmup_steps,
+            network, self.objective, self.update, lr=LearningRate.of(config),
             grad_clip=config.grad_clip, seed=config.seed, bf16=self.bf16, compile=compiled,
             accumulate=config.accumulate, graphs=config.graphs, skip_nonfinite=config.skip_nonfinite,
             ranks=ranks,
@@ -139,7 +139,7 @@ class Trainer:
             "compile": "torch.compile" if compiled else "off",
             "graphs": "CUDA graphs of training and sampling steps" if self.config.graphs and cuda else "off",
             "kernels": self.kernels,
-            "optimizer": config.optimizer,
+            "optimizer": f"{config.optimizer}, learning rate {config.lr:g}, {self.train_step.lr}",
             "loader": f"{self.loader_kind}, flip {'on' if self.flip else 'off'}",
             "data": self.image_set.describe(),
             "objective": f"{config.objective} on {config.resolved_schedule}, weighting {config.weighting}",
@@ -310,7 +310,7 @@ class Trainer:
             "step": step,
             "images": self.images,
             **self.train_step.read_metrics(reset=whole),
-            "lr": learning_rate(step - 1, peak=config.lr, warmup_steps=config.warmup_steps),
+            "lr": self.train_step.lr(step - 1),
             "images_per_second": (step - last_step) * config.batch_size / (self.seconds - last_seconds),
             "seconds": self.seconds,
         }

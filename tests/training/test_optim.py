@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+from fastdiff.config import Config
 from fastdiff.runtime.graphs import WARMUP, Captured
 from fastdiff.training.ema import EMA
 from fastdiff.training.groups import parameter_groups
-from fastdiff.training.optim import OPTIMIZERS, make_update
+from fastdiff.training.optim import OPTIMIZERS, LearningRate, make_update
 
 KINDS = [(optimizer, kernels) for optimizer in OPTIMIZERS for kernels in ("torch", "triton")]
 every_kind = pytest.mark.parametrize(("optimizer", "kernels"), KINDS)
@@ -177,6 +178,40 @@ def test_groups_that_cannot_be_are_refused(groups):
     net.parameter_groups = lambda: groups(net)
     with pytest.raises(ValueError, match="parameter group"):
         parameter_groups(net)
+
+
+def rates(**options):
+    """Of each step, and of the one after the last."""
+    config = Config(lr=2.0, warmup_steps=4, **options)
+    return [LearningRate.of(config)(step) for step in range((config.steps or 6) + 1)]
+
+
+def test_a_constant_learning_rate_rises_and_stays():
+    assert rates() == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert LearningRate(2.0)(0) == 2.0
+    assert rates(steps=6) == rates()
+
+
+def test_a_linear_decay_falls_from_the_warmups_end_to_0_at_the_last_step():
+    assert rates(lr_decay="linear-decay", steps=8) == [0.5, 1.0, 1.5, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
+    assert rates(lr_decay="linear-decay", steps=5) == [0.5, 1.0, 1.5, 2.0, 2.0, 0.0]
+
+
+def test_wsd_stays_and_falls_over_the_last_steps():
+    plateau = [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert rates(lr_decay="wsd", steps=10, decay_fraction=0.4) == [*plateau, 2.0, 1.5, 1.0, 0.5, 0.0]
+    assert rates(lr_decay="wsd", steps=8, decay_fraction=0.5) == rates(lr_decay="linear-decay", steps=8)
+    assert rates(lr_decay="wsd", steps=8, decay_fraction=1e-9) == [*plateau, 2.0, 2.0, 0.0]
+
+
+def test_a_learning_rate_may_change_where_no_step_was_made():
+    constant, wsd, later = LearningRate(2.0, 4), LearningRate(2.0, 4, 6, 10), LearningRate(2.0, 4, 8, 10)
+    for one, other, first in ((constant, wsd, 6), (wsd, constant, 6), (wsd, later, 6), (constant, later, 8)):
+        assert one.agrees(other, first)
+        assert not one.agrees(other, first + 1)
+        assert [one(step) for step in range(first)] == [other(step) for step in range(first)]
+    assert wsd.agrees(wsd, 10)
+    assert not wsd.agrees(LearningRate(2.0, 4, 6, 12), 8)
 
 
 @pytest.mark.gpu
