@@ -14,7 +14,7 @@ from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import Update, make_update
+from fastdiff.training.optim import LearningRate, Update, make_update
 from fastdiff.training.step import TrainStep
 
 
@@ -45,7 +45,7 @@ def train_step(size: Size, *, kernels: str, compile: bool, graphs: bool = False)
     model, update = make_parts(size, kernels, graphs=graphs)
     c = size.config
     return TrainStep(
-        model, objective(size), update, lr=c.optim.lr, warmup_steps=c.optim.warmup_steps,
+        model, objective(size), update, lr=LearningRate.of(c),
         grad_clip=c.optim.grad_clip, seed=c.run.seed, bf16=size.bf16, compile=compile, graphs=graphs,
     )  # fmt: skip
 

@@ -27,7 +27,11 @@ from kernels.caching import source_hash
 
 REPO = Path(__file__).resolve().parent.parent
 FLOOR = (4.0, 6.0)  # bytes an element of a bf16 norm, forward (x, y) and backward (x, dy, dx)
-SOURCES = ("bench/step_variants.py", "bench/inductor_mock.py", "fastdiff/nets", "kernels", "fastdiff/training/optim.py")
+UPDATES = ("flat", "fused_adam", "groups", "optim", "radam", "torch_adam")
+SOURCES = (
+    "bench/step_variants.py", "bench/inductor_mock.py", "fastdiff/nets", "kernels",
+    *(f"fastdiff/training/{name}.py" for name in UPDATES),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.runtime.device import COMPILE_OPTIONS
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import make_update
+from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep
 from kernels import add_group_norm_silu, group_norm_silu
 
@@ -97,9 +97,7 @@ def make_step(variant: Variant, config: UNetConfig, rules: Sequence[Rule] = RULE
     update = make_update(
         "triton" if ours else "torch", model, EMA(model, 0.9999), weight_decay=0.0, half=half_parameters(network)
     )
-    return TrainStep(
-        network, objective, update, lr=2e-4, warmup_steps=0, grad_clip=1.0, seed=0, bf16=True, compile=False
-    )
+    return TrainStep(network, objective, update, lr=LearningRate(2e-4), grad_clip=1.0, seed=0, bf16=True, compile=False)
 
 
 def graphs_of(

@@ -33,7 +33,7 @@ class Size:
     steps            network evaluations of a sampling
     overhead_steps   the same, where samplers are compared with the bare network
     sampler_batches
-    flat             elements of the flat buffers of the optimizer's kernels; whole blocks of optim.ALIGNMENT
+    flat             elements of the flat buffers of the optimizer's kernels; whole blocks of flat.ALIGNMENT
     norms            (batch, channels, height = width) of GroupNorm; groups as in the config
     budget           seconds for the rounds of a comparison
     trial            tiny shapes that show nothing but that the code runs

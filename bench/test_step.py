@@ -60,7 +60,7 @@ def _with_loader(size: Size) -> Comparison:
         work = {"constant batch": training_work(size, lambda i: step(batch, i))}
         for kind in ratios:
             batches = loader(size, kind)
-            work[kind] = training_work(size, lambda i, batches=batches: step(next(batches)[0], i))
+            work[kind] = training_work(size, lambda i, batches=batches: step(next(batches).images, i))
         return work
 
     return Comparison("step", f"batch {size.config.optim.batch_size}, ours", ("constant batch", *ratios), build, ratios)

@@ -211,12 +211,18 @@ class OptimConfig:
     """Images in a step."""
     accumulate: int = 1
     """Parts of a batch that go through the network one after the other, to need less memory; the update is the same."""
+    optimizer: Literal["adam", "radam"] = "adam"
+    """`adam`, or `radam`, whose first steps are rectified."""
     lr: float = 2e-4
-    """Adam's learning rate after warm-up."""
+    """Learning rate after warm-up."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly from 0."""
+    lr_decay: Literal["constant", "linear-decay", "wsd"] = "constant"
+    """After warm-up: `linear-decay`: fall linearly to 0 at --steps; `wsd`: stay, then fall over the last steps."""
+    decay_fraction: float = 0.2
+    """The part of --steps over which --lr-decay wsd falls, in (0, 1]."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW's); 0 is plain Adam."""
+    """Decoupled weight decay, as AdamW's; 0: none."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     skip_nonfinite: int = 0
@@ -237,6 +243,15 @@ class OptimConfig:
         decay = self.weight_decay
         _require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "at least 0")
         _require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(0.0 < self.decay_fraction <= 1.0, "decay_fraction", self.decay_fraction, "above 0 and at most 1")
+
+    def decay_start(self, steps: int | None) -> int | None:
+        """How many of --steps are made before the learning rate falls; None if it does not."""
+        if self.lr_decay == "constant" or steps is None:
+            return None
+        if self.lr_decay == "linear-decay":
+            return self.warmup_steps
+        return max(0, steps - max(1, round(self.decay_fraction * steps)))
 
 
 @dataclass(frozen=True)
@@ -345,6 +360,23 @@ class Config:
         if self.diffusion.discrete:
             _require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
 
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        """Raises UserError where the learning rate has no steps to fall over."""
+        optim, steps = self.optim, self.run.steps
+        if optim.lr_decay == "constant":
+            return
+        if steps is None:
+            raise UserError(f"--lr-decay {optim.lr_decay} falls to 0 at --steps, which is not given; add --steps.")
+        start = optim.decay_start(steps)
+        if start is None or not optim.warmup_steps <= start < steps:
+            lower = "--warmup-steps or --decay-fraction" if optim.lr_decay == "wsd" else "--warmup-steps"
+            raise UserError(
+                f"--lr-decay {optim.lr_decay} would fall from step {start:,} to --steps {steps:,}, but must begin "
+                f"after --warmup-steps ({optim.warmup_steps:,}); raise --steps, or lower {lower}."
+            )
+
     @classmethod
     def of(cls, **flags: Any) -> "Config":
         """The baseline with other values, each by its flag's name: `Config.of(lr=1e-3, channels=64)`."""
@@ -421,12 +453,13 @@ SECTION_OF = {name: section for section, names in SECTIONS.items() for name in n
 
 # A resumed run may change these: none of them changes the mathematics of a step that is still to come. Whatever
 # `accumulate`, an update is that of the whole batch, its times and its noise, up to rounding. Data may have another
-# name or place, as their content is compared.
+# name or place, as their content is compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of
+# steps to come, but of none that was made.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data",
         "data_root", "split", "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile",
-        "skip_nonfinite", "rank_timeout", "deterministic",
+        "skip_nonfinite", "rank_timeout", "deterministic", "lr_decay", "decay_fraction",
     }
 )  # fmt: skip

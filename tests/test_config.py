@@ -21,6 +21,7 @@ from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 from fastdiff.presets import PRESETS
+from fastdiff.training.optim import OPTIMIZERS
 
 
 def choices(name):
@@ -37,6 +38,7 @@ def test_the_flags_choices_are_the_tables_keys():
     assert choices("weighting") == set(WEIGHTINGS)
     assert choices("eval_sampler") == set(SAMPLERS)
     assert choices("preset") == set(PRESETS)
+    assert choices("optimizer") == set(OPTIMIZERS)
 
 
 def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
@@ -89,6 +91,21 @@ def test_parts_that_do_not_fit_are_refused_here_and_when_they_are_built(changes,
         make_objective(**options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_decay": "wsd"}, "--lr-decay wsd falls to 0 at --steps, which is not given; add --steps"),
+        ({"lr_decay": "linear-decay"}, "--lr-decay linear-decay falls to 0 at --steps, which is not given"),
+        ({"lr_decay": "linear-decay", "steps": 5000}, r"from step 5,000 to --steps 5,000, .* --warmup-steps \(5,000\)"),
+        ({"lr_decay": "wsd", "steps": 6000}, "would fall from step 4,800 .* or --decay-fraction"),
+        ({"lr_decay": "wsd", "steps": 9000, "decay_fraction": 1.0}, "would fall from step 0 to --steps 9,000"),
+    ],
+)
+def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
+    with pytest.raises(UserError, match=message):
+        Config().replace(**changes)
+
+
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():
     assert Config().replace(objective="flow", eval_steps=2000).eval.eval_steps == 2000
 
@@ -119,6 +136,8 @@ BAD = [
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
     ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+    ("optimizer", "sgd"),
+    ("lr_decay", "cosine"), ("decay_fraction", 0.0), ("decay_fraction", 1.5), ("decay_fraction", float("nan")),
 ]  # fmt: skip
 
 

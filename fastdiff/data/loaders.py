@@ -8,15 +8,28 @@ resumed run sees exactly what the uninterrupted run would have seen.
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
 
-Batch = tuple[torch.Tensor, torch.Tensor | None]  # images uint8 (B, H, W, C), labels int64 (B,) or None
 PREFETCH = 2  # batches that DALI prepares ahead of the one in use
+
+
+class Batch(NamedTuple):
+    """What a rank trains on in one step, on the training device.
+
+    Conditions (labels, captions) are not in it: who needs them looks them up by `index` in a table on the device.
+    """
+
+    images: Tensor
+    """uint8 (N, H, W, C), contiguous."""
+    index: Tensor
+    """int64 (N,): where each image stands in the set."""
 
 
 @lru_cache(maxsize=4)
@@ -65,7 +78,7 @@ def batch_plan(
 
 
 class Loader:
-    """An endless iterator of (images uint8 (B, H, W, C), contiguous, labels int64 (B,) or None), both on the device.
+    """An endless iterator of batches.
 
     Attributes:
         step: the step that the next batch belongs to.
@@ -143,17 +156,16 @@ def _resident(image_set: ImageSet, plan: Callable, batch_size: int, device: torc
     except torch.OutOfMemoryError as error:
         size = image_set.images.nbytes / 2**30
         raise UserError(f"{image_set.name} ({size:.1f} GiB) does not fit on {device}: use --loader dali") from error
-    labels = None if image_set.labels is None else torch.from_numpy(image_set.labels).to(device)
 
     def next_batch(step: int) -> Batch:
-        host = torch.from_numpy(np.stack(plan(step=step)))  # int64 (2, B): one upload for both
+        host = torch.from_numpy(np.stack(plan(step=step)))  # int64 (2, N): one upload for both
         if device.type == "cuda":
             host = host.pin_memory()  # else the copy would wait for the device
-        indices, mirrored = host.to(device, non_blocking=True)
-        batch = images.index_select(0, indices)
+        index, mirrored = host.to(device, non_blocking=True)
+        batch = images.index_select(0, index)
         if flip:
             batch = torch.where(mirrored.bool()[:, None, None, None], batch.flip(2), batch)
-        return batch, None if labels is None else labels.index_select(0, indices)
+        return Batch(batch, index)
 
     return next_batch
 
@@ -181,12 +193,10 @@ def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.de
     cuda = device.type == "cuda"
     if cuda and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    images = image_set.images
-    labels = image_set.labels if image_set.labels is not None else np.zeros(len(images), dtype=np.int64)
 
     def gather(iteration: int) -> tuple[np.ndarray, ...]:
-        indices, mirrored = plan(step=start_step + iteration)
-        batch = images[indices], labels[indices]
+        index, mirrored = plan(step=start_step + iteration)
+        batch = image_set.images[index], index
         return (*batch, mirrored.astype(np.int32)) if flip else batch
 
     # The dynamic executor never writes into a buffer that Python still holds, and can order outputs on a stream.
@@ -199,22 +209,21 @@ def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.de
     )
     with pipeline:
         layout = ["HWC", "", ""] if flip else ["HWC", ""]
-        batch, classes, *mirrored = fn.external_source(gather, num_outputs=len(layout), batch=True, layout=layout)
+        images, index, *mirrored = fn.external_source(gather, num_outputs=len(layout), batch=True, layout=layout)
         if cuda:
-            batch, classes = batch.gpu(), classes.gpu()
-        pipeline.set_outputs(fn.flip(batch, horizontal=mirrored[0]) if flip else batch, classes)
+            images, index = images.gpu(), index.gpu()
+        pipeline.set_outputs(fn.flip(images, horizontal=mirrored[0]) if flip else images, index)
     pipeline.build()
 
-    def to_torch(tensor_list, dtype: torch.dtype, stream) -> torch.Tensor:
+    def to_torch(tensor_list, dtype: torch.dtype, stream) -> Tensor:
         """A copy in PyTorch's own memory: no later batch overwrites it, and any stream may use it."""
         tensor = tensor_list.as_tensor()
         return feed_ndarray(tensor, torch.empty(tensor.shape(), dtype=dtype, device=device), cuda_stream=stream)
 
     def next_batch(step: int) -> Batch:  # the pipeline counts the steps itself, ahead of this one
         stream = torch.cuda.current_stream(device) if cuda else None  # outputs and copies are ordered on it: no wait
-        batch, classes = pipeline.run(stream)
-        batch = to_torch(batch, torch.uint8, stream)
-        return batch, None if image_set.labels is None else to_torch(classes, torch.int64, stream)
+        images, index = pipeline.run(stream)
+        return Batch(to_torch(images, torch.uint8, stream), to_torch(index, torch.int64, stream))
 
     return next_batch
 

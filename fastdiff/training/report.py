@@ -16,7 +16,7 @@ from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.runs.run import Run, write_atomically
 from fastdiff.runtime.device import device_name
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.optim import learning_rate
+from fastdiff.training.optim import LearningRate
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep
 
@@ -35,7 +35,8 @@ def facts(
         + f", TF32 off{deterministic}",
         "compile": "torch.compile" if machine.compile == "on" else "off",
         "graphs": "CUDA graphs of training and sampling steps" if graphs else "off",
-        "kernels": f"{machine.kernels} (GroupNorm+SiLU, clip + Adam + EMA)",
+        "kernels": machine.kernels,
+        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g}, {LearningRate.of(config)}",
         "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
         "objective": f"{diffusion.objective} on {diffusion.schedule}, weighting {diffusion.weighting}",
@@ -70,7 +71,7 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
         "step": step,
         "images": state.images,
         **state.metrics.means(reset=whole),
-        "lr": learning_rate(step - 1, peak=config.optim.lr, warmup_steps=config.optim.warmup_steps),
+        "lr": LearningRate.of(config)(step - 1),
         "images_per_second": (step - last_step) * config.optim.batch_size / (state.seconds - last_seconds),
         "seconds": state.seconds,
     }

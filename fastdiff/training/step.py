@@ -14,7 +14,7 @@ from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.metrics import Metrics, NoiseLevels
-from fastdiff.training.optim import Update, learning_rate
+from fastdiff.training.optim import Update
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -29,7 +29,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class TrainStep:
-    """batch -> [-1, 1] -> t, eps -> loss under autocast -> backward -> clip -> Adam -> EMA.
+    """batch -> [-1, 1] -> t, eps -> loss under autocast -> backward -> clip -> optimizer -> EMA.
 
     A call has a part on the host, which seeds the generators and writes what changes from step to step (batch, step
     number, learning rate, decay) to the device, and a body that depends on nothing else, so that a CUDA graph can
@@ -39,7 +39,7 @@ class TrainStep:
         model: the network, plain or fused, its weights float32 in channels_last memory.
         objective: gives the loss.
         update: clips, updates the weights and their average.
-        lr, warmup_steps: the learning rate's peak and linear rise.
+        lr: the learning rate of each step, counted from 0.
         grad_clip: largest global gradient norm.
         seed: with the step's number and the rank, all that its randomness depends on.
         bf16: autocast activations to bfloat16.
@@ -63,8 +63,7 @@ class TrainStep:
         objective: Objective,
         update: Update,
         *,
-        lr: float,
-        warmup_steps: int,
+        lr: Callable[[int], float],
         grad_clip: float,
         seed: int,
         bf16: bool,
@@ -75,7 +74,7 @@ class TrainStep:
         ranks: Ranks | None = None,
     ) -> None:
         self.model, self.objective, self.update = model, objective, update
-        self.lr, self.warmup_steps, self.grad_clip = lr, warmup_steps, grad_clip
+        self.lr, self.grad_clip = lr, grad_clip
         self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
         self.skip_nonfinite = skip_nonfinite
         self.ranks = ranks if ranks is not None and ranks.size > 1 else None
@@ -138,7 +137,7 @@ class TrainStep:
         if self.noise is not None:
             self.noise.manual_seed(step_seed(self.seed, step))
         self.number.fill_(step)
-        self.update.begin(lr=learning_rate(step, peak=self.lr, warmup_steps=self.warmup_steps))
+        self.update.begin(lr=self.lr(step))
         self.run()
         self.metrics.step()
 

@@ -42,7 +42,7 @@ from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import make_update
+from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
@@ -206,7 +206,7 @@ def _loop(
         clock = time.perf_counter()
         while config.run.steps is None or state.step < config.run.steps:
             with record_function("data"):
-                images, _ = next(loader)
+                images = next(loader).images
             ready = step.ready
             step(images, state.step)
             state.step += 1
@@ -275,11 +275,12 @@ def _make_step(config: Config, ranks: Ranks, initial: InitialWeights | None) -> 
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(
-        machine.kernels, model, ema, weight_decay=optim.weight_decay, half=half_parameters(network) if bf16 else (),
-        accumulate=optim.accumulate * ranks.size > 1, graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
+        machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay,
+        half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
+        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
-        network, make_objective(**config.diffusion.arguments), update, lr=optim.lr, warmup_steps=optim.warmup_steps,
+        network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks,
     )  # fmt: skip
@@ -369,7 +370,8 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
         )
     for path, reason in saved.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    changes = config.changes(Config.from_dict(saved.state["config"]))
+    before = Config.from_dict(saved.state["config"])
+    changes = config.changes(before)
     if changes:
         listed = "; ".join(
             f"--{name.replace('_', '-')} was {old!r}, now {new!r}" for name, (old, new) in changes.items()
@@ -378,4 +380,24 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
             f"--resume {resume} cannot change what is trained: {listed}. Drop these flags, or start a new run; "
             f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}."
         )
+    _check_learning_rate(LearningRate.of(before), LearningRate.of(config), saved.step, resume)
     return saved
+
+
+def _check_learning_rate(before: LearningRate, now: LearningRate, steps: int, resume: Path) -> None:
+    """Raises UserError if one of the steps made would have had another learning rate.
+
+    So a decay can branch off a constant run, and be moved until it begins.
+    """
+    if now.agrees(before, steps):
+        return
+    begun = before.decay_start is not None and before.decay_start < steps
+    advice = (
+        "Keep --lr-decay, --steps and --decay-fraction as they were"
+        if begun
+        else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {steps:,} or later"
+    )
+    raise UserError(
+        f"--resume {resume} has made {steps:,} steps by a learning rate that is {before}, and cannot go on by one that "
+        f"is {now}: steps already made would have been others. {advice}, or start a new run."
+    )

@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.data.datasets import ImageSet
-from fastdiff.data.loaders import _epoch_order, batch_plan, make_loader
+from fastdiff.data.loaders import Batch, _epoch_order, batch_plan, make_loader
 
 KINDS = ["dali", "resident"]
 
 
-def image_set(n=50, height=6, width=5, labels=True, seed=0) -> ImageSet:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-    return ImageSet.from_arrays(images, rng.integers(0, 10, n) if labels else None, "random")
+def image_set(n=50, height=6, width=5) -> ImageSet:
+    images = np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+    return ImageSet.from_arrays(images, None, "random")
 
 
 def expected(data: ImageSet, flip=True, **plan):
@@ -27,13 +26,11 @@ def expected(data: ImageSet, flip=True, **plan):
     indices, flips = batch_plan(len(data.images), **plan)
     mirrored = flips[:, None, None, None] & flip
     images = np.where(mirrored, data.images[indices][:, :, ::-1], data.images[indices])
-    return torch.from_numpy(images), None if data.labels is None else torch.from_numpy(data.labels[indices])
+    return Batch(torch.from_numpy(images), torch.from_numpy(indices))
 
 
 def equal(batch, other) -> bool:
-    (images, labels), (other_images, other_labels) = batch, other
-    same_labels = labels is other_labels if labels is None or other_labels is None else labels.equal(other_labels)
-    return images.equal(other_images) and same_labels
+    return all(mine.dtype == other.dtype and mine.equal(other) for mine, other in zip(batch, other, strict=True))
 
 
 def stream(n, batch_size, seed, steps, world_size, start=0):
@@ -119,24 +116,21 @@ def test_the_stream_never_changes():
     plans,
     st.integers(0, 1000),
     st.booleans(),
-    st.booleans(),
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
-def test_batches_are_the_plan(kind, plan, start_step, labels, flip, shape):
+def test_batches_are_the_plan(kind, plan, start_step, flip, shape):
     """So the two loaders are equal, restart anywhere, and keep their ranks apart as the plan does."""
     n = plan.pop("n") + 1
-    data = image_set(n, *shape, labels=labels)
+    data = image_set(n, *shape)
     plan["rank"] = plan["world_size"] - 1
     loader = make_loader(kind, data, start_step=start_step, flip=flip, **plan)
     for step in range(start_step, start_step + 5):
         assert loader.step == step
-        images, classes = batch = next(loader)
+        batch = next(loader)
         assert equal(batch, expected(data, flip, step=step, **plan))
-        assert images.is_contiguous()
-        assert images.dtype == torch.uint8
-        assert images.device.type == "cpu"
-        assert (classes is None) == (not labels)
-        assert classes is None or classes.dtype == torch.int64
+        assert (batch.images.dtype, batch.index.dtype) == (torch.uint8, torch.int64)
+        assert batch.images.is_contiguous()
+        assert {tensor.device.type for tensor in batch} == {"cpu"}
     loader.close()
 
 
@@ -158,9 +152,9 @@ def test_kept_batches_are_never_overwritten(kind):
     kept = list(islice(loader, 100))
     assert all(equal(batch, expected(data, step=step, batch_size=16, seed=1)) for step, batch in enumerate(kept))
     before = data.images.copy()
-    for images, labels in kept[:50]:
-        images.zero_()
-        labels.zero_()
+    for batch in kept[:50]:
+        batch.images.zero_()
+        batch.index.zero_()
     assert all(equal(b, expected(data, step=s, batch_size=16, seed=1)) for s, b in enumerate(kept) if s >= 50)
     assert equal(next(loader), expected(data, step=100, batch_size=16, seed=1))
     np.testing.assert_array_equal(data.images, before)
@@ -227,11 +221,10 @@ def test_on_cuda_batches_are_the_plan_and_stay_so(kind, flip):
     data = image_set(1000, 32, 32)
     loader = make_loader(kind, data, batch_size=128, seed=1, device="cuda", start_step=3, flip=flip)
     kept = list(islice(loader, 60))
-    for step, (images, labels) in enumerate(kept, start=3):
-        assert images.is_cuda
-        assert labels.is_cuda
-        assert images.is_contiguous()
-        assert equal((images.cpu(), labels.cpu()), expected(data, flip, step=step, batch_size=128, seed=1))
+    for step, batch in enumerate(kept, start=3):
+        assert all(tensor.is_cuda for tensor in batch)
+        assert batch.images.is_contiguous()
+        assert equal([tensor.cpu() for tensor in batch], expected(data, flip, step=step, batch_size=128, seed=1))
 
 
 @pytest.mark.gpu
@@ -243,8 +236,8 @@ def test_on_cuda_batches_are_ordered_on_the_current_stream(kind):
     with torch.cuda.stream(torch.cuda.Stream()):
         for step in range(30):
             torch.cuda._sleep(10_000_000)  # a busy stream: whoever reads too early sees another batch
-            images, labels = next(loader)
-            assert equal((images.cpu(), labels.cpu()), expected(data, step=step, batch_size=128, seed=1))
+            batch = next(loader)
+            assert equal([tensor.cpu() for tensor in batch], expected(data, step=step, batch_size=128, seed=1))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from fastdiff.errors import UserError
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.optim import learning_rate
+from fastdiff.training.optim import LearningRate
 from fastdiff.training.step import step_seed
 from tests.distributed.conftest import TINY
 from tests.numerics import assert_as_accurate
@@ -37,7 +37,7 @@ def exact_losses(config: Config) -> torch.Tensor:
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        adam.param_groups[0]["lr"] = learning_rate(step, peak=config.optim.lr, warmup_steps=config.optim.warmup_steps)
+        adam.param_groups[0]["lr"] = LearningRate.of(config)(step)
         adam.step()
         losses.append(loss.detach())
     return torch.stack(losses)

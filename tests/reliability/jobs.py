@@ -32,8 +32,8 @@ from fastdiff.runs.async_save import BackgroundSaver
 from fastdiff.runs.run import open_run
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.training import train
-from fastdiff.training.optim import TorchUpdate
 from fastdiff.training.step import TrainStep
+from fastdiff.training.torch_adam import TorchAdam
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.reliability.jobs"])
@@ -180,7 +180,7 @@ def random_source(*key: Any) -> random.Random:
 PHASES = {
     "data": (Loader, "__next__"),
     "step": (TrainStep, "__call__"),
-    "accumulating": (TorchUpdate, "add"),  # once for each part of a batch
+    "accumulating": (TorchAdam, "add"),  # once for each part of a batch
     "saving": (checkpoint, "_write"),
     "sampling": (StopRequest, "check"),  # asked at every sampling step
     "evaluating": (pictures, "save_grid"),

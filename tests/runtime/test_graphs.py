@@ -116,7 +116,7 @@ def gradient(monkeypatch, **options):
 
     def apply(*, grad_clip, good):
         if options.get("kernels") == "triton":
-            views = {p: v for f in update.flats for p, v in zip(f.parameters, f._views(f.total), strict=True)}
+            views = {p: v for f in update.flats for p, v in zip(f.parameters, f.views(f.total), strict=True)}
             seen.extend(views[p].detach().clone() for p in train_step.parameters)
         else:
             seen.extend(p.grad.clone() for p in train_step.parameters)

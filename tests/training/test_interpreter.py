@@ -19,7 +19,7 @@ from fastdiff.diffusion.objectives import make_objective
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import make_update
+from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep
 
 net = UNetConfig(
@@ -44,10 +44,10 @@ for kind in ("float64", "torch", "triton"):
     model = Wide(UNet(net)) if kind == "float64" else UNet(net)
     network = fuse(model) if kind == "triton" else model
     ema = EMA(model, 0.9)
-    update = make_update(kind, model, ema, weight_decay=0.0)
+    update = make_update("triton" if kind == "triton" else "torch", model, ema, weight_decay=0.0)
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     step = TrainStep(
-        network, objective, update, lr=1e-3, warmup_steps=5, grad_clip=1.0, seed=0, bf16=False, compile=False
+        network, objective, update, lr=LearningRate(1e-3, 5), grad_clip=1.0, seed=0, bf16=False, compile=False
     )
     losses = []
     for i in range(20):

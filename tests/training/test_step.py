@@ -8,7 +8,7 @@ from fastdiff.diffusion.objectives import make_objective
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
-from fastdiff.training.optim import learning_rate, make_update
+from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep, normalize, step_seed
 
 SMALL = UNetConfig(
@@ -29,7 +29,7 @@ def make_step(
         accumulate=accumulate > 1 or ranks is not None, graphs=graphs,
     )  # fmt: skip
     return TrainStep(
-        network, objective, update, lr=1e-3, warmup_steps=5, grad_clip=grad_clip, seed=seed,
+        network, objective, update, lr=LearningRate(1e-3, 5), grad_clip=grad_clip, seed=seed,
         bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks,
     )  # fmt: skip
 
@@ -134,15 +134,9 @@ def test_weights_in_another_layout_are_refused():
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     with pytest.raises(ValueError, match="channels_last"):
         TrainStep(
-            model, objective, make_update("torch", model, EMA(model, 0.9), weight_decay=0.0), lr=1e-3,
-            warmup_steps=0, grad_clip=1.0, seed=0, bf16=False, compile=False,
+            model, objective, make_update("torch", model, EMA(model, 0.9), weight_decay=0.0), lr=LearningRate(1e-3),
+            grad_clip=1.0, seed=0, bf16=False, compile=False,
         )  # fmt: skip
-
-
-def test_the_learning_rate_rises_and_stays():
-    rates = [learning_rate(step, peak=2.0, warmup_steps=4) for step in range(6)]
-    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    assert learning_rate(0, peak=2.0, warmup_steps=0) == 2.0
 
 
 def test_bf16_trains_like_float32():

@@ -374,6 +374,49 @@ def test_another_objective_is_one_flag(tiny_config, tmp_path, objective):
     assert (tmp_path / "working" / "1" / "saves" / "samples-00000002.png").exists()
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_run_by_another_optimizer_resumes_bit_for_bit(tiny_config, tmp_path, kernels):
+    options = {"optimizer": "radam", "kernels": kernels, "steps": 12, "weight_decay": 0.01}
+    train(tiny_config("whole", **options))
+    train(tiny_config(**options | {"steps": 7}))
+    run = tmp_path / "working" / "1"
+    with pytest.raises(UserError, match="--optimizer was 'radam', now 'adam'"):
+        train(tiny_config(**options | {"optimizer": "adam"}), resume=run)
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
+@pytest.mark.parametrize("decay", ["linear-decay", "wsd"])
+def test_a_run_resumes_bit_for_bit_through_its_decay(tiny_config, tmp_path, decay):
+    options = {"lr_decay": decay, "steps": 12, "decay_fraction": 0.5, "log_every": 1, "save_every": 8}
+    train(tiny_config("whole", **options))
+    train(tiny_config(**options))
+    run = tmp_path / "working" / "1"
+    (run / "checkpoints" / "step-12" / "model.safetensors").write_bytes(b"damaged")
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+    last = 6 if decay == "wsd" else 7  # of 12 steps, after a warm-up of 5
+    fall = [1e-3 * left / last for left in range(last, 0, -1)]
+    assert [row["lr"] for row in rows_of(run)][-last:] == pytest.approx(fall)
+
+
+def test_a_decay_branches_off_a_constant_run(tiny_config, tmp_path):
+    """And is the run that had this decay from the start; where steps made would be others, it is refused."""
+    options = {"lr_decay": "wsd", "steps": 12, "decay_fraction": 0.25, "log_every": 1}
+    train(tiny_config("whole", **options))
+    train(tiny_config(steps=9, log_every=1))
+    run = tmp_path / "working" / "1"
+    with pytest.raises(UserError, match=r"made 9 steps .* is constant, .* falling from step 5 .* from step 9 or later"):
+        train(tiny_config(lr_decay="linear-decay", steps=12), resume=run)
+    with pytest.raises(UserError, match="falling from step 8 to 0 at step 10"):
+        train(tiny_config(**options | {"steps": 10}), resume=run)
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+    for other in ({"steps": 13}, {"lr_decay": "constant"}, {"decay_fraction": 0.5}):
+        with pytest.raises(UserError, match=r"made 12 steps .* is falling from step 9 .* Keep --lr-decay"):
+            train(tiny_config(**options | other), resume=run)
+
+
 def test_the_golden_curve(tiny_config, tmp_path, train_in_new_process):
     """20 losses on a CPU: bit-equal in a fresh process, and equal to the recorded ones up to another CPU's rounding."""
     config = tiny_config(steps=20, log_every=1)
