@@ -156,7 +156,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: cuda if there is one."""
     rank_timeout: float = 600.0
-    """Several ranks: seconds without progress after which a rank counts as hung, and all end."""
+    """Several ranks: seconds that one waits for another in training before all end."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -40,7 +40,7 @@ def train(
 ) -> int:
     """Train as the config says; the entry point of `train_cifar.py`.
 
-    Under torchrun, every rank calls it. An exception then ends all of them with exit code 1, and does not come out.
+    Under torchrun, every rank calls it. An exception in one rank must end its process, with which the others end.
 
     Args:
         config: the whole run.
@@ -53,7 +53,7 @@ def train(
 
     Raises:
         UserError: bad input, before anything is written.
-        TrainingFailed: the loss or a gradient was not finite, or the last step could not be saved.
+        TrainingFailed: the loss or a gradient was not finite, the last step could not be saved, or another rank failed.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.launched(config.device, timeout=config.rank_timeout))
@@ -87,7 +87,7 @@ def train(
         if run is not None:
             stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
-        ranks.spread(stop)
+        ranks.limit_waits()
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.steps, console))
         trainer = Trainer(

@@ -176,7 +176,6 @@ class Trainer:
 
     def _loop(self) -> None:
         config = self.config
-        self.ranks.at(f"the start at step {self.step + 1:,}")
         self._check_ranks()
         if self.step == 0 and self.ranks.is_main:
             with self._spared():
@@ -202,7 +201,6 @@ class Trainer:
         with closing(loader), self._recorder() as recorder:
             clock = time.perf_counter()
             while config.steps is None or self.step < config.steps:
-                self.ranks.at(f"step {self.step + 1:,}")
                 with record_function("data"):
                     images, _ = next(loader)
                 ready = self.train_step.ready
@@ -351,7 +349,6 @@ class Trainer:
         """
         if not self.ranks.is_main:
             return
-        self.ranks.at(f"saving step {self.step:,}")
         self._collect_save(wait=True)
         self.not_saved = False
         state = run_state.collect(self)
@@ -412,16 +409,12 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Samples, their grid, a sampling trajectory and the Frechet distance, from the averaged weights."""
-
-        def check() -> None:
-            self.ranks.at(f"evaluating step {self.step:,}")
-            self.stop.check()
-
-        check()
+        if self.ranks.any(self.stop.signal is not None):  # all of them, or none
+            raise Stopped
         seed = step_seed(self.config.seed, EVALUATION_STREAM)
         row, grid = evaluate(
             self.generator, self.distance, n=self.config.eval_samples, seed=seed, keep=self.config.grid_samples,
-            check=check, ranks=self.ranks,
+            check=self.stop.check, ranks=self.ranks,
         )  # fmt: skip
         self.evaluated = self.step
         if not self.ranks.is_main:
