@@ -1,5 +1,6 @@
 """`python -m fastdiff {sample,evaluate,likelihood,export,show}`, installed `fastdiff`: use what a run has saved."""
 
+import json
 import os
 import re
 import shutil
@@ -45,16 +46,18 @@ def run_command(command: Callable[[], int]) -> int:
     output.spare()
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
-    try:
+
+    def checked() -> int:
         _refuse_blanks(sys.argv[1:])
         return command()
+
+    try:
+        return _recorded(checked)() if "TORCHELASTIC_ERROR_FILE" in os.environ else checked()
     except Exception as error:
         message = _told(error)
         if message is None:
             raise
-        if other_rank():
-            time.sleep(OTHER_RANKS_WAIT)
-        else:
+        if not (other_rank() and isinstance(error, UserError)):
             print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
@@ -62,7 +65,26 @@ def run_command(command: Callable[[], int]) -> int:
         return 130
 
 
-def _told(error: Exception) -> str | None:
+def _recorded(command: Callable[[], int]) -> Callable[[], int]:
+    """The command, whose failure torchrun's summary tells: by the line for the user, or by the traceback of a bug."""
+    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
+
+    class Handler(ErrorHandler):
+        def record_exception(self, e: BaseException) -> None:
+            if other_rank() and isinstance(e, UserError):
+                time.sleep(OTHER_RANKS_WAIT)
+            message = _told(e)
+            if message is None:
+                super().record_exception(e)
+            else:  # torchrun shows it where there is no "py_callstack"
+                summary = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": summary}))
+
+    recorded = record(command, Handler())
+    return lambda: recorded() or 0  # None: SystemExit(0), as of --help
+
+
+def _told(error: BaseException) -> str | None:
     """One line on what the user or the machine did wrong; None for a fault of ours."""
     if isinstance(error, UserError | TrainingFailed):
         return str(error)

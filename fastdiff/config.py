@@ -331,7 +331,7 @@ class MachineConfig:
     """On a GPU, only algorithms that give the same bits in every run, so that a resumed run is the unbroken one bit for
     bit; slower. A CPU always does."""
     rank_timeout: float = 600.0
-    """Several ranks: seconds without progress after which a rank counts as hung, and all end."""
+    """Several ranks: seconds that one waits for another in training before all end."""
 
     def __post_init__(self) -> None:
         _check_words(self)

@@ -46,7 +46,6 @@ class Evaluator:
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
-        check()
         row, grid = evaluate(
             self.generator, self.distance, n=self.samples, seed=self.seed, keep=self.grid, check=check,
             ranks=self.ranks,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.runs import checkpoint
-from fastdiff.runtime.watch import SAVING_THREAD
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class BackgroundSaver:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=SAVING_THREAD)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], *, keep_last: int, keep_steps: set[int]) -> None:

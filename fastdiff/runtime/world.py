@@ -8,54 +8,49 @@ works alike with a compiled step, the fused update and CUDA graphs. Nothing hide
 4 bytes a parameter (143 MB for 35.7 M), a ring of N ranks sends 2 (N - 1) / N times as many out of every one.
 """
 
-import datetime
 import os
-import sys
-import traceback
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from fastdiff.errors import TrainingFailed, UsageError, UserError
+from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.runtime.device import resolve_device
-from fastdiff.runtime.signals import StopRequest
-from fastdiff.runtime.watch import Watch
 
 T = TypeVar("T")
 
+START_UP = timedelta(days=1)  # a rank that downloads or decodes the data may keep the others waiting so long
+GRACE = 2.0  # seconds between ranks that lose the same one; torchrun sees within them which has failed first
 
+
+@dataclass(eq=False)
 class Ranks:
     """This process among those that train together; one alone, unless told otherwise.
 
-    Within `with`, several ranks are connected, and `Watch` ends all of them when one dies, fails or hangs: an exception
-    that leaves the block is told in one line, and the process ends with exit code 1. All methods but `at` and `spread`
-    are collectives, which every rank must call in the same order; alone they do nothing.
+    Within `with`, several ranks are connected. All methods are collectives: every rank calls them, in the same order.
+    Alone they do nothing. Where another rank has failed, they raise TrainingFailed at once; where it hangs, after
+    `timeout` seconds. torchrun ends the ranks of a host as soon as one has failed.
 
-    Args:
-        device: where this rank computes.
-        rank, size: this process among all.
-        local_rank, on_host: this process among those of this host.
-        timeout: seconds without progress after which a rank has hung.
+    device      where this rank computes
+    rank, size  this process among all
+    local_rank  this process among those of its host
+    timeout     seconds to wait for another rank, from `limit_waits` on
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        rank: int = 0,
-        size: int = 1,
-        local_rank: int = 0,
-        on_host: int = 1,
-        timeout: float = 600.0,
-    ) -> None:
-        self.device, self.rank, self.size, self.timeout = device, rank, size, timeout
-        self.local_rank, self.on_host = local_rank, on_host
-        self.watch: Watch | None = None
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    timeout: float = 600.0
+    _group: dist.ProcessGroup | None = None  # None: the default group, which waits for START_UP
 
     @classmethod
     def launched(cls, device: str, *, timeout: float) -> "Ranks":
@@ -82,7 +77,7 @@ class Ranks:
             if on_host > gpus:
                 raise UserError(f"--nproc-per-node is {on_host}, but this host has {gpus} GPUs; every rank needs one.")
             resolved = torch.device("cuda", local_rank)
-        return cls(resolved, rank=rank, size=size, local_rank=local_rank, on_host=on_host, timeout=timeout)
+        return cls(resolved, rank=rank, size=size, local_rank=local_rank, timeout=timeout)
 
     @property
     def is_main(self) -> bool:
@@ -91,88 +86,80 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:
-            cuda = self.device.type == "cuda"
-            if cuda:
+            if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                device_id=self.device if cuda else None,
-                timeout=datetime.timedelta(days=7),  # the watch is quicker, and knows who waits for a good reason
-            )
-            address = "127.0.0.1" if self.on_host == self.size else os.environ["MASTER_ADDR"]
-            self.watch = Watch(self.rank, self.size, address=address, share=self._broadcast, timeout=self.timeout)
+            self._store, rank, size = next(rendezvous("env://", timeout=START_UP))
+            dist.init_process_group("gloo", store=self._store, rank=rank, world_size=size, timeout=START_UP)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self.watch is None:
-            return
-        if error is not None:
-            self._fail(error)
-        self.barrier("the end")  # torchrun stops the others as soon as one leaves by a signal; rank 0 may still save
-        self.watch.close()
-        dist.destroy_process_group()
+        if self.size > 1 and error is None:
+            self.barrier("the end")  # rank 0 may still save, and torchrun ends it when another leaves by a signal
+            dist.destroy_process_group()
 
-    def _fail(self, error: BaseException) -> None:
-        assert self.watch is not None
-        code = 2 if isinstance(error, UsageError) else 1
-        if isinstance(error, UserError | TrainingFailed):
-            cause = str(error)
-        else:
-            traceback.print_exception(error)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            cause = f"rank {self.rank} has failed in {self.watch.place} by {reason}"
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        self.watch.fail(cause, code)
-
-    def at(self, place: str) -> None:
-        """Tell the watch what begins now; it counts as progress, the lack of which is judged from the first call on."""
-        if self.watch is not None:
-            self.watch.at(place)
-            self.watch.judged = True
-
-    def spread(self, stop: StopRequest) -> None:
-        """From now on, a signal that one rank gets is also in the others' `stop`, within about a second."""
-        if self.watch is not None:
-            self.watch.stop = stop
+    def limit_waits(self) -> None:
+        """End the start-up: from now on `timeout` counts, and `sum_` takes tensors on the GPU."""
+        if self.size > 1:
+            self.barrier("the start")
+            timeout, cuda = timedelta(seconds=self.timeout), self.device.type == "cuda"
+            backend, device = ("cpu:gloo,cuda:nccl", self.device) if cuda else ("gloo", None)
+            group = dist.new_group(timeout=timeout, backend=backend, device_id=device)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
 
     @contextmanager
     def _waiting(self, what: str) -> Generator[None]:
-        assert self.watch is not None
-        with self.watch.waiting(what):
+        """A collective: its errors are told as those of another rank."""
+        try:
             yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            reason = str(error).split("] ", 1)[-1].split(". ")[0]
+            raise TrainingFailed(
+                f"rank {self.rank}: no answer from {self._missing()} in: {what} "
+                f"({reason}; --rank-timeout {self.timeout:g})"
+            ) from error
+
+    def _missing(self) -> str:
+        """Who has not lost another rank, as this one has."""
+        who = "another rank"
+        with suppress(dist.DistError):  # the store is on the first host, which may be gone
+            self._store.set(f"{self.rank} waits", "")
+            time.sleep(GRACE)
+            missing = [str(r) for r in range(self.size) if not self._store.check([f"{r} waits"])]
+            who = f"rank {', '.join(missing)}" if missing else "others, which wait themselves"
+        if self._group is not None and self.device.type == "cuda":
+            self._group.abort()  # else an all-reduce in a CUDA graph waits on, and the end of this process for it
+        return who
 
     def sum_(self, tensors: list[Tensor], what: str = "all-reduce") -> None:
         """Replace each tensor by the sum over the ranks, the same bits on all of them.
 
         Args:
             tensors: dense, on `device`, at the same place of memory in no two; float32 or wider, or integers.
-            what: the name of this sum where one hangs.
+            what: what this sum is called where it fails.
         """
         if self.size > 1:
             with self._waiting(what):
                 for tensor in tensors:
-                    dist.all_reduce(tensor)
+                    dist.all_reduce(tensor, group=self._group)
 
     def any(self, number: int, what: str = "agreement") -> int:
         """The largest of the ranks' numbers; on the host, so that it does not wait for a GPU."""
         if self.size > 1:
             largest = torch.tensor(int(number))
             with self._waiting(what):
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
             number = int(largest)
         return number
 
     def share(self, value: T, what: str = "broadcast") -> T:
         """Rank 0's value; the others' is ignored."""
+        values: list[Any] = [value]
         if self.size > 1:
             with self._waiting(what):
-                value = self._broadcast(value)
-        return value
-
-    def _broadcast(self, value: T) -> T:
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
+                dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def gather(self, value: T, what: str = "gather") -> list[T]:
@@ -181,7 +168,7 @@ class Ranks:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with self._waiting(what):
-            dist.gather_object(value, values, dst=0)
+            dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
     def barrier(self, what: str = "barrier") -> None:

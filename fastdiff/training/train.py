@@ -82,7 +82,7 @@ def train(
 
     Raises:
         UserError: bad input, before anything is written.
-        TrainingFailed: the loss or a gradient was not finite, or the last step could not be saved.
+        TrainingFailed: the loss or a gradient was not finite, the last step could not be saved, or another rank failed.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.launched(config.machine.device, timeout=config.machine.rank_timeout))
@@ -106,6 +106,7 @@ def train(
         if run is not None:
             stack.enter_context(output.losses_told_to(run.note))
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
+        ranks.limit_waits()
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, ranks, run, progress, stop)
@@ -171,6 +172,8 @@ def _loop(
         plot(state, run, progress)
 
     def evaluate() -> None:
+        if ranks.any(stop.signal or 0):  # all of them, or none
+            raise Stopped
         row = evaluator(state.step, state.images, stop.check)
         state.evaluated = state.step
         if row is not None and run is not None:

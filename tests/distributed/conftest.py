@@ -1,5 +1,7 @@
 import multiprocessing.connection
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdiff.config import Config
-from tests.conftest import TINY
+from tests.conftest import REPO, TINY
 from tests.distributed import programs
 from tests.reliability.conftest import promise  # noqa: F401
 from tests.reliability.jobs import start
@@ -15,20 +17,22 @@ from tests.reliability.jobs import start
 
 @dataclass
 class Ended:
-    """How the ranks of a run ended: exit codes as Popen has them (None: killed after the time), and their output.
-
-    began, gone: time.monotonic() of the start, and of when the last was gone.
-    """
+    """How the ranks of a run ended: exit codes as Popen has them (None: killed after the time), and their output."""
 
     codes: list[int | None]
-    began: float
-    gone: float
     outputs: list[str]
 
     @property
     def errors(self) -> list[str]:
         """The lines that name a cause, of all ranks."""
         return [line for output in self.outputs for line in output.splitlines() if line.startswith("error:")]
+
+
+def torchrun(*arguments: object) -> subprocess.Popen:
+    """Two ranks as users start them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=REPO, text=True, **pipes)
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def run_ranks(tmp_path, monkeypatch, repo):
         for rank in waiting.values():
             processes[rank].kill()
             processes[rank].join()
-        return Ended(codes, began, time.monotonic(), [log.read_text() if log.exists() else "" for log in logs])
+        return Ended(codes, [log.read_text() if log.exists() else "" for log in logs])
 
     return run
 

@@ -3,7 +3,8 @@
     torchrun ... faulty.py '{"rank": 1, "place": "forward", "call": 3, "way": "kill"}' --any-config-field VALUE ...
 
 call   of the function that stands for the place, counted from 1
-way    kill (SIGKILL), raise (RuntimeError), exit (os._exit), hang (sleep), stop (SIGSTOP), term (SIGTERM, and go on)
+way    kill (SIGKILL), raise (RuntimeError), exit (os._exit), hang (sleep), term (SIGTERM, and go on)
+mark   a file that gets the time.monotonic() of the fault; MARK-0 and MARK-1 get the ranks' process ids
 """
 
 import json
@@ -16,20 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-PLACES = ("data", "forward", "all-reduce", "save", "evaluation")
 
-
-def fail(way: str, mark: str | None = None) -> None:
-    """Do the harm, and write the time.monotonic() of it to the file `mark`."""
-    if mark is not None:
-        Path(mark).write_text(str(time.monotonic()))
+def fail(way: str) -> None:
+    """Do the harm."""
     if way == "raise":
         raise RuntimeError("an injected fault")
     if way == "exit":
         os._exit(7)
     while way == "hang":
         time.sleep(1000)
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[way])
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[way])
 
 
 def inject(fault: dict) -> None:
@@ -39,6 +36,7 @@ def inject(fault: dict) -> None:
     from fastdiff.data.loaders import Loader
     from fastdiff.nets.unet import UNet
     from fastdiff.runs import checkpoint
+    from fastdiff.runs.run import Run
 
     owner, name = {
         "data": (Loader, "__next__"),
@@ -46,6 +44,7 @@ def inject(fault: dict) -> None:
         "all-reduce": (dist, "all_reduce"),
         "save": (checkpoint, "_manifest_sha256"),
         "evaluation": (UNet, "forward"),
+        "before evaluation": (Run, "sync"),  # each evaluation follows a save, which begins with it
     }[fault["place"]]
     if int(os.environ["RANK"]) != fault["rank"]:
         return
@@ -57,23 +56,24 @@ def inject(fault: dict) -> None:
         if owner is not UNet or arguments[0].training == (fault["place"] == "forward"):
             calls += 1
             if calls == fault["call"]:
-                fail(fault["way"], fault.get("mark"))
+                if "mark" in fault:
+                    Path(fault["mark"]).write_text(str(time.monotonic()))
+                fail(fault["way"])
         return real(*arguments, **options)
 
     setattr(owner, name, call)
 
 
-def main(arguments: list[str]) -> int:
-    """Inject the fault, if there is one, and run the entry point."""
+def main(fault: str, *flags: str) -> int:
+    """Inject the fault, and run the entry point."""
     import train_cifar
-    from fastdiff.cli import run_command
 
-    fault, *flags = arguments
-    if json.loads(fault):
-        inject(json.loads(fault))
+    given = json.loads(fault)
+    Path(f"{given['mark']}-{os.environ['RANK']}").write_text(str(os.getpid()))
+    inject(given)
     sys.argv = ["train_cifar.py", *flags]
-    return run_command(train_cifar.main)
+    return train_cifar.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))
