@@ -12,6 +12,7 @@ import torch
 
 from fastdiff.config import Config, UNetConfig
 
+pytest_plugins = ["tests.kinds"]
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # `kernels` must be this repository's, also under importlib mode
 

@@ -21,7 +21,8 @@ import train_cifar
 from bench import compare, machine, track
 from bench.results import Results
 from fastdiff import cli
-from fastdiff.config import Config, UNetConfig
+from fastdiff import flags as flag_types
+from fastdiff.config import SECTION_OF, SECTIONS, Config, PresetName
 from fastdiff.data import download
 from fastdiff.reporting import pictures
 from fastdiff.training import train
@@ -35,8 +36,8 @@ CONFIG = Config.of(
     log_every=1, save_every=1, eval_every=2, features="none", eval_samples=2, eval_batch_size=2, eval_steps=2,
     grid_samples=2,
 )  # fmt: skip
-TRAIN = {**typing.get_type_hints(Config), **typing.get_type_hints(UNetConfig), "resume": Path}
-del TRAIN["net"]
+HINTS = {section: typing.get_type_hints(type(getattr(Config(), section))) for section in SECTIONS}
+TRAIN = {name: HINTS[section][name] for name, section in SECTION_OF.items()} | {"preset": PresetName, "resume": Path}
 SMALL = ("--n", "2", "--steps", "2", "--batch-size", "2", "--device", "cpu")
 FEATURES = ("--features", "efficientnet_lite0", "--feature-size", "32")
 
@@ -55,7 +56,7 @@ COMMANDS = {
 for name, small in {
     "sample": SMALL, "evaluate": [*SMALL, *FEATURES], "likelihood": SMALL, "export": ["--out", "new"]
 }.items():  # fmt: skip
-    flags = typing.get_type_hints(getattr(cli, name.capitalize()))
+    flags = typing.get_type_hints(flag_types.COMMANDS[name])
     COMMANDS[name] = (["-m", "fastdiff"], cli.main, [name, "--checkpoint", "run", *small], flags)
 
 # Values that mean so much work that a user must have meant it.

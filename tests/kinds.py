@@ -1,0 +1,65 @@
+"""The three kinds of tests, each with a command: `pytest`, `pytest -m lab`, `pytest -m guarantee`; `-m ""` runs all.
+
+Unmarked tests are the contributor's loop: each takes at most LONGEST seconds of processor time. `lab` tests compile,
+interpret, count or time. `guarantee` tests break things: crashes, faults, ranks, resume. A folder below stands for a
+kind; elsewhere a test carries the mark itself. Tests that are named on the command line run whatever their kind.
+"""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+FOLDERS = {
+    "bench": "lab", "kernels": "lab", "profiles": "lab",
+    "distributed": "guarantee", "guarantees": "guarantee", "reliability": "guarantee",
+}  # fmt: skip
+LONGEST = 2.0  # seconds of processor time, which do not depend on how busy the machine is
+TESTS = Path(__file__).resolve().parent
+
+
+def named(config: pytest.Config) -> bool:
+    """Whether the command line names tests."""
+    return config.args_source is pytest.Config.ArgsSource.ARGS
+
+
+def pytest_configure(config):
+    if not config.option.markexpr and "-m" not in config.invocation_params.args and not named(config):
+        config.option.markexpr = "not lab and not guarantee"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many as processors for a whole kind; none for what is named, which starts at once."""
+    return 0 if named(config) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kind = FOLDERS.get(item.path.relative_to(TESTS).parts[0]) if item.path.is_relative_to(TESTS) else None
+        if kind:
+            item.add_marker(getattr(pytest.mark, kind))
+
+
+def seconds() -> float:
+    """Processor time of this process and of those that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    began = seconds()
+    result = yield
+    took = seconds() - began
+    if took > LONGEST and not {"lab", "guarantee"} & set(item.keywords):
+        pytest.fail(f"took {took:.1f} s of processor time: make it quicker, or mark it lab or guarantee", pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    # Names that no encoding has are tested, and may be in the captured log, which is sent to another process.
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
