@@ -1,8 +1,8 @@
 """The three kinds of tests, each with a command: `pytest`, `pytest -m lab`, `pytest -m guarantee`; `-m ""` runs all.
 
 Unmarked tests are the contributor's loop: each takes at most LONGEST seconds of processor time. `lab` tests compile,
-interpret, count or time. `guarantee` tests break things: crashes, faults, ranks, resume. A folder below stands for a
-kind; elsewhere a test carries the mark itself. Tests that are named on the command line run whatever their kind.
+interpret, count or time. `guarantee` tests train and break things: crashes, faults, ranks, resume. The folders and
+files below have one kind; elsewhere a test carries the mark itself. Tests that the command line names run in any case.
 """
 
 import resource
@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = {
-    "bench": "lab", "kernels": "lab", "profiles": "lab",
-    "distributed": "guarantee", "guarantees": "guarantee", "reliability": "guarantee",
+KINDS = {
+    "lab": (
+        "bench/", "kernels/", "profiles/", "test_interop.py", "evaluation/test_graph_loop.py", "runtime/test_graphs.py",
+        "training/test_captured.py", "training/test_interpreter.py",
+    ),
+    "guarantee": (
+        "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
+        "runs/test_data.py", "runs/test_weights.py", "training/test_train.py",
+    ),
 }  # fmt: skip
 LONGEST = 2.0  # seconds of processor time, which do not depend on how busy the machine is
 TESTS = Path(__file__).resolve().parent
@@ -36,9 +42,9 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        kind = FOLDERS.get(item.path.relative_to(TESTS).parts[0]) if item.path.is_relative_to(TESTS) else None
-        if kind:
-            item.add_marker(getattr(pytest.mark, kind))
+        for kind, places in KINDS.items():
+            if item.path.is_relative_to(TESTS) and str(item.path.relative_to(TESTS)).startswith(places):
+                item.add_marker(getattr(pytest.mark, kind))
 
 
 def seconds() -> float:

@@ -42,6 +42,7 @@ def test_an_empty_value_is_no_default(monkeypatch, capsys, tmp_path, module, com
     assert not os.listdir()
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("columns", ["1", "3", "10"])
 def test_help_ends_however_narrow_the_terminal(repo, columns):
     for command in (["train_cifar.py"], ["-m", "fastdiff", "sample"]):

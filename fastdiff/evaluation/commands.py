@@ -23,7 +23,6 @@ from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
-from fastdiff.nets.show import table
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
 from fastdiff.reporting import pictures, plots
@@ -173,6 +172,8 @@ def export(flags: Export) -> None:
 
 def show(flags: Show) -> None:
     """Print a preset's network as a table, or the program that it is fused into."""
+    from fastdiff.nets.show import table  # its FLOP counter warns where Triton is missing
+
     config = PRESETS[flags.preset].net
     net = UNet(config)
     size = {"image_size": config.image_size, "image_channels": config.image_channels}

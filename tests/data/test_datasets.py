@@ -161,6 +161,7 @@ def test_cifar10_by_name(root, monkeypatch):
     assert load_dataset("cifar10", root=root, image_size=16).images.shape == (6, 16, 16, 3)
 
 
+@pytest.mark.lab
 def test_the_real_archive(cifar_jpeg, root):
     data = load_dataset(cifar_jpeg, root=root, split="test")
     assert data.images.shape == (10_000, 32, 32, 3)

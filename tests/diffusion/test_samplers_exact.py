@@ -155,6 +155,7 @@ def test_predictor_corrector_has_the_moments_of_its_discretisation(schedule):
     assert abs(std - STD) < 0.05  # Langevin steps of this size are too wide by 1 / (1 - snr^2), 2.6%
 
 
+@pytest.mark.lab
 def test_predictor_corrector_with_small_langevin_steps_has_the_data_s_moments():
     schedule = ALL["vp-sde"]
     ts = schedule.grid(1000)

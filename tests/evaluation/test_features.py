@@ -358,6 +358,7 @@ def test_auto_takes_inception_where_its_weights_are(random_inception, checkpoint
     assert caplog.records == []
 
 
+@pytest.mark.lab
 def test_inception_features_are_those_of_torch_fidelity(random_inception):
     """torch-fidelity's own forward resizes as TensorFlow 1 does; torchmetrics' default (antialias) does not."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

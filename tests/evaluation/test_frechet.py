@@ -302,6 +302,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypat
 # --- real features
 
 
+@pytest.mark.lab
 def test_worse_images_are_farther_away(tmp_path):
     digits = torch.tensor(load_digits().images, dtype=torch.float32)[:600, None] / 8 - 1
     digits = F.interpolate(digits, size=(32, 32), mode="bicubic", antialias=True).repeat(1, 3, 1, 1)

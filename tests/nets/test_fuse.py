@@ -204,6 +204,7 @@ def trained_once(net, parameters, x, t):
     return [p.grad for p in parameters]
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_no_two_parameters_share_the_memory_of_their_gradients(backend):
     """Clipping in place would scale it twice."""
@@ -217,6 +218,7 @@ def test_no_two_parameters_share_the_memory_of_their_gradients(backend):
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize(
     ("device", "backend"),
     [

@@ -40,7 +40,7 @@ def test_a_capture_leaves_its_three_files(tmp_path, capsys, command, title, cate
 
 
 def test_the_folder_is_named_for_device_command_and_preset():
-    topic = capture.Train(capture.dataclasses.replace(capture.defaults(["--preset", "quick"]), profile=1, device="cpu"))
+    topic = capture.Train(capture.defaults(["--preset", "quick"]).replace(profile=1, device="cpu"))
     directory = topic.directory("train")
     assert directory.name == "train-quick"
     assert directory.parent.name.startswith("cpu-")

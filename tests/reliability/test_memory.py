@@ -1,6 +1,5 @@
 """Host memory over a long run."""
 
-import dataclasses
 import gc
 import json
 import sys
@@ -37,8 +36,8 @@ def test_it_stays(tiny_config, tmp_path, promise, count):
     changes = {"steps": count + 1, "eval_every": window, "save_every": window, "keep_last": 2, "log_every": 5}
     config = tiny_config(**changes)
     if count == 2000:
-        config = dataclasses.replace(
-            PRESETS["quick"], **changes, run_root=str(tmp_path / "working"), data_root=str(tmp_path / "data"),
+        config = PRESETS["quick"].replace(
+            **changes, run_root=str(tmp_path / "working"), data_root=str(tmp_path / "data"),
             eval_samples=32, eval_batch_size=32, eval_steps=4, grid_samples=16, eval_at_start=False, device="cpu",
         )  # fmt: skip
     log, result = tmp_path / "log", tmp_path / "memory.json"

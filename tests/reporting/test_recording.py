@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import time
 
@@ -108,6 +107,7 @@ def numbers(run):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
+@pytest.mark.lab
 def test_training_goes_on_bit_for_bit(config, tmp_path, capsys):
     assert train(config) == 0
     profiled = config.replace(profile=3, run_root=str(tmp_path / "profiled"))
@@ -125,7 +125,7 @@ def test_training_goes_on_bit_for_bit(config, tmp_path, capsys):
 
     # It may be asked for, or dropped, when a run is resumed; a profile that is there is kept.
     before = (other / "profile" / "summary.md").read_bytes()
-    assert train(dataclasses.replace(profiled, steps=26), resume=other) == 0
+    assert train(profiled.replace(steps=26), resume=other) == 0
     assert (other / "profile" / "summary.md").read_bytes() == before
     assert "remove it to record another" in capsys.readouterr().out
     assert train(config.replace(steps=50, profile=2), resume=one) == 0

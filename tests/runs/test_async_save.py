@@ -84,6 +84,7 @@ def test_a_snapshot_keeps_memory_formats_and_types():
     assert copy["none"] is None
 
 
+@pytest.mark.lab
 def test_the_published_network_is_held_up_for_less_than_a_second(saver, held):
     """Weights, average and moments of 35.7 M parameters."""
     model = UNet(UNetConfig())

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -73,6 +72,6 @@ def test_a_run_goes_on_with_moved_images(run):
 
 def test_another_name_must_not_change_whether_images_are_flipped(tiny_config):
     digits = PRESETS["quick"]
-    folder = dataclasses.replace(digits, data="digits-as-files")
+    folder = digits.replace(data="digits-as-files")
     assert folder.changes(digits) == {"flip": ("off", "on")}
-    assert dataclasses.replace(folder, flip="off").changes(digits) == {}
+    assert folder.replace(flip="off").changes(digits) == {}

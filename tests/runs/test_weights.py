@@ -11,6 +11,7 @@ import torch
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.evaluation.commands import export
+from fastdiff.flags import Export
 from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
 from fastdiff.runs import checkpoint
 from fastdiff.runs.weights import initial_weights
@@ -54,7 +55,7 @@ def test_a_new_run_starts_from_what_was_saved(source, tiny_config, tmp_path, cap
     run, weights = source
     path = {"run": run, "checkpoint": run / "checkpoints" / "step-3"}.get(kind, tmp_path / "exported")
     if kind in ("safetensors", "diffusers"):
-        export(checkpoint=run, out=path, to=kind)
+        export(Export(checkpoint=run, out=path, to=kind))
     capsys.readouterr()
     saved = start(tiny_config(init_from=str(path)))
     assert saved.step == 1
@@ -78,18 +79,18 @@ def test_a_resumed_run_reads_its_own_weights(source, tiny_config, tmp_path):
     run, _ = source
     whole, cut = (tiny_config(init_from=str(run), run_root=str(tmp_path / name)) for name in ("whole", "cut"))
     train(whole.replace(steps=6))
-    train(dataclasses.replace(cut, steps=4))
+    train(cut.replace(steps=4))
     shutil.rmtree(run)
-    train(dataclasses.replace(cut, steps=6), resume=tmp_path / "cut" / "1")
+    train(cut.replace(steps=6), resume=tmp_path / "cut" / "1")
     one, other = (checkpoint.load_latest(tmp_path / name / "1" / "checkpoints").state for name in ("whole", "cut"))
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
     with pytest.raises(UserError, match="cannot change what is trained: --init-from was"):
-        train(dataclasses.replace(cut, steps=8, init_from="elsewhere"), resume=tmp_path / "cut" / "1")
+        train(cut.replace(steps=8, init_from="elsewhere"), resume=tmp_path / "cut" / "1")
 
 
 def test_runs_from_before_have_no_such_field(tiny_config):
     values = tiny_config().to_dict()
-    del values["init_from"]
+    del values["optim"]["init_from"]
     assert Config.from_dict(values) == tiny_config()
 
 

@@ -165,6 +165,7 @@ def assert_compiled_once(compiled, eager):
     assert all(torch.equal(value, end[name]) for name, value in compiled.model.state_dict().items())
 
 
+@pytest.mark.lab
 def test_the_compiled_step_does_not_recompile():
     """It is compiled as one graph (fullgraph=True), so a graph break would raise."""
     torch._dynamo.reset()
@@ -222,6 +223,7 @@ def test_a_bad_loss_alone_is_passed_over_too(kernels):
 PLAIN = dataclasses.replace(SMALL, dropout=0.0)
 
 
+@pytest.mark.lab
 def test_the_fused_step_follows_the_plain_one():
     """The same mathematics in another order: losses agree, and so do the weights after 20 steps of Adam."""
     plain, fused = make_step(net=PLAIN), make_step(net=PLAIN, kernels="triton")
@@ -254,6 +256,7 @@ def test_the_fused_step_computes_with_bf16_copies_of_its_masters():
         assert weight.storage_offset() % 64 == 0
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize(("before", "after"), [("torch", "triton"), ("triton", "torch"), ("triton", "triton")])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_either_update_goes_on_from_the_others_state(before, after, bf16):
@@ -271,6 +274,7 @@ def test_either_update_goes_on_from_the_others_state(before, after, bf16):
     assert got == (expected if before == after else pytest.approx(expected, rel=0.02 if bf16 else 2e-4))
 
 
+@pytest.mark.lab
 def test_the_whole_fused_network_compiles_as_one_graph_forward_and_backward():
     torch._dynamo.reset()
     net = UNetConfig(

@@ -238,12 +238,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny_config, t
 def test_resuming_may_not_change_what_is_trained(tiny_config, tmp_path):
     train(tiny_config(steps=10))
     run = tmp_path / "working" / "1"
-    changed = tiny_config(lr=2e-3, net=dataclasses.replace(tiny_config().net, dropout=0.2))
-    with pytest.raises(UserError, match=r"--lr was 0\.001, now 0\.002; --dropout was 0\.1, now 0\.2"):
+    changed = tiny_config(lr=2e-3, dropout=0.2)
+    with pytest.raises(UserError, match=r"--dropout was 0\.1, now 0\.2; --lr was 0\.001, now 0\.002"):
         train(changed, resume=run)
     assert train(tiny_config(steps=12, log_every=1), resume=run) == 0
     assert checkpoint.load_latest(run / "checkpoints").step == 12
-    assert json.loads((run / "config.json").read_text())["steps"] == 12
+    assert json.loads((run / "config.json").read_text())["run"]["steps"] == 12
 
 
 def test_pictures_that_cannot_be_written_cost_no_run(tiny_config, tmp_path, monkeypatch, capsys):
