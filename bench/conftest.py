@@ -16,6 +16,11 @@ BENCH = pytest.StashKey[Bench]()
 WHOLE, DESELECTED = pytest.StashKey[bool](), pytest.StashKey[bool]()
 
 
+def pytest_xdist_auto_num_workers():
+    """None: what is timed runs alone."""
+    return 0
+
+
 class ReplayClock:
     """A timer for pytest-benchmark that tells times already measured: interleaved ones, or a GPU's."""
 

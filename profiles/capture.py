@@ -3,7 +3,6 @@
 Writes trace.json.gz, summary.md and time.png into profiles/<device>/<topic>/.
 """
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -238,10 +237,8 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = dataclasses.replace(defaults(arguments), profile=5)
-    few = dataclasses.replace(
-        config, eval_sampler="ddim", eval_steps=5, eval_batch_size=min(config.eval.eval_batch_size, 64)
-    )
+    config = defaults(arguments).replace(profile=5)
+    few = config.replace(eval_sampler="ddim", eval_steps=5, eval_batch_size=min(config.eval.eval_batch_size, 64))
     commands = {"train": Train(config), "sample": Sample(few), "kernels": Kernels(config)}
     command = tyro.cli(
         tyro.extras.subcommand_type_from_defaults(

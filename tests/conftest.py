@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
-
-from fastdiff.config import Config, UNetConfig
 
 pytest_plugins = ["tests.kinds"]
 REPO = Path(__file__).resolve().parent.parent
@@ -61,46 +59,19 @@ def cifar_jpeg() -> Path:
     return path
 
 
-TINY = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1)
-
-
 @pytest.fixture
 def tiny_config(tmp_path):
-    """A run of 30 steps over 50 smooth images in batches of 8, so that an epoch ends within the 7th step."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (50, 2, 2, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
+    """`small_config` in the test's own folder."""
+    from tests.configs import small_config  # not above: kernels are tested where fastdiff is not
 
-    def make(root: Path | str = "working", **changes) -> Config:
-        config = Config.of(
-            data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
-            lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=30, device="cpu", log_every=10, save_every=10,
-            eval_every=1000, keep_last=10,
-            run_root=str(tmp_path / root), features="none", eval_batch_size=4, eval_steps=2,
-            grid_samples=4,
-        )  # fmt: skip
-        return config.replace(**changes)
-
-    return make
-
-
-def flags_of(config):
-    """The flags of `train_cifar.py` that make a config."""
-    flags = []
-    for name, value in config.flat().items():
-        if name == "preset" or value is None:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return flags
+    return partial(small_config, tmp_path)
 
 
 @pytest.fixture
 def train_in_new_process(repo):
     """Run `train_cifar.py` on a config in a process of its own; returns the completed process."""
+
+    from tests.configs import flags_of
 
     def run(config, *extra, check=True):
         command = [sys.executable, "train_cifar.py", *flags_of(config), *extra]

@@ -50,11 +50,18 @@ class Kernel:
         given = dict(zip([*self.passed, *extra], arguments, strict=True))
         sizes = REDUCTION
         if self.kind == "pointwise":
-            sizes = {f"{axis}BLOCK": min(1024, power_of_2(given.get(f"{axis.lower()}numel", 1))) for axis in "XY"}
+            sizes = {f"{axis}BLOCK": self.block(axis.lower(), given) for axis in "XY"}
         config = {block: size for block, size in sizes.items() if block in self.function.arg_names}
         grid = triton_heuristics.GridExpr.from_meta(self.inductor_meta, config).eval_slow({**given, **config})
         own = {name: given[name] for name in self.passed}
         self.function[grid](**{**own, **config, **self.triton_meta["constants"]})
+
+    def block(self, axis: str, given: dict[str, Any]) -> int:
+        """Large enough for a few programs along an axis; where kernels were merged, each has a size of its own."""
+        sizes = given | self.inductor_meta.get("combo_grid_meta", {})
+        return min(
+            1024, power_of_2(max((n for name, n in sizes.items() if name.startswith(f"{axis}numel")), default=1))
+        )
 
 
 def decorator(kind: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from tests.conftest import REPO
+from tests.configs import REPO
 
 PAGES = [REPO / "README.md", *sorted(path for path in REPO.glob("*/**/*.md") if ".venv" not in path.parts)]
 PAGES += sorted(REPO.glob(".github/**/*.md"))

@@ -5,11 +5,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 
-from fastdiff.config import Config
-from tests.conftest import REPO, TINY
+from tests.configs import REPO, small_config
 from tests.distributed import programs
 from tests.reliability.conftest import promise  # noqa: F401
 from tests.reliability.jobs import start
@@ -68,17 +66,10 @@ def run_ranks(tmp_path, monkeypatch, repo):
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """A run of 20 steps over 50 smooth images in batches of 8, so that an epoch ends within the 7th step; as a dict."""
-    coarse = np.random.default_rng(0).integers(0, 256, (50, 2, 2, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=coarse.repeat(4, 1).repeat(4, 2))
+    """As everywhere, but shorter, with two evaluations and a row for every step; as a dict."""
+    changes = {"steps": 20, "log_every": 1, "save_every": 5, "eval_every": 10, "eval_steps": 3, "grid_samples": 10}
 
-    def make(root: str = "working", **changes) -> dict:
-        config = Config.of(
-            data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=TINY, timesteps=100, batch_size=8,
-            lr=1e-3, warmup_steps=5, ema_decay=0.9, steps=20, device="cpu", log_every=1, save_every=5,
-            eval_every=10, keep_last=10, run_root=str(tmp_path / root), features="none", eval_batch_size=4,
-            eval_steps=3, grid_samples=10, rank_timeout=60.0,
-        )  # fmt: skip
-        return config.replace(**changes).to_dict()
+    def make(root: str = "working", **more) -> dict:
+        return small_config(tmp_path, root, **changes | {"rank_timeout": 60.0} | more).to_dict()
 
     return make

@@ -10,7 +10,7 @@ import pytest
 
 from fastdiff.config import Config
 from fastdiff.runs import checkpoint
-from tests.conftest import flags_of
+from tests.configs import flags_of
 from tests.distributed.conftest import torchrun
 
 PROMISE = "Ranks: one is killed, raises, exits or hangs; all gone within 40 s (timeout + 40 s), named, resumable"

@@ -15,7 +15,7 @@ from fastdiff.runs import checkpoint
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import LearningRate
 from fastdiff.training.step import step_seed
-from tests.distributed.conftest import TINY
+from tests.configs import TINY
 from tests.numerics import assert_as_accurate
 from tests.reliability.jobs import rows, same_state, saved
 

@@ -119,6 +119,7 @@ def test_closed_form_for_covariances_that_commute():
     assert found == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.lab
 def test_against_scipy_and_torchmetrics_where_covariances_are_regular():
     from torchmetrics.image.fid import _compute_fid
 

@@ -27,7 +27,7 @@ from fastdiff.data import download
 from fastdiff.reporting import pictures
 from fastdiff.training import train
 from profiles import capture
-from tests.conftest import TINY, flags_of
+from tests.configs import TINY, flags_of
 from tests.reliability.conftest import counts
 from tests.reliability.jobs import random_source
 

@@ -36,8 +36,8 @@ def test_refusals_name_the_argument(error, message, change):
 
 
 def test_q_k_and_v_are_the_linear_layers_chunks_and_so_are_their_gradients(device):
-    drawn = [torch.randn(shape, device=device, dtype=torch.float64) for shape in ((2, 1, 5, 6), (24, 6), (24,))]
-    weights = [torch.randn(2, 1, 5, 8, device=device, dtype=torch.float64) for _ in range(3)]
+    drawn = [torch.randn(shape, device=device) for shape in ((2, 1, 5, 6), (24, 6), (24,))]
+    weights = [torch.randn(2, 1, 5, 8, device=device) for _ in range(3)]
     outcomes = []
     for fn in (linear_qkv, lambda x, weight, bias: F.linear(x, weight, bias).chunk(3, -1)):
         leaves = [v.clone().requires_grad_() for v in drawn]

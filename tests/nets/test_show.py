@@ -22,6 +22,7 @@ def test_the_parts_of_the_cifar10_network_add_up():
     assert total[1] == pytest.approx(sum(row[1] for row in parts), abs=0.01)
 
 
+@pytest.mark.lab
 def test_the_command_prints_the_table_or_the_fused_program(capsys):
     assert main(["show"]) == 0
     assert "35,746,307" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def old_run(tmp_path):
     values = json.loads((run / "config.json").read_text())
     config = Config.from_dict(values).replace(data=str(tmp_path / "images.npz"), steps=8)
     path = next((run / "checkpoints").iterdir())
-    rewrite(path, lambda manifest: manifest["state"]["config"]["images"].__setitem__("data", config.images.data))
+    rewrite(path, lambda manifest: manifest["state"]["config"].__setitem__("data", config.images.data))
     return run, config
 
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from fastdiff.runs import checkpoint
-from tests.conftest import flags_of
+from tests.configs import flags_of
 from tests.reliability import jobs
 from tests.reliability.conftest import counts
 

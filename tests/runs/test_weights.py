@@ -16,7 +16,7 @@ from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
 from fastdiff.runs import checkpoint
 from fastdiff.runs.weights import initial_weights
 from fastdiff.training.train import train
-from tests.conftest import TINY
+from tests.configs import TINY
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_new_run_starts_from_what_was_saved(source, tiny_config, tmp_path, cap
     saved = start(tiny_config(init_from=str(path)))
     assert saved.step == 1
     assert_weights(saved, weights)
-    assert saved.state["config"]["init_from"] == str(path)
+    assert saved.state["config"]["optim"]["init_from"] == str(path)
     out = " ".join(capsys.readouterr().out.split())
     assert f"weights from {path}" in out
     assert "trained as eps on ddpm-linear, 100 timesteps" in out
