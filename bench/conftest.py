@@ -16,8 +16,9 @@ BENCH = pytest.StashKey[Bench]()
 WHOLE, DESELECTED = pytest.StashKey[bool](), pytest.StashKey[bool]()
 
 
-def pytest_xdist_auto_num_workers():
+def pytest_xdist_auto_num_workers(config):
     """None: what is timed runs alone."""
+    config.option.dist = "no"
     return 0
 
 
