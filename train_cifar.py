@@ -36,6 +36,8 @@ def defaults(arguments: list[str]) -> Config:
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not fields")
             return Config.from_dict(values)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def _recorded(command: Callable[[], int]) -> Callable[[], int]:
                 super().record_exception(e)
             else:  # torchrun shows it where there is no "py_callstack"
                 summary = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
-                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": summary}))
+                with suppress(OSError):  # a full disk must not hide the cause
+                    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": summary}))
 
     recorded = record(command, Handler())
     return lambda: recorded() or 0  # None: SystemExit(0), as of --help

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, checked when they are built, and the table of presets."""
+"""What a run is made of: a frozen dataclass for each section, checked when it is built."""
 
 import dataclasses
 import math
@@ -43,6 +43,7 @@ def _check_words(section: object) -> None:
 
 
 DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
+NEEDS_SIGNAL = ("eps", "score")  # objectives whose prediction does not determine x0 where alpha = 0
 # What --schedule auto means for each objective: the one of its paper, or the baseline's.
 AUTO_SCHEDULE = {
     "eps": "ddpm-linear", "x0": "ddpm-linear", "v": "ddpm-linear", "score": "vp-sde", "flow": "flow", "edm": "edm",
@@ -118,7 +119,7 @@ class ImagesConfig:
     loader: Literal["auto", "dali", "resident"] = "auto"
     """`dali`: NVIDIA DALI pipeline; `resident`: whole set on the device; `auto`: dali on CUDA, else resident."""
     flip: Literal["auto", "on", "off"] = "auto"
-    """Mirror every other image at random; `auto`: on, but off for digits."""
+    """Mirror each image with probability 1/2; `auto`: on, but off for digits."""
 
     def __post_init__(self) -> None:
         _check_words(self)
@@ -162,7 +163,7 @@ class DiffusionConfig:
                 f"--zero-terminal-snr rescales {' and '.join(DISCRETE_SCHEDULES)}, but --schedule is {schedule}{auto}; "
                 "drop one of them."
             )
-        if self.objective in ("eps", "score") and (self.zero_terminal_snr or schedule == "flow"):
+        if self.objective in NEEDS_SIGNAL and (self.zero_terminal_snr or schedule == "flow"):
             reason = "--zero-terminal-snr" if self.zero_terminal_snr else "--schedule flow"
             raise UserError(
                 f"--objective {self.objective} cannot tell the image from pure noise, with which {reason} begins; "
@@ -216,7 +217,7 @@ class OptimConfig:
     lr: float = 2e-4
     """Learning rate after warm-up."""
     warmup_steps: int = 5000
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly; the first has lr / warmup_steps."""
     lr_decay: Literal["constant", "linear-decay", "wsd"] = "constant"
     """After warm-up: `linear-decay`: fall linearly to 0 at --steps; `wsd`: stay, then fall over the last steps."""
     decay_fraction: float = 0.2
@@ -295,7 +296,7 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, data order, noise and evaluation samples; at least 0."""
     log_every: int = 100
-    """Steps between metric rows; the only moments in which the host reads a value of the device."""
+    """Steps between metric rows; between them, saves and evaluations the host reads no value of the device."""
     save_every: int = 10_000
     """Steps between checkpoints."""
     keep_last: int = 3
@@ -331,7 +332,7 @@ class MachineConfig:
     """On a GPU, only algorithms that give the same bits in every run, so that a resumed run is the unbroken one bit for
     bit; slower. A CPU always does."""
     rank_timeout: float = 600.0
-    """Several ranks: seconds that one waits for another in training before all end."""
+    """Several ranks: seconds that one waits for another before all end; more than a batch of samples takes."""
 
     def __post_init__(self) -> None:
         _check_words(self)
@@ -387,8 +388,8 @@ class Config:
         changes: dict[str, Any] = {name: flags[name] for name in flags if name in SECTIONS or name == "preset"}
         for section in SECTIONS:
             values = {name: value for name, value in flags.items() if SECTION_OF.get(name) == section}
-            if values and section not in changes:
-                changes[section] = dataclasses.replace(getattr(self, section), **values)
+            if values:
+                changes[section] = dataclasses.replace(flags.get(section, getattr(self, section)), **values)
         if unknown := sorted(flags.keys() - SECTION_OF.keys() - SECTIONS.keys() - {"preset"}):
             raise TypeError(f"no flag has the name {', '.join(unknown)}")
         return dataclasses.replace(self, **changes)
@@ -440,7 +441,10 @@ class Config:
                 flat[name] = value
         if unknown := sorted(flat.keys() - SECTION_OF.keys() - {"preset"}):
             raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
-        return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
+        try:
+            return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
+        except TypeError as error:
+            raise UserError(f"config.json has a field of another type ({error}); restore it.") from error
 
 
 # Section -> the names of its fields; and flag -> its section. No two sections have a field of one name.

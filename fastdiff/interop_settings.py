@@ -193,7 +193,7 @@ def scheduler_to_diffusers(
 
 
 def trained_as(settings: Mapping[str, Any]) -> str:
-    """What a network was trained for, by the settings of its scheduler; see `fastdiff.config.diffusion.task`."""
+    """What a network was trained for, by the settings of its scheduler; see `fastdiff.config.task`."""
     s: dict[str, Any] = {
         "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon", **settings,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fastdiff.config import (
     AUTO_SCHEDULE,
     DISCRETE_SCHEDULES,
+    NEEDS_SIGNAL,
     RESUMABLE_CHANGES,
     SECTION_OF,
     SECTIONS,
@@ -67,6 +68,7 @@ def test_the_objective_changes_by_one_flag(preset, objective):
 def test_auto_schedules_are_those_of_the_objectives():
     assert set(DISCRETE_SCHEDULES) == set(DISCRETE)
     assert AUTO_SCHEDULE.keys() == OBJECTIVES.keys()
+    assert set(NEEDS_SIGNAL) == {name for name, kind in OBJECTIVES.items() if kind.needs_signal}
     assert Config().replace(objective="edm").diffusion.resolved_schedule == "edm"
     assert Config().replace(objective="edm", schedule="cosine").diffusion.resolved_schedule == "cosine"
 
@@ -158,6 +160,18 @@ BAD_NET = [
 def test_a_bad_network_is_refused(name, value):
     with pytest.raises(UserError, match="but must be"):
         dataclasses.replace(UNetConfig(), **{name: value})
+
+
+def test_a_flag_beside_its_section_counts():
+    assert Config.of(net=UNetConfig(channels=64), channels=32).net.channels == 32
+    with pytest.raises(TypeError, match="no flag has the name chanels"):
+        Config.of(chanels=32)
+
+
+@pytest.mark.parametrize("values", [{"lr": "x"}, {"run": {"steps": "5"}}, {"net": {"channel_mult": 5}}])
+def test_a_field_of_another_type_is_one_line(values):
+    with pytest.raises(UserError, match="config.json has a field of another type"):
+        Config.from_dict(values)
 
 
 def test_flags_have_names_of_their_own():

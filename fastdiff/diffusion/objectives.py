@@ -46,7 +46,7 @@ class Objective(ABC):
         UserError: an unknown weighting or time sampling, or a schedule that this kind or the time sampling cannot have.
     """
 
-    needs_signal = False  # whether the prediction does not determine x0 where alpha = 0
+    needs_signal = False  # True if x0 cannot be recovered from the prediction where alpha = 0
 
     def __init__(
         self,

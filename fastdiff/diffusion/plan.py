@@ -69,7 +69,7 @@ def run(
     Args:
         x_T: (N, C, H, W), noise of the schedule's `prior_std`; the result has its dtype and device.
         generator: draws the noise that steps add, on the device of x_T.
-        on_step: called after each step, with its number.
+        on_step: called after each step as on_step(i, x before the step, x0_hat).
     """
     x, i = x_T, 0
 

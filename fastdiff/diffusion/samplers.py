@@ -9,7 +9,7 @@ on_step=None, **options) -> x_0`:
     ts         (n + 1,) float64 descending times, ts[-1] = 0 for clean images: `schedule.grid(n)`
     clip_x0    clamp each x0_hat to [-1, 1]; scores and noise estimates follow from the clamped value
     generator  source of the noise that stochastic samplers add, on the device of x_T
-    on_step    called as on_step(i, x_t, x0_hat) after step i, for figures and progress
+    on_step    called after step i as on_step(i, x_t before the step, x0_hat), for figures and progress
     options    the sampler's own, see its function; each raises UserError for a bad grid or option
 """
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
@@ -62,7 +63,8 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()
-    network = fuse(model) if config.resolved(device.type).machine.kernels == "triton" else model
+    ours = config.resolved(device.type).machine.kernels == "triton"
+    network = fuse(model) if ours and (TRITON_INSTALLED or device.type == "cpu") else model
     objective = make_objective(**config.diffusion.arguments)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
@@ -99,22 +101,22 @@ def evaluate(
     if distance is not None:
         distance.reset()
     kept: list[tuple[int, Tensor]] = []
-    stopped = False
-    try:
-        with bar("sampling", total) if ranks.is_main else nullcontext() as show:
-            batches = generator.batches(
-                total, seed=seed, on_step=lambda *_: check(), progress=show, rank=ranks.rank, ranks=ranks.size
-            )
-            for i, images in enumerate(batches):
-                first = (i * ranks.size + ranks.rank) * min(generator.batch_size, total)
-                if first < keep:
-                    kept.append((first, images[: keep - first].cpu()))
-                if distance is not None and first < n:
-                    distance.update(images[: n - first])
-    except Stopped:
-        stopped = True
-    if ranks.any(stopped, "the end of sampling"):  # also if a signal reached only some of the ranks in time
-        raise Stopped
+    size = min(generator.batch_size, total)
+    with bar("sampling", total) if ranks.is_main else nullcontext() as show:
+        batches = generator.batches(
+            total, seed=seed, on_step=lambda *_: check(), progress=show, rank=ranks.rank, ranks=ranks.size
+        )
+        for first in range(size * ranks.rank, total + size * ranks.rank, size * ranks.size):  # as often on every rank
+            try:
+                images, stopped = next(batches, None), False
+            except Stopped:
+                images, stopped = None, True
+            if images is not None and first < keep:
+                kept.append((first, images[: keep - first].cpu()))
+            if images is not None and distance is not None and first < n:
+                distance.update(images[: n - first])
+            if ranks.any(stopped, "sampling"):  # also if a signal reached only some of the ranks in time
+                raise Stopped
     grid = sorted((each for part in ranks.gather(kept, "the samples") for each in part), key=lambda each: each[0])
     settings = generator.settings
     row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}

@@ -48,7 +48,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p, self.stream = p, 0  # the stream sets a network's layers apart, see `number_dropouts`
+        self.p, self.stream = p, 0  # the stream sets a network's layers apart, see `tag_dropouts`
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); seed: (1,) int64, or None for a mask from PyTorch's own generator."""
@@ -59,7 +59,7 @@ class Dropout(nn.Module):
         return x * dropout_factor_torch(seed, x.shape, self.stream, self.p).to(x.dtype)
 
 
-def number_dropouts(net: nn.Module) -> None:
+def tag_dropouts(net: nn.Module) -> None:
     """Give each Dropout of a network a stream of its own."""
     for i, layer in enumerate(m for m in net.modules() if isinstance(m, Dropout)):
         layer.stream = i

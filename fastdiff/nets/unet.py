@@ -5,15 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.config import UNetConfig
-from fastdiff.nets.layers import (
-    Downsample,
-    ResidualBlock,
-    SelfAttention,
-    TimeEmbedding,
-    Upsample,
-    number_dropouts,
-    zeroed,
-)
+from fastdiff.nets.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, tag_dropouts, zeroed
 
 
 class DownStage(nn.Module):
@@ -101,7 +93,7 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(groups, c, eps)
         self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
-        number_dropouts(self)
+        tag_dropouts(self)
 
     def forward(self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
         """Predict from noised images.

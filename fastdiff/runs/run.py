@@ -186,7 +186,10 @@ class Run:
         """Have `config.json` hold this, where it does not."""
         text = json_text(config)
         if self.config != json.loads(text):
-            write_atomically(self.path / "config.json", text.encode())
+            try:
+                write_atomically(self.path / "config.json", text.encode())
+            except OSError as error:
+                raise _cannot_write(self.path, error) from error
             self.config = json.loads(text)
 
     def truncate(self, step: int, *, drop: Callable[[Row], bool] = lambda row: False) -> None:

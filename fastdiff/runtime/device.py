@@ -26,7 +26,7 @@ if hasattr(torch._inductor.config, "combo_kernel_max_num_nodes"):
     COMPILE_OPTIONS["combo_kernel_max_num_nodes"] = 16
 P = ParamSpec("P")
 R = TypeVar("R")
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ class Ranks:
     local_rank: int = 0
     timeout: float = 600.0
     _group: dist.ProcessGroup | None = None  # None: the default group, which waits for START_UP
+    _parent: int = field(default_factory=os.getppid)
 
     @classmethod
     def launched(cls, device: str, *, timeout: float) -> "Ranks":
@@ -83,6 +84,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is the rank that writes."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether torchrun, which started this rank, is gone."""
+        return self._parent != os.getppid() and "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:

@@ -24,6 +24,7 @@ class Saver:
     def __init__(self, run: Run | None, state: RunState, *, ends: Callable[[], bool], say: Callable[[str], None]):
         self.run, self.state, self.ends, self.say = run, state, ends, say
         self.failed = False  # the last save: the next boundary tries again
+        self._step = -1  # of the last save
         self._writer = BackgroundSaver(run.checkpoints) if run is not None else None
 
     def __enter__(self) -> "Saver":
@@ -49,10 +50,12 @@ class Saver:
         if not torch.stack([t.isfinite().all().to(numbers[0].device) for t in numbers]).all():
             raise TrainingFailed(
                 f"a weight, average or moment is not finite at step {step:,}, which is not saved; {self.last_good()}. "
-                f"A lower --lr (now {config.optim.lr:g}) or --precision fp32 may help."
+                f"A new run from there (--init-from) with a lower --lr (now {config.optim.lr:g}) or --precision fp32 "
+                "may help."
             )
         self.run.sync()
         best = {self.state.best["step"]} if self.state.best else set()
+        self._step = step
         self._writer.save(step, values, keep_last=config.run.keep_last, keep_steps=best)
         if self.ends():
             self.collect(wait=True)
@@ -70,7 +73,7 @@ class Saver:
         except checkpoint.NotSaved as error:
             self.failed = True
             message = f"{error.strerror}; {self.last_good()}"
-            if self.ends():
+            if self.ends() and self._step == self.state.step:  # an older one is tried again, at the last step
                 raise TrainingFailed(f"{message}. Free some space and resume") from error
             self.say(f"{message}. Training goes on, and the next {self.state.config.run.log_every} steps try again")
 

@@ -164,25 +164,26 @@ class TrainStep:
         eps = torch.randn(total, height, width, channels, generator=self.noise, device=self.device)
         batch = (self.images, t[mine], eps[mine].permute(0, 3, 1, 2))
         parts = [batch] if self.accumulate == 1 else zip(*(v.chunk(self.accumulate) for v in batch), strict=True)
-        losses, images, share = [], [], 1 / (self.accumulate * self.size)
+        losses, of_images, share = [], [], 1 / (self.accumulate * self.size)
         for i, part in enumerate(parts):
             with record_function("forward"):
                 loss, per_image = self.loss(*part)
             with record_function("backward"):
                 self.update.add(torch.autograd.grad(loss, self.leaves), share=share, first=i == 0)
             losses.append(loss.detach())
-            images.append(per_image.detach())
+            of_images.append(per_image.detach())
+        image_losses = torch.cat(of_images)
         if self.ranks is None:
-            loss, every = losses[0] if len(losses) == 1 else torch.stack(losses).mean(), torch.cat(images)
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         else:
-            every = torch.zeros(total, device=self.device)
-            every[mine] = torch.cat(images)
+            gathered = torch.zeros(total, device=self.device)
+            gathered[mine] = image_losses
             with record_function("all-reduce"):
-                self.ranks.sum_([every], "all-reduce of the loss")
+                self.ranks.sum_([gathered], "all-reduce of the loss")
                 self.update.reduce(self.ranks.sum_)
-            loss = every.mean()
+            loss, image_losses = gathered.mean(), gathered
         grad_norm = self.update.apply(grad_clip=self.grad_clip, good=loss.isfinite())
-        self.account(t, every, loss, grad_norm)
+        self.account(t, image_losses, loss, grad_norm)
 
     def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
         """Add a step to the sums: t and losses (N,) of all its images, their mean loss and gradient norm (0-dim)."""

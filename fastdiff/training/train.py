@@ -81,7 +81,7 @@ def train(
         The exit code: 0, or 128 + the number of the signal that stopped the run.
 
     Raises:
-        UserError: bad input, before anything is written.
+        UserError: bad input, before anything is written; or the step cannot be captured in a CUDA graph.
         TrainingFailed: the loss or a gradient was not finite, the last step could not be saved, or another rank failed.
     """
     with ExitStack() as stack:
@@ -171,23 +171,34 @@ def _loop(
         saver.save()
         plot(state, run, progress)
 
+    def signalled() -> bool:
+        """Whether a signal has come to any rank, or torchrun is gone; all ranks know then."""
+        number = ranks.any(stop.signal or (signal.SIGHUP if ranks.orphaned else 0))  # on the host: no wait for a GPU
+        if number:
+            stop.signal = signal.Signals(number)
+        return bool(number)
+
     def evaluate() -> None:
-        if ranks.any(stop.signal or 0):  # all of them, or none
+        if signalled():
             raise Stopped
-        row = evaluator(state.step, state.images, stop.check)
+        try:
+            row = evaluator(state.step, state.images, stop.check)
+        except Stopped:
+            signalled()
+            raise
         state.evaluated = state.step
         if row is not None and run is not None:
             state.add_evaluation(row)
             after_evaluation(run)
 
-    def evaluates() -> bool:
+    def evaluation_due() -> bool:
         return state.step % config.eval.eval_every == 0 or state.step == config.run.steps
 
     _check_ranks(session, state, saver)
     if run is not None and state.step == 0:
         with run.spared(progress.print):
             draw_forward_noising(step.objective, image_set, run.saves / "forward-noising.png", seed=config.run.seed)
-    due = config.eval.eval_at_start if state.step == 0 else evaluates()
+    due = config.eval.eval_at_start if state.step == 0 else evaluation_due()
     if due and state.evaluated != state.step:  # at the start, or where the last process was stopped before it
         try:
             evaluate()
@@ -213,34 +224,32 @@ def _loop(
             ready = step.ready
             step(images, state.step)
             state.step += 1
-            stopping = ranks.any(stop.signal or 0)  # on the host: no wait for a GPU
-            if stopping:
-                stop.signal = signal.Signals(stopping)
+            stopping = signalled()
             saver.collect()
             if recorder is not None:
                 clock += recorder.after_step(state.step)  # what the profiler takes is no training time
-            logs = state.step % config.run.log_every == 0 or state.step == config.run.steps
-            saves = state.step % config.run.save_every == 0 or evaluates() or bool(stopping)
-            if not (logs or saves):
+            log_due = state.step % config.run.log_every == 0 or state.step == config.run.steps
+            save_due = state.step % config.run.save_every == 0 or evaluation_due() or stopping
+            if not (log_due or save_due):
                 if not ready:
                     _check_finite(session, step, saver, image_set)  # waits for the device: the clock starts after it
                     state.last_log, clock = (state.step, state.seconds), time.perf_counter()
                 continue
             _check_finite(session, step, saver, image_set)  # waits for the device: the clock has seen all its work
             state.seconds += time.perf_counter() - clock
-            if logs:
+            if log_due:
                 log(state, run, progress)
             if (
                 state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0
             ):  # not at a last step between
                 state.noise_history.append({"step": state.step, **step.noise_levels.read()})
-            if saves:
+            if save_due:
                 _check_ranks(session, state, saver)
-            if saves or saver.failed:
+            if save_due or saver.failed:
                 save()  # before an evaluation, so that a crash in it costs nothing
             if stopping:
                 raise Stopped
-            if evaluates():
+            if evaluation_due():
                 evaluate()
                 save()  # with the new distance
             clock = time.perf_counter()
@@ -326,8 +335,8 @@ def _check_finite(session: Session, step: TrainStep, saver: Saver, image_set: Im
             dump_batch(step, config, run, image_set, bad)
         raise TrainingFailed(
             f"the loss or the gradient of step {bad + 1:,} is not finite; nothing was saved after it, and "
-            f"{saver.last_good()}. {run.path / dump} tells its batch. A lower --lr (now {config.optim.lr:g}) or "
-            "--precision fp32 may help."
+            f"{saver.last_good()}. {run.path / dump} tells its batch. A new run from there (--init-from) "
+            f"with a lower --lr (now {config.optim.lr:g}) or --precision fp32 may help."
         )
 
 
@@ -368,7 +377,7 @@ def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
     saved = checkpoint.load_latest(resume / "checkpoints")
     if saved is None:
         raise UserError(
-            f"--resume {resume} has no checkpoint to continue from (it was stopped before --save-every "
+            f"--resume {resume} has no checkpoint to continue from (it ended before --save-every "
             f"{config.run.save_every} steps); start a new run."
         )
     for path, reason in saved.skipped:

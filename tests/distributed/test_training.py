@@ -154,6 +154,14 @@ def test_ranks_that_wait_for_each_other_end(run_ranks):
     assert "in: broadcast" in ended.errors[1]
 
 
+def test_a_rank_knows_that_torchrun_is_gone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ranks = Ranks(torch.device("cpu"))
+    assert not ranks.orphaned
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert ranks.orphaned
+
+
 def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
     """Each would train a run of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -515,3 +515,6 @@ def test_flags_override_the_preset_and_the_run(tmp_path, repo, monkeypatch):
         flags = parse([*form, "--log-every", "3"])
         assert flags.config == saved.replace(log_every=3)
         assert flags.resume == tmp_path
+    (tmp_path / "config.json").write_text('{"tomorrow": 3}')
+    with pytest.raises(UserError, match=r"^config\.json has fields that this version does not know: tomorrow"):
+        parse(["--resume", str(tmp_path)])

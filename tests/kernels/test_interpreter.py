@@ -115,8 +115,8 @@ def verdicts(repo, tmp_path_factory) -> dict[str, tuple[int, str]]:
         copy = copies[name]
         shutil.copytree(repo / "kernels", copy / "kernels", ignore=no_cache)
         shutil.copytree(repo / "tests" / "kernels", copy / "tests" / "kernels", ignore=no_cache)
-        for path in ("tests/conftest.py", "tests/interpreter.py", "tests/numerics.py", "pyproject.toml"):
-            shutil.copy(repo / path, copy / path)
+        for path in ("conftest.py", "kinds.py", "interpreter.py", "numerics.py", "../pyproject.toml"):
+            shutil.copy(repo / "tests" / path, copy / "tests" / path)
         text = (copy / "kernels" / file).read_text()
         assert right in text, f"{file} no longer holds {right!r}: plant the bug {name!r} elsewhere"
         (copy / "kernels" / file).write_text(text.replace(right, wrong))

@@ -13,7 +13,7 @@ import kernels
 from fastdiff.nets import fuse as rules
 from fastdiff.nets.fuse import RULES, fold_into_norms, fuse, half_parameters
 from fastdiff.nets.graph import program
-from fastdiff.nets.layers import Dropout, SelfAttention, Upsample, number_dropouts
+from fastdiff.nets.layers import Dropout, SelfAttention, Upsample, tag_dropouts
 from fastdiff.nets.unet import UNet, UNetConfig
 from tests.numerics import assert_as_accurate
 
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
         self.drop = Dropout(config.dropout)
         self.attention = SelfAttention(c, groups=2, eps=1e-5)
         self.up, self.shrink = Upsample(c), nn.Conv2d(c, config.image_channels, 2, stride=2)
-        number_dropouts(self)
+        tag_dropouts(self)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t, dropout_seed=None):

@@ -383,3 +383,15 @@ def test_a_full_disk_at_the_start_is_one_line_and_leaves_no_directory(tmp_path, 
     with pytest.raises(UserError, match=r"No space left on device; [\d,]+ bytes are free.; free some space"):
         create_run(tmp_path / "working", config={})
     assert list((tmp_path / "working").iterdir()) == []
+
+
+def test_a_config_that_a_full_disk_refuses_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with create_run(tmp_path, config={"a": 1}) as run:
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=f"{run.path}: .*No space left"):
+            run.record_config({"a": 2})
+        monkeypatch.undo()
+        assert json.loads((run.path / "config.json").read_text()) == {"a": 1}

@@ -298,6 +298,21 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
     assert (run / "saves" / "fid.png").exists()
 
 
+def test_a_save_that_fails_in_the_background_does_not_cost_the_last_one(tiny_config, tmp_path, monkeypatch, capsys):
+    real = checkpoint.save
+
+    def save(directory, step, state):
+        if step == 10:
+            time.sleep(1)
+            raise checkpoint.NotSaved(28, "step-10 is not saved: no space")
+        return real(directory, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert train(tiny_config(steps=11, save_every=10)) == 0
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "working" / "1" / "checkpoints")] == ["step-11"]
+    assert "step-10 is not saved" in capsys.readouterr().out
+
+
 def test_fixed_buffers_train_the_same(tiny_config, tmp_path):
     for graphs in (False, True):
         train(tiny_config(steps=10, graphs=graphs, run_root=str(tmp_path / str(graphs))))
