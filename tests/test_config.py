@@ -170,7 +170,7 @@ def test_a_flag_beside_its_section_counts():
 
 @pytest.mark.parametrize("values", [{"lr": "x"}, {"run": {"steps": "5"}}, {"net": {"channel_mult": 5}}])
 def test_a_field_of_another_type_is_one_line(values):
-    with pytest.raises(UserError, match="config.json has a field of another type"):
+    with pytest.raises(UserError, match=r"config\.json has a field of another type"):
         Config.from_dict(values)
 
 
