@@ -112,7 +112,7 @@ def test_a_schedule_that_does_not_end_in_noise_is_told_at_the_start(tiny_config,
     assert ("warning ddpm-linear with T = 100 does not end in noise: x_T keeps 0.6 of the image" in out) == warns
 
 
-@pytest.mark.parametrize("stop", [1, 6, 7, 13, 20])  # the 7th step holds the edge of the first epoch
+@pytest.mark.parametrize("stop", [1, 7, 20])  # the 7th step holds the edge of the first epoch
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, monkeypatch, stop):
     whole = tiny_config(run_root=str(tmp_path / "whole"))
     assert train(whole) == 0
