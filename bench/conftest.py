@@ -16,12 +16,6 @@ BENCH = pytest.StashKey[Bench]()
 WHOLE, DESELECTED = pytest.StashKey[bool](), pytest.StashKey[bool]()
 
 
-def pytest_xdist_auto_num_workers(config):
-    """None: what is timed runs alone."""
-    config.option.dist = "no"
-    return 0
-
-
 class ReplayClock:
     """A timer for pytest-benchmark that tells times already measured: interleaved ones, or a GPU's."""
 

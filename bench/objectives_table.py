@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from fastdiff.cli import run_command  # noqa: E402
-from fastdiff.config import SamplerName  # noqa: E402
+from fastdiff.sections import SamplerName  # noqa: E402
 
 COLUMNS = (
     "objective",
@@ -101,7 +101,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     from fastdiff.evaluation.features import make_extractor
     from fastdiff.evaluation.frechet import FrechetDistance
     from fastdiff.evaluation.generate import SamplerSettings
-    from fastdiff.runtime.device import resolve_bf16, resolve_device
+    from fastdiff.runtime.device import resolve_device
 
     path = flags.work / objective / f"measured-{flags.steps}-{flags.samples}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -120,7 +120,7 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
     distance = FrechetDistance(extractor, data, cache_dir=cache_folder(config.images.data_root), device=device)
     for sampler, steps in plan:
         generator = trained.generator(
-            SamplerSettings(sampler, steps), batch_size=256, device=device, bf16=resolve_bf16("auto", device)
+            SamplerSettings(sampler, steps), batch_size=256, device=device, bf16=device.type == "cuda"
         )
         row, kept = evaluate(generator, distance, n=flags.samples, seed=0, keep=8)
         row |= {

@@ -22,7 +22,7 @@ import tyro
 from bench import inductor_mock
 from bench.step_variants import SMALL, VARIANTS, Counts, Variant, count_small, count_variant
 from fastdiff.cli import run_command
-from fastdiff.config import UNetConfig
+from fastdiff.sections import UNetConfig
 from kernels.caching import source_hash
 
 REPO = Path(__file__).resolve().parent.parent

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import inductor_mock
 from bench.inductor_mock import Call
-from fastdiff.config import UNetConfig
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
 from fastdiff.nets.unet import UNet
-from fastdiff.runtime.device import COMPILE_OPTIONS
+from fastdiff.runtime.device import compile_options
+from fastdiff.sections import UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep
@@ -122,7 +122,7 @@ def graphs_of(
         return mean
 
     with norms_of(variant):
-        return inductor_mock.count(loss, [*weights, images, t, eps], COMPILE_OPTIONS if variant == "ours" else None)
+        return inductor_mock.count(loss, [*weights, images, t, eps], compile_options() if variant == "ours" else None)
 
 
 def norm_shapes(config: UNetConfig) -> Counter[tuple[int, int, bool, bool]]:

@@ -14,11 +14,12 @@ from bench import machine
 from bench.bars import BARS, Better, verdict
 from bench.results import Ratio, Results, Row
 from bench.timing import WARM_UP, Samples, Stopwatch, Workload, interleave
-from fastdiff.config import Config, UNetConfig
+from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
 from fastdiff.runtime.device import environment, set_backends
+from fastdiff.sections import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _key(row: Row) -> tuple:
 def write(run: Any, now: Now | None) -> int:
     """Bring track.jsonl and track.png of an open `fastdiff.runs.run.Run` up to date; returns the rows."""
     from fastdiff.reporting.plots import plot_track
-    from fastdiff.runs.run import write_atomically
+    from fastdiff.runs.files import write_atomically
 
     path = run.path / "track.jsonl"
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff.config import PresetName, SamplerName, SpacingName
+from fastdiff.sections import PresetName, SamplerName, SpacingName
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdiff.config import UNetConfig
 from fastdiff.errors import UserError
 from fastdiff.interop_settings import (
     scheduler_to_diffusers,
@@ -24,6 +23,7 @@ from fastdiff.interop_settings import (
     unet_config_to_diffusers,
 )
 from fastdiff.nets.unet import UNet
+from fastdiff.sections import UNetConfig
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [

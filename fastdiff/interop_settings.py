@@ -8,8 +8,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.config import UNetConfig, task
 from fastdiff.errors import UserError
+from fastdiff.sections import UNetConfig, task
 
 # diffusers' settings that reproduce each of our schedules.
 SCHEDULES: dict[str, dict[str, Any]] = {

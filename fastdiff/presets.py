@@ -1,6 +1,7 @@
 """The table of recipes: `--preset NAME` gives every other flag its default."""
 
-from fastdiff.config import Config, UNetConfig
+from fastdiff.config import Config
+from fastdiff.sections import UNetConfig
 
 PRESETS: dict[str, Config] = {
     "ddpm-cifar10": Config.of(),

@@ -5,6 +5,7 @@ interpret, count or time. `guarantee` tests train and break things: crashes, fau
 files below have one kind; elsewhere a test carries the mark itself. Tests that the command line names run in any case.
 """
 
+import os
 import resource
 from pathlib import Path
 
@@ -17,7 +18,8 @@ KINDS = {
     ),
     "guarantee": (
         "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
-        "runs/test_data.py", "runs/test_weights.py", "training/test_train.py",
+        "evaluation/test_export.py", "runs/test_data.py", "runs/test_weights.py", "training/test_resume.py",
+        "training/test_train.py",
     ),
 }  # fmt: skip
 LONGEST = 3.0  # seconds of processor time: 2, and what a slower machine takes more
@@ -34,9 +36,13 @@ def pytest_configure(config):
         config.option.markexpr = "not lab and not guarantee"
 
 
-def pytest_xdist_auto_num_workers(config):
-    """As many as processors for a whole kind; none for what is named, which starts at once."""
-    return 0 if named(config) else None
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A whole kind runs in one process a core, file by file; what is named runs in this one, which starts at once."""
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):  # xdist asks each process anew
+        return
+    if config.option.numprocesses is None and not (named(config) or config.option.usepdb):
+        config.option.numprocesses, config.option.dist = os.cpu_count(), "loadfile"
 
 
 @pytest.hookimpl(tryfirst=True)

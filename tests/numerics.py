@@ -41,3 +41,14 @@ def assert_as_accurate(fused: Tensor, eager: Tensor, exact: Tensor, what: str = 
         f"{what}: error {excess:.2f} times the allowed one (largest errors: ours {(f - x).abs().max():.2e}, "
         f"plain PyTorch {(e - x).abs().max():.2e}; largest value {x.abs().max():.2e}, {fused.dtype})"
     )
+
+
+class Float64(torch.nn.Module):
+    """A network in float64 behind a float32 interface."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, x, t):
+        return self.net(x.double(), t)

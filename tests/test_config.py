@@ -5,16 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.config import (
-    AUTO_SCHEDULE,
-    DISCRETE_SCHEDULES,
-    NEEDS_SIGNAL,
-    RESUMABLE_CHANGES,
-    SECTION_OF,
-    SECTIONS,
-    Config,
-    UNetConfig,
-)
+from fastdiff.config import RESUMABLE_CHANGES, SECTION_OF, SECTIONS, Config
 from fastdiff.diffusion.objectives import OBJECTIVES, make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
@@ -22,6 +13,7 @@ from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
 from fastdiff.presets import PRESETS
+from fastdiff.sections import AUTO_SCHEDULE, DISCRETE_SCHEDULES, NEEDS_SIGNAL, UNetConfig
 from fastdiff.training.optim import OPTIMIZERS
 
 

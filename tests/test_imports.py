@@ -13,8 +13,9 @@ LAYERS = [
     ["kernels"],
     ["fastdiff.errors"],
     ["fastdiff._kernels"],
-    ["fastdiff.config", "fastdiff.diffusion", "fastdiff.data"],
-    ["fastdiff.presets", "fastdiff.flags"],
+    ["fastdiff.sections", "fastdiff.diffusion", "fastdiff.data"],
+    ["fastdiff.config", "fastdiff.flags"],
+    ["fastdiff.presets"],
     ["fastdiff.nets"],
     ["fastdiff.interop_settings"],
     ["fastdiff.interop"],
@@ -95,10 +96,11 @@ def test_files_do_not_import_each_other_in_a_circle():
         visit(name, [])
 
 
-def test_config_needs_the_standard_library_alone():
+@pytest.mark.parametrize("name", ["config", "sections", "flags", "presets"])
+def test_flags_need_the_standard_library_alone(name):
     import sys
 
-    roots = {target.split(".")[0] for target in imported(REPO / "fastdiff" / "config.py")}
+    roots = {target.split(".")[0] for target in imported(REPO / "fastdiff" / f"{name}.py")}
     assert roots <= {*sys.stdlib_module_names, "fastdiff"}
 
 

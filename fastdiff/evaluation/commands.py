@@ -28,10 +28,11 @@ from fastdiff.presets import PRESETS
 from fastdiff.reporting import pictures, plots
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
+from fastdiff.runs.files import write_atomically
 from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
-from fastdiff.runs.run import json_text, open_run, write_atomically
+from fastdiff.runs.run import json_text, open_run
 from fastdiff.runtime import output
-from fastdiff.runtime.device import resolve_bf16, resolve_device, set_backends
+from fastdiff.runtime.device import resolve_device, set_backends
 
 GRID_LIMIT = 1024
 
@@ -44,9 +45,10 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
+    precision = trained.config.replace(precision=flags.precision).resolved(device.type).machine.precision
     generator = trained.generator(
-        settings, batch_size=flags.batch_size, device=device, bf16=resolve_bf16(flags.precision, device),
-        compile=flags.compile == "on", graphs=flags.graphs,
+        settings, batch_size=flags.batch_size, device=device, bf16=precision == "bf16", compile=flags.compile == "on",
+        graphs=flags.graphs,
     )  # fmt: skip
     return trained, generator
 

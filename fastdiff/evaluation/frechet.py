@@ -23,7 +23,7 @@ from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.progress import track
-from fastdiff.runs.run import write_atomically
+from fastdiff.runs.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -130,8 +130,8 @@ class Generator:
     """Draws images from a network.
 
     The network runs in bfloat16 if asked; the state of the sampler is float32. Estimates of x0 are clamped to [-1, 1].
-    Every batch has the same size, and the last is cut, so that a compiled network sees one shape. Memory is that of one
-    batch, and each kind of step is compiled and captured once, however many images are drawn.
+    Every batch has the same size, and the last is cut, so that a compiled network sees one shape. Only one batch is in
+    memory at a time. Each kind of step is compiled and captured once, however many images are drawn.
 
     Args:
         network: `network(x_t, t, **conditions)`, in eval mode; its weights may change in place between calls.

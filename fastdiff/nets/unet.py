@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.config import UNetConfig
 from fastdiff.nets.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, tag_dropouts, zeroed
+from fastdiff.sections import UNetConfig
 
 
 class DownStage(nn.Module):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdiff.errors import UsageError
-from fastdiff.runs.run import write_atomically
+from fastdiff.runs.files import write_atomically
 
 PathLike = str | os.PathLike
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastdiff.reporting import plots
 from fastdiff.reporting.profiling import CATEGORIES, Profile
-from fastdiff.runs.run import write_atomically
+from fastdiff.runs.files import write_atomically
 
 TOP = 15
 IDLE_LIMIT = 0.15  # of the step; above it the device waits too much for its kernels to be the first thing to look at

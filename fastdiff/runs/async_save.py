@@ -32,7 +32,7 @@ class BackgroundSaver:
         self._saving: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], *, keep_last: int, keep_steps: set[int]) -> None:
-        """Take a snapshot of the state, of which the rest is as for `checkpoint.save` and then `checkpoint.prune`.
+        """Take a snapshot. A thread then runs `checkpoint.save` and `checkpoint.prune` with these arguments.
 
         The save before must have been collected.
         """

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
-from fastdiff.runs.run import sync
+from fastdiff.runs.files import sync
 
 FORMAT = 1
 _PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}
@@ -189,7 +189,7 @@ def list_checkpoints(directory: Path | str) -> list[Path]:
 def prune(directory: Path | str, step: int, *, keep_last: int, keep_steps: set[int]) -> None:
     """Delete what is not wanted after a save of `step`, and what crashed saves left.
 
-    Of the checkpoints up to `step`, the newest `keep_last` and those of `keep_steps` stay; later ones, which a resumed
+    Up to `step`, the newest `keep_last` checkpoints and the steps in `keep_steps` stay; later ones, which a resumed
     run passed over as damaged or has left behind, go.
     """
     directory = Path(directory)

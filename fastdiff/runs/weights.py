@@ -8,10 +8,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from fastdiff.config import Config, UNetConfig
+from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
 from fastdiff.runs import checkpoint
+from fastdiff.sections import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._functorch.config
-import torch._inductor.config
 
 from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.errors import UserError
 
-# Small kernels that do not need each other's results are launched as one: the sums over the images of a hundred
-# parameters' gradients, above all. 16 at a time, where PyTorch lets one choose (2.11 takes 8).
-COMPILE_OPTIONS: dict[str, Any] = {"combo_kernels": True}
-if hasattr(torch._inductor.config, "combo_kernel_max_num_nodes"):
-    COMPILE_OPTIONS["combo_kernel_max_num_nodes"] = 16
 P = ParamSpec("P")
 R = TypeVar("R")
 REPO = Path(__file__).resolve().parents[2]
@@ -34,11 +28,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is 'cuda', but torch sees no CUDA device; use --device cpu or auto.")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast activations to bfloat16: as asked, and for `auto` on CUDA only."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def device_name(device: torch.device) -> str:
@@ -104,9 +93,20 @@ def _output(*command: str) -> str:
         return ""
 
 
+def compile_options() -> dict[str, Any]:
+    """Of torch.compile: small kernels that do not need each other's results are launched as one, up to 16 together.
+
+    Above all the sums over the images of a hundred parameters' gradients. PyTorch 2.11 takes 8, whatever one says.
+    """
+    import torch._inductor.config  # takes seconds, and most commands compile nothing
+
+    most = {"combo_kernel_max_num_nodes": 16} if hasattr(torch._inductor.config, "combo_kernel_max_num_nodes") else {}
+    return {"combo_kernels": True, **most}
+
+
 def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     """torch.compile, as one graph; on a GPU with small kernels merged."""
-    return torch.compile(fn, fullgraph=True, options=COMPILE_OPTIONS)
+    return torch.compile(fn, fullgraph=True, options=compile_options())
 
 
 def check_triton(kernels: str, compiled: bool, device: torch.device) -> None:

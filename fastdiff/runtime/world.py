@@ -41,7 +41,7 @@ class Ranks:
 
     device      where this rank computes
     rank, size  this process among all
-    local_rank  this process among those of its host
+    local_rank  this process's index on its host
     timeout     seconds to wait for another rank, from `limit_waits` on
     """
 
@@ -115,7 +115,7 @@ class Ranks:
 
     @contextmanager
     def _waiting(self, what: str) -> Generator[None]:
-        """A collective: its errors are told as those of another rank."""
+        """Runs a collective. If it fails, raises TrainingFailed, which names the missing rank."""
         try:
             yield
         except RuntimeError as error:

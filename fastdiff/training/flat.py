@@ -1,5 +1,6 @@
 """Flat buffers: all parameters in a few 1-D tensors, so that an update takes a few launches, whatever their number."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,12 +32,12 @@ class Flat:
         parameters: list[nn.Parameter],
         averages: dict[nn.Parameter, nn.Parameter],
         *,
+        order: list[int],
         bf16: bool,
         accumulate: bool,
         lr: Tensor,
     ) -> None:
-        self.parameters, self.lr = parameters, lr
-        self.order: list[int] = []
+        self.parameters, self.order, self.lr = parameters, order, lr
         self.offsets, n = [], 0
         for p in parameters:
             self.offsets.append(n)
@@ -66,7 +67,7 @@ class Flat:
         ]
 
 
-class FlatUpdate:
+class FlatUpdate(ABC):
     """What optimizers on flat buffers share; `step_` is their own.
 
     The network computes with bf16 copies of some parameters instead of having autocast cast every weight anew in every
@@ -83,13 +84,10 @@ class FlatUpdate:
     rate_dtype = torch.float64
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings, make: Make) -> None:
-        self.ema, self.weight_decay, self.accumulate, self.make = (
-            ema,
-            settings.weight_decay,
-            settings.accumulate,
-            make,
-        )
+        self.ema, self.make = ema, make
+        self.weight_decay, self.accumulate = settings.weight_decay, settings.accumulate
         self.parameters = list(model.parameters())
+        place = {p: i for i, p in enumerate(self.parameters)}
         averages = dict(zip(self.parameters, ema.model.parameters(), strict=True))
         device, cast = self.parameters[0].device, set(settings.half)
         # Device tensors, so that a captured graph would see each step's values.
@@ -102,21 +100,20 @@ class FlatUpdate:
             for bf16 in (True, False):
                 parameters = [p for p in group["params"] if (p in cast) == bf16]
                 if parameters:
-                    self.flats.append(Flat(parameters, averages, bf16=bf16, accumulate=self.accumulate, lr=lr))
+                    order = [place[p] for p in parameters]
+                    flat = Flat(parameters, averages, order=order, bf16=bf16, accumulate=self.accumulate, lr=lr)
+                    self.flats.append(flat)
 
         leaves = {p: leaf for flat in self.flats for p, leaf in zip(flat.parameters, flat.leaves, strict=True)}
         self.weights: dict[str, Tensor] = {name: leaves[p] for name, p in model.named_parameters()}
-        place = {p: i for i, p in enumerate(self.parameters)}
-        for flat in self.flats:
-            flat.order = [place[p] for p in flat.parameters]
 
+    @abstractmethod
     def step_(self, clip: Tensor, good: Tensor) -> None:
         """One step of the optimizer and the average on every buffer, unless `good`, bool 0-dim, is false.
 
         Args:
             clip: 0-dim, float32: the gradient's factor.
         """
-        raise NotImplementedError
 
     def begin(self, *, lr: float) -> None:
         """The host's part of the next update."""

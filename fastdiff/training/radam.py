@@ -28,7 +28,7 @@ class RAdam(FlatUpdate):
         self.fused, self.on_device = fused, self.decay.is_cuda
         groups = [{"params": [flat.parameter], "lr": flat.lr} for flat in self.flats]
         self.radam = make(groups, capturable=self.on_device)
-        # The first steps run uncaptured by design, of which PyTorch would warn.
+        # PyTorch would warn that the first steps run uncaptured, which is by design.
         setattr(self.radam, "_warned_capturable_if_run_uncaptured", True)  # noqa: B010
         for flat in self.flats:  # now, as the first update may have to be passed over
             moments = {name: torch.zeros_like(flat.parameter) for name in ("exp_avg", "exp_avg_sq")}

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
@@ -13,7 +14,9 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.presets import PRESETS
 from fastdiff.reporting import plots
 from fastdiff.reporting.progress import TrainingProgress
-from fastdiff.runs.run import Run, write_atomically
+from fastdiff.runs.files import write_atomically
+from fastdiff.runs.run import Run
+from fastdiff.runs.weights import InitialWeights
 from fastdiff.runtime.device import device_name
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import LearningRate
@@ -22,8 +25,9 @@ from fastdiff.training.step import TrainStep
 
 
 def facts(
-    config: Config, ranks: Ranks, run: Run, image_set: ImageSet, distance: FrechetDistance | None, parameters: int
-) -> dict[str, str]:
+    config: Config, ranks: Ranks, run: Run, image_set: ImageSet, distance: FrechetDistance | None, model: nn.Module,
+    initial: InitialWeights | None,
+) -> dict[str, str]:  # fmt: skip
     """Name -> what runs, in words: the lines that a run starts with. The config is resolved."""
     device, size, machine, diffusion = ranks.device, ranks.size, config.machine, config.diffusion
     batch, deterministic = config.optim.batch_size, ", deterministic" if machine.deterministic else ""
@@ -40,7 +44,8 @@ def facts(
         "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
         "objective": f"{diffusion.objective} on {diffusion.schedule}, weighting {diffusion.weighting}",
-        "network": f"U-Net, {parameters:,} parameters",
+        "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",
+        **({"weights": f"from {initial.source}"} if initial is not None else {}),
         "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
         "run": str(run.path),
     }
@@ -101,7 +106,7 @@ def plot(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
     gc.collect()  # figures are cycles of several MB each, which the collector would let pile up
 
 
-def dump_batch(train_step: TrainStep, config: Config, run: Run, image_set: ImageSet, step: int) -> Path:
+def dump_batch(path: Path, train_step: TrainStep, config: Config, image_set: ImageSet, step: int) -> None:
     """Write which images, flips and times a step (from 0) had: all a pure function of the seed and the step."""
     n = config.optim.batch_size
     indices, flips = batch_plan(len(image_set.images), batch_size=n, seed=config.run.seed, step=step)
@@ -111,6 +116,4 @@ def dump_batch(train_step: TrainStep, config: Config, run: Run, image_set: Image
         "flips": (flips & config.images.flips).tolist(),
         "t": train_step.times(n, step).tolist(),
     }
-    path = run.path / f"non-finite-step-{step + 1}.json"
     write_atomically(path, (json.dumps(batch) + "\n").encode())
-    return path

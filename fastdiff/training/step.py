@@ -107,7 +107,7 @@ class TrainStep:
         return self.run.ready
 
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss, and that of each image (N,), without gradient."""
+        """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = normalize(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.objective.loss(self._network, x0, t, eps)

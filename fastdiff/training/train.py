@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from torch.profiler import record_function
 
-from fastdiff.config import RESUMABLE_CHANGES, Config
+from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader, make_loader
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.schedules import unnoised_end
-from fastdiff.errors import TrainingFailed, UsageError, UserError
+from fastdiff.errors import TrainingFailed, UsageError
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.figures import draw_forward_noising
@@ -44,6 +44,7 @@ from fastdiff.runtime.world import Ranks
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
+from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep, step_seed
@@ -55,9 +56,11 @@ EVALUATION_STREAM = 2**32 - 1  # in place of a step's number, so that evaluation
 
 @dataclass(frozen=True)
 class Session:
-    """Where a run happens: the ranks, the run directory (None but on rank 0), the screen, and what may stop it."""
+    """What surrounds the training: its resolved config and images, the ranks, the run directory (None but on rank 0),
+    the screen, and what may stop it."""
 
     config: Config
+    image_set: ImageSet
     ranks: Ranks
     run: Run | None
     progress: TrainingProgress
@@ -92,7 +95,7 @@ def train(
         if ranks.is_main and resume is not None:
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))
             checkpoint.recover(run.checkpoints)
-            saved = _find_checkpoint(asked, run.path)
+            saved = find_checkpoint(asked, run.path)
         elif ranks.is_main:
             initial = initial_weights(config)
         saved, initial = ranks.share((saved, initial), "the weights to start from")
@@ -109,7 +112,7 @@ def train(
         ranks.limit_waits()
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
-        session = Session(config, ranks, run, progress, stop)
+        session = Session(config, image_set, ranks, run, progress, stop)
 
         step, model, ema = _make_step(config, ranks, initial)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
@@ -119,14 +122,16 @@ def train(
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
         evaluator = _make_evaluator(session, step, ema, distance)
         saver = stack.enter_context(
-            Saver(
-                run, state, ends=lambda: stop.signal is not None or state.step == config.run.steps, say=progress.print
-            )
+            Saver(run, state, ends=lambda: bool(stop.signal) or state.step == config.run.steps, say=progress.print)
         )
         record: Callable[[], AbstractContextManager[StepRecorder | None]] = nullcontext
         if run is not None:
-            lines = facts(config, ranks, run, image_set, distance, sum(p.numel() for p in model.parameters()))
-            _tell(progress, lines, initial, unnoised_end(step.objective.schedule))
+            lines = facts(config, ranks, run, image_set, distance, model, initial)
+            for name, value in lines.items():
+                progress.print(f"{name:<10} {value}")
+            for warning in (initial and initial.warning, unnoised_end(step.objective.schedule)):
+                if warning:
+                    progress.print(f"{'warning':<10} {warning}")
             run.record_config(_recorded(asked, config))
             record = partial(
                 record_run, run.path / "profile", steps=config.run.profile, start=state.step, last=config.run.steps,
@@ -134,15 +139,14 @@ def train(
                 device=ranks.device, facts=profile_facts(asked, lines), say=progress.print, settle=saver.settle,
             )  # fmt: skip
         try:
-            _loop(session, state, step, evaluator, saver, image_set, record, after_evaluation)
+            _loop(session, state, step, evaluator, saver, record, after_evaluation)
         except Stopped:
             saver.collect(wait=True)
-            number = ranks.any(stop.signal or 0)
-            if run is not None:
-                end = f"stopped by {signal.Signals(number).name} at step {state.step:,}"
+            if run is not None and stop.signal is not None:  # all ranks have agreed on it
+                end = f"stopped by {stop.signal.name} at step {state.step:,}"
                 run.note(end)
                 progress.print(f"{end}; resume with: {_command()} --resume {run.path}")
-            return 128 + number
+            return stop.exit_code
         if run is not None:
             run.note(f"done at step {state.step:,}")
             progress.print(
@@ -152,7 +156,7 @@ def train(
 
 
 def _loop(
-    session: Session, state: RunState, step: TrainStep, evaluator: Evaluator, saver: Saver, image_set: ImageSet,
+    session: Session, state: RunState, step: TrainStep, evaluator: Evaluator, saver: Saver,
     record: Callable[[], AbstractContextManager[StepRecorder | None]], after_evaluation: Callable[[Run], object],
 ) -> None:  # fmt: skip
     """Train until the last step, or until a signal asks to stop; either way the last step is saved.
@@ -164,7 +168,7 @@ def _loop(
         TrainingFailed: the loss or a gradient was not finite.
         Stopped: a signal came; all is saved.
     """
-    config, ranks, run = session.config, session.ranks, session.run
+    config, image_set, ranks, run = session.config, session.image_set, session.ranks, session.run
     progress, stop = session.progress, session.stop
 
     def save() -> None:
@@ -232,16 +236,15 @@ def _loop(
             save_due = state.step % config.run.save_every == 0 or evaluation_due() or stopping
             if not (log_due or save_due):
                 if not ready:
-                    _check_finite(session, step, saver, image_set)  # waits for the device: the clock starts after it
+                    _check_finite(session, step, saver)  # the device is waited for, so the clock starts after it
                     state.last_log, clock = (state.step, state.seconds), time.perf_counter()
                 continue
-            _check_finite(session, step, saver, image_set)  # waits for the device: the clock has seen all its work
+            _check_finite(session, step, saver)  # the device is waited for, so the clock has seen its work
             state.seconds += time.perf_counter() - clock
             if log_due:
                 log(state, run, progress)
-            if (
-                state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0
-            ):  # not at a last step between
+            # Not at a last step between two rows: a longer run would go on with the sums.
+            if state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0:
                 state.noise_history.append({"step": state.step, **step.noise_levels.read()})
             if save_due:
                 _check_ranks(session, state, saver)
@@ -313,30 +316,18 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
     )  # fmt: skip
 
 
-def _tell(progress: TrainingProgress, lines: dict[str, str], initial: InitialWeights | None, warning: str | None):
-    """The start-up lines, and what a user should know before the first step."""
-    shown = [*lines.items()]
-    if initial is not None:
-        shown.insert(-2, ("weights", f"from {initial.source}"))
-    for text in (initial.warning if initial is not None else None, warning):
-        if text:
-            shown.append(("warning", text))
-    for name, value in shown:
-        progress.print(f"{name:<10} {value}")
-
-
-def _check_finite(session: Session, step: TrainStep, saver: Saver, image_set: ImageSet) -> None:
-    """Raise TrainingFailed if some loss or gradient was not finite; rank 0 tells it."""
+def _check_finite(session: Session, step: TrainStep, saver: Saver) -> None:
+    """Raise TrainingFailed if some loss or gradient was not finite; rank 0 tells it. Waits for the device."""
     bad = int(step.metrics.state_dict()["bad_step"])
     run, config = session.run, session.config
     if bad >= 0 and run is not None:
-        dump = f"non-finite-step-{bad + 1}.json"
+        path = run.path / f"non-finite-step-{bad + 1}.json"
         with run.spared(session.progress.print):
-            dump_batch(step, config, run, image_set, bad)
+            dump_batch(path, step, config, session.image_set, bad)
         raise TrainingFailed(
             f"the loss or the gradient of step {bad + 1:,} is not finite; nothing was saved after it, and "
-            f"{saver.last_good()}. {run.path / dump} tells its batch. A new run from there (--init-from) "
-            f"with a lower --lr (now {config.optim.lr:g}) or --precision fp32 may help."
+            f"{saver.last_good()}. {path} tells its batch. A new run from there (--init-from) with a lower --lr (now "
+            f"{config.optim.lr:g}) or --precision fp32 may help."
         )
 
 
@@ -370,46 +361,3 @@ def _make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> Frechet
         extractor or make(name), image_set, cache_dir=cache_folder(config.images.data_root), device=ranks.device,
         reference=ranks.is_main,
     )  # fmt: skip
-
-
-def _find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
-    """The newest good checkpoint of a run, whose config may differ from `config` only where that does no harm."""
-    saved = checkpoint.load_latest(resume / "checkpoints")
-    if saved is None:
-        raise UserError(
-            f"--resume {resume} has no checkpoint to continue from (it ended before --save-every "
-            f"{config.run.save_every} steps); start a new run."
-        )
-    for path, reason in saved.skipped:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
-    before = Config.from_dict(saved.state["config"])
-    changes = config.changes(before)
-    if changes:
-        listed = "; ".join(
-            f"--{name.replace('_', '-')} was {old!r}, now {new!r}" for name, (old, new) in changes.items()
-        )
-        raise UserError(
-            f"--resume {resume} cannot change what is trained: {listed}. Drop these flags, or start a new run; "
-            f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}."
-        )
-    _check_learning_rate(LearningRate.of(before), LearningRate.of(config), saved.step, resume)
-    return saved
-
-
-def _check_learning_rate(before: LearningRate, now: LearningRate, steps: int, resume: Path) -> None:
-    """Raises UserError if one of the steps made would have had another learning rate.
-
-    So a decay can branch off a constant run, and be moved until it begins.
-    """
-    if now.agrees(before, steps):
-        return
-    begun = before.decay_start is not None and before.decay_start < steps
-    advice = (
-        "Keep --lr-decay, --steps and --decay-fraction as they were"
-        if begun
-        else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {steps:,} or later"
-    )
-    raise UserError(
-        f"--resume {resume} has made {steps:,} steps by a learning rate that is {before}, and cannot go on by one that "
-        f"is {now}: steps already made would have been others. {advice}, or start a new run."
-    )

@@ -22,9 +22,10 @@ from bench import compare, machine, track
 from bench.results import Results
 from fastdiff import cli
 from fastdiff import flags as flag_types
-from fastdiff.config import SECTION_OF, SECTIONS, Config, PresetName
+from fastdiff.config import SECTION_OF, SECTIONS, Config
 from fastdiff.data import download
 from fastdiff.reporting import pictures
+from fastdiff.sections import PresetName
 from fastdiff.training import train
 from profiles import capture
 from tests.configs import TINY, flags_of

@@ -9,7 +9,7 @@ import pytest
 from fastdiff.config import RESUMABLE_CHANGES, Config
 from fastdiff.errors import UserError
 from fastdiff.runs import checkpoint
-from fastdiff.training.train import _find_checkpoint
+from fastdiff.training.resume import find_checkpoint
 from tests.reliability import jobs
 from tests.reliability.test_untrusted_files import rewrite
 
@@ -40,7 +40,7 @@ def test_every_difference_is_named_and_what_is_free_to_change(old_run):
     run, config = old_run
     changed = config.replace(lr=0.5, batch_size=16, seed=3, dropout=0.5)
     with pytest.raises(UserError) as caught:
-        _find_checkpoint(changed, run)
+        find_checkpoint(changed, run)
     message = str(caught.value)
     for part in (
         "--lr was 0.001, now 0.5",
@@ -68,11 +68,11 @@ def test_each_change_is_allowed_or_refused_as_it_says(old_run):
         if changed.flat()[name] == value:
             continue
         if name in RESUMABLE_CHANGES:
-            _find_checkpoint(changed, run)
+            find_checkpoint(changed, run)
             allowed += 1
         else:
             with pytest.raises(UserError, match=f"--{name.replace('_', '-')} was"):
-                _find_checkpoint(changed, run)
+                find_checkpoint(changed, run)
             refused += 1
     assert refused >= 8
     assert allowed >= 6
@@ -92,4 +92,4 @@ def test_fields_of_a_newer_version_are_named(old_run):
     path = next((run / "checkpoints").iterdir())
     rewrite(path, lambda manifest: manifest["state"]["config"].__setitem__("warp_factor", 9))
     with pytest.raises(UserError, match="warp_factor"):
-        _find_checkpoint(config, run)
+        find_checkpoint(config, run)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.config import Config, UNetConfig
+from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.reporting.profiling import analyse, read_trace
 from fastdiff.reporting.recording import LEAD, StepRecorder, choose_begin, steps_needed
 from fastdiff.runs import checkpoint
+from fastdiff.sections import UNetConfig
 from fastdiff.training.train import train
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.runs.run import CSV_HEADER, create_run, open_run, write_atomically
+from fastdiff.runs.files import write_atomically
+from fastdiff.runs.run import CSV_HEADER, create_run, open_run
 from tests.reporting.rows import EVAL, TRAIN
 
 

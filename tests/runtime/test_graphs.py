@@ -8,7 +8,7 @@ import torch
 from fastdiff.errors import UserError
 from fastdiff.runtime.graphs import WARMUP, Captured
 from fastdiff.training.metrics import Metrics
-from tests.numerics import assert_as_accurate
+from tests.numerics import Float64, assert_as_accurate
 from tests.training.test_step import PLAIN, SMALL, batch, curve, make_step
 
 BOTH = pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -90,17 +90,6 @@ def test_loading_a_state_keeps_every_tensor_in_its_place(kernels, bf16):
     assert [v.data_ptr() for v in fixed] == places_of_fixed
     assert fixed[0] is train_step.metrics.loss
     assert fixed[-2] is train_step.images
-
-
-class Float64(torch.nn.Module):
-    """A network in float64 behind a float32 interface."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net.double()
-
-    def forward(self, x, t):
-        return self.net(x.double(), t)
 
 
 def gradient(monkeypatch, **options):

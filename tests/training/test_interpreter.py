@@ -21,27 +21,17 @@ from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep
+from tests.numerics import Float64
 
 net = UNetConfig(
     image_size=4, channels=16, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
 )
 
 
-class Wide(torch.nn.Module):
-    # A network in float64 behind a float32 interface.
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net.double()
-
-    def forward(self, x, t):
-        return self.net(x.double(), t)
-
-
 curves = {}
 for kind in ("float64", "torch", "triton"):
     torch.manual_seed(0)
-    model = Wide(UNet(net)) if kind == "float64" else UNet(net)
+    model = Float64(UNet(net)) if kind == "float64" else UNet(net)
     network = fuse(model) if kind == "triton" else model
     ema = EMA(model, 0.9)
     update = make_update("triton" if kind == "triton" else "torch", model, ema, weight_decay=0.0)

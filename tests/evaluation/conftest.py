@@ -1,0 +1,29 @@
+"""A run, made in a second, that commands use."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.config import Config
+from fastdiff.nets.unet import UNet
+from fastdiff.runs import checkpoint
+from fastdiff.runs.run import create_run
+from tests.evaluation.commands import NET
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints at steps 1 and 2, whose averaged weights differ from its weights."""
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    config = Config.of(
+        data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4
+    )
+    with create_run(tmp_path / "working", config=config.to_dict()) as made:
+        for step in (1, 2):
+            torch.manual_seed(step)
+            model, ema = UNet(NET), UNet(NET)
+            for p in (*model.parameters(), *ema.parameters()):
+                torch.nn.init.normal_(p, std=0.05)
+            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "config": config.to_dict()}
+            checkpoint.save(made.checkpoints, step, state)
+        return made.path

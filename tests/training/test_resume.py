@@ -1,0 +1,136 @@
+"""A run that was stopped goes on as if it had not been, or says why it cannot."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.errors import UserError
+from fastdiff.runs import checkpoint
+from fastdiff.training.train import train
+from tests.training.runs import assert_same_run, rows_of, stop_at
+
+
+@pytest.mark.parametrize("stop", [1, 7, 20])  # the 7th step holds the edge of the first epoch
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, monkeypatch, stop):
+    whole = tiny_config(run_root=str(tmp_path / "whole"))
+    assert train(whole) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert train(tiny_config()) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    assert checkpoint.load_latest(run / "checkpoints").step == stop
+    torch.manual_seed(999)  # the resumed run must not depend on what is left in this process
+    assert train(tiny_config(), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
+def test_resuming_in_new_processes_is_bit_equal_too(tiny_config, tmp_path, train_in_new_process):
+    assert train(tiny_config(run_root=str(tmp_path / "whole"))) == 0
+    train_in_new_process(tiny_config(steps=13))
+    run = tmp_path / "working" / "1"
+    done = train_in_new_process(tiny_config(), "--resume", str(run))
+    assert "step 20/30" in done.stdout
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), [(10, 7, [10, 20, 21, 28, 30]), (7, 10, [7, 14, 30])])
+def test_rows_are_kept_as_the_checkpoint_counts_them_whatever_the_next_interval(
+    tiny_config, tmp_path, before, after, expected
+):
+    run = tmp_path / "working" / "1"
+    train(tiny_config(steps=20, log_every=before, save_every=20))
+    train(tiny_config(log_every=after, save_every=20), resume=run)
+    assert [row["step"] for row in rows_of(run)] == expected
+    history = [step for step, _ in checkpoint.load_latest(run / "checkpoints").state["loss_history"]]
+    assert history == [step for step in expected if step != 30 or after == 10]
+
+
+def test_rows_after_the_checkpoint_are_written_again_once(tiny_config, tmp_path):
+    train(tiny_config())
+    run = tmp_path / "working" / "1"
+    expected = rows_of(run)
+    (run / "checkpoints" / "step-30" / "model.safetensors").write_bytes(b"damaged")
+    assert train(tiny_config(), resume=run) == 0
+    assert rows_of(run) == expected
+
+
+def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(tiny_config, tmp_path):
+    train(tiny_config(steps=20))
+    run = tmp_path / "working" / "1"
+    (run / "checkpoints" / "step-20" / "model.safetensors").write_bytes(b"damaged")
+    train(tiny_config(steps=15, keep_last=1), resume=run)
+    assert checkpoint.load_latest(run / "checkpoints").step == 15
+
+
+def test_resuming_on_other_images_is_refused(tiny_config, tmp_path):
+    train(tiny_config(steps=10))
+    np.savez(tmp_path / "images.npz", images=np.arange(50 * 192, dtype=np.uint8).reshape(50, 8, 8, 3))
+    with pytest.raises(UserError, match="holds other images"):
+        train(tiny_config(), resume=tmp_path / "working" / "1")
+
+
+def test_resuming_may_not_change_what_is_trained(tiny_config, tmp_path):
+    train(tiny_config(steps=10))
+    run = tmp_path / "working" / "1"
+    changed = tiny_config(lr=2e-3, dropout=0.2)
+    with pytest.raises(UserError, match=r"--dropout was 0\.1, now 0\.2; --lr was 0\.001, now 0\.002"):
+        train(changed, resume=run)
+    assert train(tiny_config(steps=12, log_every=1), resume=run) == 0
+    assert checkpoint.load_latest(run / "checkpoints").step == 12
+    assert json.loads((run / "config.json").read_text())["run"]["steps"] == 12
+
+
+def test_a_run_may_go_on_in_smaller_parts(tiny_config, tmp_path):
+    plain = dataclasses.replace(tiny_config().net, dropout=0.0)
+    train(tiny_config(steps=20, net=plain, run_root=str(tmp_path / "whole")))
+    train(tiny_config(steps=10, net=plain))
+    train(tiny_config(steps=20, net=plain, accumulate=4), resume=tmp_path / "working" / "1")
+    whole, parts = (rows_of(tmp_path / root / "1") for root in ("whole", "working"))
+    assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_run_by_another_optimizer_resumes_bit_for_bit(tiny_config, tmp_path, kernels):
+    options = {"optimizer": "radam", "kernels": kernels, "steps": 12, "weight_decay": 0.01}
+    train(tiny_config("whole", **options))
+    train(tiny_config(**options | {"steps": 7}))
+    run = tmp_path / "working" / "1"
+    with pytest.raises(UserError, match="--optimizer was 'radam', now 'adam'"):
+        train(tiny_config(**options | {"optimizer": "adam"}), resume=run)
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
+@pytest.mark.parametrize("decay", ["linear-decay", "wsd"])
+def test_a_run_resumes_bit_for_bit_through_its_decay(tiny_config, tmp_path, decay):
+    options = {"lr_decay": decay, "steps": 12, "decay_fraction": 0.5, "log_every": 1, "save_every": 8}
+    train(tiny_config("whole", **options))
+    train(tiny_config(**options))
+    run = tmp_path / "working" / "1"
+    (run / "checkpoints" / "step-12" / "model.safetensors").write_bytes(b"damaged")
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+    last = 6 if decay == "wsd" else 7  # of 12 steps, after a warm-up of 5
+    fall = [1e-3 * left / last for left in range(last, 0, -1)]
+    assert [row["lr"] for row in rows_of(run)][-last:] == pytest.approx(fall)
+
+
+def test_a_decay_branches_off_a_constant_run(tiny_config, tmp_path):
+    """And is the run that had this decay from the start; where steps made would be others, it is refused."""
+    options = {"lr_decay": "wsd", "steps": 12, "decay_fraction": 0.25, "log_every": 1}
+    train(tiny_config("whole", **options))
+    train(tiny_config(steps=9, log_every=1))
+    run = tmp_path / "working" / "1"
+    with pytest.raises(UserError, match=r"made 9 steps .* is constant, .* falling from step 5 .* from step 9 or later"):
+        train(tiny_config(lr_decay="linear-decay", steps=12), resume=run)
+    with pytest.raises(UserError, match="falling from step 8 to 0 at step 10"):
+        train(tiny_config(**options | {"steps": 10}), resume=run)
+    train(tiny_config(**options), resume=run)
+    assert_same_run(tmp_path / "whole" / "1", run)
+    for other in ({"steps": 13}, {"lr_decay": "constant"}, {"decay_fraction": 0.5}):
+        with pytest.raises(UserError, match=r"made 12 steps .* is falling from step 9 .* Keep --lr-decay"):
+            train(tiny_config(**options | other), resume=run)
