@@ -6,6 +6,7 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.sections import (
+    ConditionsConfig,
     DiffusionConfig,
     EvalConfig,
     ImagesConfig,
@@ -28,6 +29,7 @@ class Config:
     """Where the other fields' defaults come from."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -40,6 +42,11 @@ class Config:
         steps, timesteps = self.eval.eval_steps, self.diffusion.timesteps
         if self.diffusion.discrete:
             require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
+        if self.eval.eval_guidance != 1.0 and not self.conditions.conditional:
+            raise UserError(
+                f"--eval-guidance is {self.eval.eval_guidance:g}, but guidance leads from a network without a class to "
+                "one with it; add --conditional, or drop it."
+            )
         self._check_decay()
 
     def _check_decay(self) -> None:
@@ -141,8 +148,9 @@ SECTION_OF = {name: section for section, names in SECTIONS.items() for name in n
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
-        "eval_batch_size", "eval_sampler", "eval_steps", "grid_samples", "features", "feature_size", "data",
-        "data_root", "split", "loader", "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile",
-        "skip_nonfinite", "rank_timeout", "deterministic", "lr_decay", "decay_fraction",
+        "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance", "eval_guidance_interval", "grid_samples",
+        "features", "feature_size", "data", "data_root", "split", "loader", "device", "compile", "graphs", "kernels",
+        "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout", "deterministic", "lr_decay",
+        "decay_fraction",
     }
 )  # fmt: skip

@@ -40,18 +40,30 @@ class Sampling:
     """torch.compile the network, at its first evaluation: slower to start, for many samples."""
     graphs: bool = True
     """Capture a sampling step in a CUDA graph and replay it; without effect on a CPU."""
+    guide: Path | None = None
+    """An earlier checkpoint, of the same run, say, from which guidance leads away (autoguidance); by default guidance
+    leads away from the network's own samples of no class."""
 
 
 @dataclass(frozen=True)
 class Sample(Sampling):
     """Draw images from a trained network into a grid, and if asked into an .npz."""
 
-    n: int = 64
-    """Images to draw."""
+    n: int | None = None
+    """Images to draw; default: 64, or 8 of each class."""
+    classes: tuple[str, ...] = ()
+    """Of a conditional run: classes to draw, a row each, by name, by number, or `all`, the default."""
+    per_class: int | None = None
+    """Images of each class, in place of --n."""
+    guidance: float = 1.0
+    """w in x0_hat = x0_other + w (x0_asked - x0_other): 1 as the network draws by itself, 0 as if no class was asked
+    for, above 1 more typical of the class. Ho & Salimans count it from 0: their w is this one minus 1."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only where LO < sigma / alpha <= HI, such as 0.2 1.5; everywhere by default."""
     out: Path = Path("samples.png")
     """The grid, a .png or .jpg; of more than 1,024 images it shows the first 1,024."""
     save_npz: Path | None = None
-    """Also write all images here: `images`, uint8 (n, H, W, C)."""
+    """Also write all images here: `images`, uint8 (n, H, W, C), and of a conditional run `labels`, int64 (n,)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,11 @@ class Evaluate(Sampling):
     metrics where they can be written."""
 
     n: int = 10_000
-    """Samples to draw; published FIDs use 50,000."""
+    """Samples to draw, as many of each class; published FIDs use 50,000."""
+    guidance: tuple[float, ...] = (1.0,)
+    """Guidance scales w to measure, a row each; with several, saves/guidance.png shows the distance against w."""
+    interval: tuple[str, ...] = ("off",)
+    """Levels of sigma / alpha at which to guide, as LO,HI, each with every scale; `off`: at all levels."""
     features: Literal["auto", "inception", "efficientnet_lite0"] = "auto"
     """Extractor: inception gives `fid`; `auto` takes it if its weights are available."""
     feature_size: int | None = None

@@ -1,7 +1,8 @@
 """Networks from and to diffusers' `UNet2DModel`, in the layout of google/ddpm-cifar10-32.
 
 The two networks compute the same function; they differ in the names of their parts, and in that diffusers keeps the
-query, key and value projections apart. diffusers itself is imported only to build one of its objects.
+query, key and value projections apart. The last of the class embeddings means no class. diffusers itself is imported
+only to build one of its objects.
 """
 
 import json
@@ -28,6 +29,7 @@ from fastdiff.sections import UNetConfig
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
     (r"^time\.", "time_embedding."),
+    (r"^label\.", "class_embedding."),
     (r"^norm_out\.", "conv_norm_out."),
     (r"^middle_1\.", "mid_block.resnets.0."),
     (r"^middle_2\.", "mid_block.resnets.1."),

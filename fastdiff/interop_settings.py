@@ -83,6 +83,7 @@ def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "mid_block_scale_factor": 1,
         "time_embedding_type": "positional",
         "add_attention": True,
+        "num_class_embeds": config.num_classes + 1 if config.num_classes else None,
     }
 
 
@@ -111,6 +112,7 @@ def unet_config_from_diffusers(settings: Mapping[str, Any], *, image_size: int |
             norm_groups=operator.index(theirs["norm_num_groups"]),
             norm_eps=theirs["norm_eps"],
             dropout=theirs["dropout"],
+            num_classes=max(0, operator.index(theirs["num_class_embeds"] or 0) - 1),  # the last means no class
         )
     except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"these settings are of no UNet2DModel ({error}).") from error

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import tyro
+
 from fastdiff.errors import UserError
 
 SamplerName = Literal[
@@ -78,6 +80,8 @@ class UNetConfig:
     """Groups of each GroupNorm."""
     norm_eps: float = 1e-6
     """Added to the variance in each GroupNorm."""
+    num_classes: tyro.conf.Fixed[int] = 0
+    """Classes that the network can be told; 0: none. With --conditional, those of the data."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
@@ -104,6 +108,7 @@ class UNetConfig:
         )
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
+        at_least(0, "num_classes", self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,22 @@ class ImagesConfig:
     def flips(self) -> bool:
         """Whether images are mirrored at random, with `auto` resolved by the data."""
         return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+
+
+@dataclass(frozen=True)
+class ConditionsConfig:
+    """What the network is told about an image, beside its noise level."""
+
+    conditional: bool = False
+    """Tell the network each image's class, so that samples can be asked for by class; the data must have classes."""
+    label_dropout: float = 0.1
+    """Part of the images whose class is left out, in [0, 1): the same network then also draws without one, which
+    guidance needs."""
+    class_names: tyro.conf.Fixed[tuple[str, ...]] = ()
+    """Names of the classes, by label; with --conditional, those of the data."""
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.label_dropout < 1.0, "label_dropout", self.label_dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,39 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How strongly samples are led, and at which noise levels; see fastdiff/diffusion/guidance.py.
+
+    Args:
+        scale: w; 1: not at all.
+        interval: (lo, hi) of sigma / alpha, above 0 to at most infinity; None: at every noise level.
+
+    Raises:
+        UserError: a scale that is not finite, or an interval the wrong way round.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.scale), "guidance", self.scale, "a finite number; 1: none")
+        if self.interval is not None:
+            low, high = self.interval
+            expected = "LO HI with 0 <= LO < HI, levels of sigma / alpha; e.g. 0.2 1.5"
+            require(0 <= low < high, "guidance_interval", f"{low:g} {high:g}", expected)
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Scale, lo and hi."""
+        return self.scale, *(self.interval or (0.0, math.inf))
+
+    @property
+    def label(self) -> str:
+        """1.5 in 0.2 to 1.5"""
+        return f"{self.scale:g}" + (f" in {self.interval[0]:g} to {self.interval[1]:g}" if self.interval else "")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluations during training: sample grid, trajectory, Frechet distance."""
 
@@ -275,14 +329,19 @@ class EvalConfig:
     """Sampler of evaluations (ddim with eta = 0)."""
     eval_steps: int = 50
     """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
+    eval_guidance: float = 1.0
+    """Guidance scale w of evaluations, see `python -m fastdiff sample --help`; 1: none. With --conditional."""
+    eval_guidance_interval: tuple[float, float] | None = None
+    """Guide only where LO < sigma / alpha <= HI; everywhere by default."""
     grid_samples: int = 64
-    """Images in the sample grid."""
+    """Images in the sample grid; with --conditional, as many whole rows of one class each."""
 
     def __post_init__(self) -> None:
         check_words(self)
         for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
             at_least(1, name, getattr(self, name))
         at_least(2, "eval_samples", self.eval_samples)
+        Guidance(self.eval_guidance, self.eval_guidance_interval)
         if self.feature_size is not None:
             at_least(1, "feature_size", self.feature_size)
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,22 @@ def tiny_config(tmp_path):
     from tests.configs import small_config  # not above: kernels are tested where fastdiff is not
 
     return partial(small_config, tmp_path)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """An .npz of the images that `tiny_config` trains on, of classes of these names in turn; its path."""
+
+    def make(*class_names, name="labelled.npz"):
+        from tests.configs import small_config
+
+        with np.load(small_config(tmp_path).images.data) as saved:
+            images = saved["images"]
+        labels = np.arange(len(images)) % len(class_names)
+        np.savez(tmp_path / name, images=images, labels=labels, class_names=np.array(class_names))
+        return str(tmp_path / name)
+
+    return make
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ REFUSED = [
     {"attn_norm_num_groups": 2}, {"attention_head_dim": 8}, {"flip_sin_to_cos": True}, {"freq_shift": 0},
     {"downsample_padding": 1}, {"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet"},
     {"upsample_type": "resnet"}, {"add_attention": False}, {"mid_block_type": None}, {"mid_block_scale_factor": 2},
-    {"class_embed_type": "timestep"}, {"num_class_embeds": 10}, {"time_embedding_type": "fourier"},
+    {"class_embed_type": "timestep"}, {"time_embedding_type": "fourier"},
     {"time_embedding_dim": 32}, {"center_input_sample": True}, {"act_fn": "gelu"}, {"out_channels": 6},
     {"sample_size": [16, 32]}, {"block_out_channels": [16, 24, 48]}, {"layers_per_block": 2.0},
     {"up_block_types": ["UpBlock2D", "UpBlock2D", "UpBlock2D"]}, {"down_block_types": ["DownBlock2D"]},

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
+from fastdiff.evaluation.classes import LabelAgreement, balanced, kept_features, parse_classes
 from fastdiff.evaluation.evaluate import Trained, load_trained
 from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.features import make_extractor
@@ -33,6 +35,7 @@ from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder
 from fastdiff.runs.run import json_text, open_run
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
+from fastdiff.sections import Guidance
 
 GRID_LIMIT = 1024
 
@@ -45,17 +48,29 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
+    guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
+    if guide is not None and guide.task != trained.task:
+        raise UsageError(
+            f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
+            "checkpoint of the same task, such as an earlier one of the same run."
+        )
     precision = trained.config.replace(precision=flags.precision).resolved(device.type).machine.precision
     generator = trained.generator(
         settings, batch_size=flags.batch_size, device=device, bf16=precision == "bf16", compile=flags.compile == "on",
-        graphs=flags.graphs,
+        graphs=flags.graphs, guide=guide.network if guide is not None else None,
     )  # fmt: skip
     return trained, generator
 
 
+def _told(trained: Trained) -> str:
+    task, names = trained.task
+    return f"{task}{f', on {len(names)} classes' if names else ''}"
+
+
 def sample(flags: Sample) -> None:
     """Draw images into the grid `out`, and into `save_npz`; both appear only when they are complete."""
-    n, out, save_npz = flags.n, flags.out, flags.save_npz
+    out, save_npz = flags.out, flags.save_npz
+    guidance = Guidance(flags.guidance, flags.guidance_interval)
     if save_npz is not None and save_npz.resolve() == out.resolve():
         raise UsageError(f"--out and --save-npz are both {out}, and one would replace the other; name two files.")
     if out.suffix.lower() == ".npz":
@@ -64,35 +79,108 @@ def sample(flags: Sample) -> None:
     for path in filter(None, (out, save_npz)):
         check_output(path)
     trained, generator = _trained(flags)
+    names = trained.config.conditions.class_names
+    asked = _asked(flags, names)
+    n, conditions = len(asked) if names else flags.n or 64, {"labels": torch.tensor(asked)} if names else {}
     c, height, width = generator.image_shape
     shown: list[np.ndarray] = []
-    with bar("sampling", n) as show, npz_writer(save_npz, (n, height, width, c)) as write:
-        for images in generator.batches(n, seed=flags.seed, progress=show):
+    arrays = {name: v.numpy() for name, v in conditions.items()}
+    with bar("sampling", n) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
+        for images in generator.batches(
+            n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=show
+        ):  # fmt: skip
             array = _nhwc(images)
             write(array)
             if sum(map(len, shown)) < GRID_LIMIT:
                 shown.append(array)
-    pictures.save_grid(np.concatenate(shown)[:GRID_LIMIT], out)
+    grid = np.concatenate(shown)[:GRID_LIMIT]
+    if names:
+        labels = np.array(asked[: len(grid)])
+        rows = list(dict.fromkeys(labels.tolist()))
+        pictures.save_rows([grid[labels == label] for label in rows], [names[label] for label in rows], out)
+    else:
+        pictures.save_grid(grid, out)
     label, steps = generator.settings.label, generator.settings.steps
-    print(f"{out}: {min(n, GRID_LIMIT):,} of {n:,} images by {label}, {steps} steps, from {trained.path}")
+    led = f", guidance {guidance.label}" if guidance.scale != 1 else ""
+    print(f"{out}: {len(grid):,} of {n:,} images by {label}, {steps} steps{led}, from {trained.path}")
+
+
+def _asked(flags: Sample, names: Sequence[str]) -> list[int]:
+    """The label of each image to draw, class after class; [] for a network without classes."""
+    labels = parse_classes(flags.classes, names) or list(range(len(names)))
+    per_class, n = flags.per_class, flags.n
+    if per_class is not None and (n is not None or not names):
+        reason = "--n is given as well; drop one of them" if names else "this network knows no classes; use --n"
+        raise UsageError(f"--per-class {per_class}: {reason}.")
+    for flag, value in (("--per-class", per_class), ("--n", n)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}, but must be at least 1.")
+    if n is None:
+        return [label for label in labels for _ in range(per_class or 8)]
+    return [label for i, label in enumerate(labels) for _ in range(i, n, len(labels))]
 
 
 def evaluate(flags: Evaluate) -> None:
-    """Print the Frechet distance of n samples as a JSON line, and add it to the run if the checkpoint lies in one."""
+    """Print the Frechet distance of n samples as a JSON line, and add it to the run if the checkpoint lies in one.
+
+    With several guidance scales or intervals, a line each, and a picture of them in the run.
+    """
     if flags.n < 2:
         raise UsageError(f"--n is {flags.n}, but a Frechet distance needs at least 2 samples.")
+    guidances = [Guidance(scale, interval) for interval in map(_interval, flags.interval) for scale in flags.guidance]
     trained, generator = _trained(flags)
-    config = _at(trained.config, flags.data_root)
+    for guidance in guidances:
+        generator.check(guidance)
+    config, classes = _at(trained.config, flags.data_root), trained.config.net.num_classes
     reference = _images(config, trained, flags.data)
     print(f"data       {reference.describe()}", file=sys.stderr)
     extractor = make_extractor(flags.features, device=generator.device, size=flags.feature_size)
     folder = cache_folder(config.images.data_root)
     distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
-    row, _ = measure(generator, distance, n=flags.n, seed=flags.seed, keep=1)
-    images = trained.step * config.optim.batch_size
-    row = {"step": trained.step, "images": images, **row, "checkpoint": trained.path.name}
-    _record(trained, row)
-    output.put(json.dumps(row))
+    asked = balanced(flags.n, classes)
+    agreement = LabelAgreement(extractor, reference, _test_images(config, flags)) if classes else None
+    about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
+    rows = []
+    for guidance in guidances:
+        with kept_features(extractor) as features:
+            row, _ = measure(
+                generator, distance, n=flags.n, seed=flags.seed, keep=0, conditions=asked, guidance=guidance
+            )
+        row = {**about, **row, "checkpoint": trained.path.name}
+        if flags.guide is not None and guidance.scale != 1:
+            row["guide"] = flags.guide.name
+        if agreement is not None:
+            share = agreement(torch.cat(features), asked["labels"])
+            row |= {"label_agreement": share, "label_agreement_real": agreement.ceiling}
+        rows.append(row)
+        _record(trained, row)
+        output.put(json.dumps(row))
+    if len(rows) > 1 and trained.run is not None:
+        path = trained.run / "saves" / "guidance.png"
+        plots.plot_guidance(rows, path)
+        print(f"{path}: the distance against guidance", file=sys.stderr)
+
+
+def _interval(text: str) -> tuple[float, float] | None:
+    """LO,HI as two numbers; None for `off`."""
+    if text == "off":
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UsageError(f"--interval {text} is not of the form LO,HI, e.g. 0.2,1.5, nor `off`.") from None
+    return low, high
+
+
+def _test_images(config: Config, flags: Evaluate) -> ImageSet | None:
+    """The test split of the run's data, if there is one."""
+    try:
+        return load_dataset(
+            flags.data or config.images.data, root=config.images.data_root, split="test",
+            image_size=config.net.image_size,
+        )  # fmt: skip
+    except UserError:
+        return None
 
 
 def _record(trained: Trained, row: dict[str, Any]) -> None:
@@ -123,6 +211,7 @@ def likelihood(flags: Likelihood) -> None:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     print(f"data       {images.describe()}", file=sys.stderr)
     chosen = images.draw(n, seed=flags.seed)
+    labels = _labels_of(trained, images, chosen, device)
     network = trained.network.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(flags.seed)
     ts = likelihood_grid(schedule, flags.steps)
@@ -131,9 +220,10 @@ def likelihood(flags: Likelihood) -> None:
         for start in range(0, n, flags.batch_size):
             part = images.images[chosen[start : start + flags.batch_size]]
             x = dequantize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2), generator=generator)
+            cond = {"labels": labels[start : start + len(part)]} if labels is not None else {}
             log_p, _ = log_likelihood(
-                lambda x_t, t: trained.objective.denoise(network, x_t, t), schedule, x, ts, probes=flags.probes,
-                generator=generator,
+                lambda x_t, t, cond=cond: trained.objective.denoise(network, x_t, t, **cond), schedule, x, ts,
+                probes=flags.probes, generator=generator,
             )  # fmt: skip
             bits.append(bits_per_dim(log_p.double(), x[0].numel()).cpu())
             tell(start + len(part))
@@ -144,6 +234,18 @@ def likelihood(flags: Likelihood) -> None:
         "steps": flags.steps, "probes": flags.probes, "step": trained.step, "checkpoint": trained.path.name,
     }  # fmt: skip
     output.put(json.dumps(row))
+
+
+def _labels_of(trained: Trained, images: ImageSet, chosen: np.ndarray, device: torch.device) -> Tensor | None:
+    """The labels of the chosen images, for a network with classes. Raises UserError if they have none, or others."""
+    names = trained.config.conditions.class_names
+    if not names:
+        return None
+    theirs = None if images.labels is None else images.class_names or tuple(map(str, range(images.labels.max() + 1)))
+    if images.labels is None or theirs != names:
+        found = "no classes" if theirs is None else f"the classes {', '.join(theirs)}"
+        raise UserError(f"{images.name} has {found}, but the network was trained on the classes {', '.join(names)}.")
+    return torch.from_numpy(images.labels[chosen]).to(device)
 
 
 def export(flags: Export) -> None:

@@ -16,14 +16,17 @@ from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.config import Config
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
+from fastdiff.evaluation.classes import no_class
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.evaluation.generate import NONE, Generator, SamplerSettings
+from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.weights import read_trained
 from fastdiff.runtime.signals import Stopped
 from fastdiff.runtime.world import Ranks
+from fastdiff.sections import Guidance
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Trained:
         """Draws from it; see `Generator` for the options."""
         net = self.config.net
         shape = net.image_channels, net.image_size, net.image_size
-        return Generator(self.network, self.objective, settings, image_shape=shape, **options)
+        nothing = no_class(net.num_classes)
+        return Generator(self.network, self.objective, settings, image_shape=shape, nothing=nothing, **options)
+
+    @property
+    def task(self) -> tuple[str, tuple[str, ...]]:
+        """What it was trained for, and the classes that it knows."""
+        return self.config.diffusion.task, self.config.conditions.class_names
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
@@ -80,6 +89,9 @@ def evaluate(
     keep: int,
     check: Callable[[], object] = lambda: None,
     ranks: Ranks | None = None,
+    conditions: Conditions | None = None,
+    guidance: Guidance = NONE,
+    columns: int | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Draw samples and measure their distance to the reference set.
 
@@ -90,6 +102,7 @@ def evaluate(
         check: called at every sampling step; may raise Stopped, and then all ranks stop.
         ranks: the processes that share the samples, by whole batches; all call with the same arguments. The features'
             sums are added up over them, in float64. None for a single process.
+        conditions, guidance, columns: see `Generator.batches`.
 
     Returns:
         A row that names the metric, its value, the number of samples, the sampler, its steps, the extractor, the
@@ -104,8 +117,9 @@ def evaluate(
     size = min(generator.batch_size, total)
     with bar("sampling", total) if ranks.is_main else nullcontext() as show:
         batches = generator.batches(
-            total, seed=seed, on_step=lambda *_: check(), progress=show, rank=ranks.rank, ranks=ranks.size
-        )
+            total, seed=seed, conditions=conditions, guidance=guidance, columns=columns, on_step=lambda *_: check(),
+            progress=show, rank=ranks.rank, ranks=ranks.size,
+        )  # fmt: skip
         for first in range(size * ranks.rank, total + size * ranks.rank, size * ranks.size):  # as often on every rank
             try:
                 images, stopped = next(batches, None), False
@@ -120,6 +134,14 @@ def evaluate(
     grid = sorted((each for part in ranks.gather(kept, "the samples") for each in part), key=lambda each: each[0])
     settings = generator.settings
     row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}
+    if conditions:
+        row |= {"labels": "balanced"}
+    if conditions or guidance.scale != 1:
+        interval = guidance.interval
+        row |= {
+            "guidance": guidance.scale,
+            "guidance_interval": f"{interval[0]:g},{interval[1]:g}" if interval else "off",
+        }
     if distance is not None:
         ranks.sum_(list(distance.sums), "the features' sums")
         row |= {

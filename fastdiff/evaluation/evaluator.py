@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from fastdiff.evaluation.classes import balanced, rows_of
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.figures import draw_trajectory
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import Generator
+from fastdiff.evaluation.generate import NONE, Generator
 from fastdiff.reporting import pictures
 from fastdiff.runs.run import Run
 from fastdiff.runtime.world import Ranks
+from fastdiff.sections import Guidance
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Evaluator:
         distance: to the reference images; None for pictures alone.
         run: the run directory; None on ranks other than 0.
         samples: for the distance.
-        grid: samples in the picture.
+        grid: samples in the picture; of a conditional network as many whole rows, one for each class.
+        num_classes: classes that the network knows.
+        guidance: to them.
         seed: of the noise, the same at every evaluation, so that the pictures of a run can be compared.
         say: prints a line.
     """
@@ -35,6 +40,8 @@ class Evaluator:
     grid: int
     seed: int
     say: Callable[[str], None]
+    num_classes: int = 0
+    guidance: Guidance = NONE
 
     def __call__(self, step: int, images: int, check: Callable[[], object]) -> dict[str, Any] | None:
         """Evaluate; every rank must call it.
@@ -46,16 +53,27 @@ class Evaluator:
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
-        row, grid = evaluate(
-            self.generator, self.distance, n=self.samples, seed=self.seed, keep=self.grid, check=check,
-            ranks=self.ranks,
-        )  # fmt: skip
+        draw = partial(evaluate, self.generator, seed=self.seed, check=check, ranks=self.ranks, guidance=self.guidance)
+        columns, row = None, {}
+        if not self.num_classes:
+            row, grid = draw(self.distance, n=self.samples, keep=self.grid)
+        else:
+            if self.distance is not None:
+                asked = balanced(self.samples, self.num_classes)
+                row, _ = draw(self.distance, n=self.samples, keep=0, conditions=asked)
+            shown = range(min(self.num_classes, self.grid))
+            columns = self.grid // len(shown)
+            n, asked = columns * len(shown), rows_of(shown, columns)
+            _, grid = draw(None, n=n, keep=n, conditions=asked, columns=columns)
         if self.run is None:
             return None
         with self.run.spared(self.say):
-            pictures.save_grid(grid, self.run.saves / f"samples-{step:08d}.png")
-            draw_trajectory(self.generator, self.run.saves / f"trajectory-{step:08d}.png", seed=self.seed)
-        self.run.log_image("samples", pictures.image_grid(grid), step)
+            pictures.save_grid(grid, self.run.saves / f"samples-{step:08d}.png", columns=columns)
+            draw_trajectory(
+                self.generator, self.run.saves / f"trajectory-{step:08d}.png", seed=self.seed,
+                num_classes=self.num_classes, guidance=self.guidance,
+            )  # fmt: skip
+        self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:
             return None
         row |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}

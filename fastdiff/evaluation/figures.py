@@ -7,9 +7,11 @@ import torch
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective
+from fastdiff.evaluation.classes import balanced
 from fastdiff.evaluation.frechet import to_uint8
-from fastdiff.evaluation.generate import Generator
+from fastdiff.evaluation.generate import NONE, Generator
 from fastdiff.reporting import pictures
+from fastdiff.sections import Guidance
 
 
 def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, *, seed: int) -> None:
@@ -25,9 +27,13 @@ def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, 
     pictures.plot_forward_noising(_nhwc(torch.stack(columns, 1)), labels, path)
 
 
-def draw_trajectory(generator: Generator, path: Path, *, seed: int) -> None:
-    """One sampling on its way: x_t and the estimate of x0 at each stage."""
-    x_t, x0_hat, times = generator.trajectory(seed=seed)
+def draw_trajectory(
+    generator: Generator, path: Path, *, seed: int, num_classes: int = 0, guidance: Guidance = NONE
+) -> None:
+    """One sampling on its way: x_t and the estimate of x0 at each stage, of four classes if there are."""
+    x_t, x0_hat, times = generator.trajectory(
+        seed=seed, samples=4, conditions=balanced(4, num_classes), guidance=guidance
+    )
     pictures.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, path)
 
 

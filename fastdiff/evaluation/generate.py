@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastdiff.diffusion import plan
+from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.plan import OnStep, Plan
 from fastdiff.diffusion.samplers import PLANS, own_options
@@ -20,8 +21,10 @@ from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
 from fastdiff.nets.fuse import half_parameters
 from fastdiff.runtime.device import compiled
+from fastdiff.sections import Guidance
 
 Network = TypeVar("Network", bound=nn.Module)
+NONE = Guidance()
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,9 @@ class Generator:
         bf16: autocast activations, and compute with bfloat16 copies of the weights.
         compile: torch.compile the network.
         graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
+        nothing: what each condition of the network is where nothing is asked for, one row (...) each.
+        guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
+            network with `nothing`.
 
     Raises:
         UserError: a batch size below 1, or steps that the schedule does not have.
@@ -157,6 +163,8 @@ class Generator:
         bf16: bool = False,
         compile: bool = False,
         graphs: bool = True,
+        nothing: Conditions | None = None,
+        guide: nn.Module | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"cannot draw images in batches of {batch_size}; it must be at least 1.")
@@ -165,13 +173,24 @@ class Generator:
         self.bf16, self.graphs = bf16, graphs
         self.plan = settings.plan(objective.schedule)
         self.net = half_weights(network) if bf16 else network  # what computes
-        self.loop = GraphLoop(self._denoiser(compiled(self.net) if compile else self.net), device)
-        self.trajectory_loop = GraphLoop(self._denoiser(self.net), device)  # of few images, not worth compiling
+        self.nothing = {name: v.to(device) for name, v in (nothing or {}).items()}
+        self.guide = half_weights(guide) if bf16 and guide is not None else guide
+        run = compiled if compile else (lambda net: net)
+        self.loop = GraphLoop(self._denoiser(run(self.net), run(self.guide) if self.guide else None), device)
+        self.few_loop = GraphLoop(self._denoiser(self.net, self.guide), device)  # not worth compiling
 
-    def _denoiser(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def denoise(x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+        def denoise(x_t: Tensor, t: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
+            x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                return self.objective.denoise(model, x_t, t, **conditions).clamp(-1.0, 1.0)
+                if guidance is None:
+                    return x0_hat(model, x_t, t, **conditions).clamp(-1.0, 1.0)
+                if other is None:  # the conditions have 2 N rows: what is asked for, then nothing
+                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, **conditions).chunk(2)
+                else:
+                    asked, rest = x0_hat(model, x_t, t, **conditions), x0_hat(other, x_t, t, **conditions)
+                weight = guidance_weight(self.objective.schedule, t, guidance)
+                return guide(asked, rest, weight).clamp(-1.0, 1.0)
 
         return denoise
 
@@ -181,6 +200,8 @@ class Generator:
         *,
         seed: int,
         conditions: Conditions | None = None,
+        guidance: Guidance = NONE,
+        columns: int | None = None,
         on_step: OnStep | None = None,
         progress: Callable[[float], object] | None = None,
         rank: int = 0,
@@ -193,7 +214,10 @@ class Generator:
 
         Args:
             n: images, at least 1.
-            conditions: one row for each of the n images, (n, ...) each.
+            conditions: one row for each of the n images, (n, ...) each; by default nothing is asked for.
+            guidance: how strongly images are led to what is asked for, or away from `guide`.
+            columns: images whose places differ by a multiple of it start from the same noise, as those of a column of a
+                picture; they are few, and the network is not compiled for them.
             on_step: see `plan.run`; called in every batch.
             progress: called after each step with the images drawn so far, a step counting as its share of a batch.
             rank, ranks: this process among all.
@@ -219,15 +243,23 @@ class Generator:
             listening = on_step is not None or progress is not None
             # The last batch's missing images repeat the last condition.
             place = torch.arange(start, start + size).clamp(max=n - 1)
-            given = {name: v[place.to(v.device)] for name, v in (conditions or {}).items()}
-            x_0 = self._draw(self.loop, size, _batch_seed(seed, start // size), given, after if listening else None)
+            given = self._asked(size, {name: v[place] for name, v in (conditions or {}).items()}, guidance)
+            told = after if listening else None
+            if columns is None:
+                x_0 = self._draw(self.loop, self._noise(self.loop, _batch_seed(seed, start // size), size), given, told)
+            else:
+                x_0 = self._draw(self.few_loop, self._noise(self.few_loop, seed, columns)[place % columns], given, told)
             yield to_uint8(x_0[: n - start])
 
     def trajectory(
-        self, *, seed: int, conditions: Conditions | None = None, samples: int = 4, columns: int = 10
-    ) -> tuple[Tensor, Tensor, list[float]]:
+        self, *, seed: int, conditions: Conditions | None = None, guidance: Guidance = NONE, samples: int = 4,
+        columns: int = 10,
+    ) -> tuple[Tensor, Tensor, list[float]]:  # fmt: skip
         """What the sampler sees on its way: x_t, scaled as for the network, and x0_hat at evenly spaced steps, first
         and last included.
+
+        Args:
+            conditions: one row for each sample.
 
         Returns:
             x_t and x0_hat, uint8 (samples, columns, C, H, W) on the CPU, and the time of each column. With fewer steps
@@ -244,7 +276,8 @@ class Generator:
             if i in kept:
                 seen.append((to_uint8(scales[i] * x_t), to_uint8(x0_hat)))
 
-        self._draw(self.trajectory_loop, samples, seed, dict(conditions or {}), on_step)
+        given = self._asked(samples, dict(conditions or {}), guidance)
+        self._draw(self.few_loop, self._noise(self.few_loop, seed, samples), given, on_step)
         x_t, x0_hat = (torch.stack(images, 1).cpu() for images in zip(*seen, strict=True))
         return x_t, x0_hat, [times[i].item() for i in sorted(kept)]
 
@@ -252,18 +285,43 @@ class Generator:
         if self.net is not self.network:
             self.net.load_state_dict(self.network.state_dict())
 
-    @torch.no_grad()
-    def _draw(self, loop: GraphLoop, n: int, seed: int, conditions: Conditions, on_step: OnStep | None) -> Tensor:
-        """x_0, float32 (n, C, H, W)."""
+    def check(self, guidance: Guidance) -> None:
+        """Raise UsageError where the network has nothing that guidance could lead away from."""
+        if guidance.scale != 1 and self.guide is None and not self.nothing:
+            raise UsageError(
+                f"--guidance is {guidance.scale:g}, but the network knows no classes to be led to; add --guide and an "
+                "earlier checkpoint to lead away from, or drop it."
+            )
+
+    def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
+        """What the denoiser is told about n images."""
+        self.check(guidance)
+        nothing = {name: v.repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
+        given = {name: given[name].to(self.device) if name in given else v for name, v in nothing.items()} | dict(given)
+        if guidance.scale == 1:
+            return given
+        numbers = torch.tensor(guidance.numbers, device=self.device).expand(n, 3)
+        if self.guide is not None:
+            return {**given, "guidance": numbers}
+        if guidance.scale == 0 and guidance.interval is None:
+            return nothing
+        return {"guidance": numbers, **{name: torch.cat([given[name], v]) for name, v in nothing.items()}}
+
+    def _noise(self, loop: GraphLoop, seed: int, n: int) -> Tensor:
+        """x_T, float32 (n, C, H, W); what the loop's sampler draws later is of the same seed."""
         generator, (c, height, width) = loop.generator.manual_seed(seed), self.image_shape
+        # Drawn in NHWC order, so that the state is channels_last from the start.
+        z = torch.randn(n, height, width, c, generator=generator, device=self.device).permute(0, 3, 1, 2)
+        return self.objective.schedule.prior_std * z
+
+    @torch.no_grad()
+    def _draw(self, loop: GraphLoop, x_T: Tensor, conditions: Conditions, on_step: OnStep | None) -> Tensor:
+        """x_0, float32 (n, C, H, W)."""
         with record_function("sampling"):
-            # Drawn in NHWC order, so that the state is channels_last from the start.
-            z = torch.randn(n, height, width, c, generator=generator, device=self.device).permute(0, 3, 1, 2)
-            x_T = self.objective.schedule.prior_std * z
             if self.graphs:
                 return loop.run(self.plan, x_T, conditions=conditions, on_step=on_step)
 
             def denoise(x_t: Tensor, t: Tensor) -> Tensor:
                 return loop.denoise(x_t, t, **conditions)
 
-            return plan.run(self.plan, denoise, x_T, generator=generator, on_step=on_step)
+            return plan.run(self.plan, denoise, x_T, generator=loop.generator, on_step=on_step)

@@ -39,6 +39,17 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+class LabelEmbedding(nn.Embedding):
+    """A vector for each class, and one for no class, its last: (N,) int64 in 0..num_classes -> (N, width).
+
+    All are zero at the start, so that a network without classes can go on with them.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes + 1, width)
+        nn.init.zeros_(self.weight)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask can be fixed by a seed: a pure function of seed, stream and position (kernels/philox.py).
 

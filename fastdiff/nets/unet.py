@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.nets.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, tag_dropouts, zeroed
+from fastdiff.nets.layers import (
+    Downsample,
+    LabelEmbedding,
+    ResidualBlock,
+    SelfAttention,
+    TimeEmbedding,
+    Upsample,
+    tag_dropouts,
+    zeroed,
+)
 from fastdiff.sections import UNetConfig
 
 
@@ -44,7 +53,8 @@ class UpStage(nn.Module):
 class UNet(nn.Module):
     """A residual U-Net with time embedding and self-attention at chosen resolutions.
 
-    It is told how noisy its input is and nothing else: not what its output means, not the schedule, not the precision.
+    It is told how noisy its input is and, if it has classes, of which class: not what its output means, not the
+    schedule, not the precision.
     Weights are made in channels_last memory.
 
     Args:
@@ -66,6 +76,7 @@ class UNet(nn.Module):
             return nn.Identity()
 
         self.time = TimeEmbedding(config.channels)
+        self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
 
         c, skips = config.channels, [config.channels]  # channels now, and of every activation that is kept
@@ -95,18 +106,24 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
         tag_dropouts(self)
 
-    def forward(self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None, *, labels: Tensor | None = None
+    ) -> Tensor:
         """Predict from noised images.
 
         Args:
             x: (N, C, H, W), in channels_last memory for speed.
             t: (N,) noise levels, about 0..1000 (a schedule's `c_noise`).
             dropout_seed: (1,) int64 that fixes the dropout masks; None for masks from PyTorch's own generator.
+            labels: (N,) int64 in 0..num_classes, of which the last means no class; only if the network has classes.
 
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
-        embedding = F.silu(self.time(t))
+        embedding = self.time(t)
+        if self.label is not None:
+            embedding = embedding + self.label(labels)
+        embedding = F.silu(embedding)
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:

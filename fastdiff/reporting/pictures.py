@@ -25,6 +25,7 @@ PathLike = str | os.PathLike
 # By the suffix of a file's name; none is PNG.
 FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 DPI = 120
+NAME_LENGTH = 40  # characters of a row's name that are shown
 GRID_CELL, LABELLED_CELL = 64, 80  # pixels: small images are enlarged to at least this; labels need more room
 
 
@@ -53,6 +54,23 @@ def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None,
     if len(images) == 0:
         return
     write_image(image_grid(images, columns=columns, scale=scale), path)
+
+
+def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: PathLike) -> None:
+    """Writes uint8 (n, H, W, 3) each as a row, with its name at the left; rows may be of different lengths."""
+    columns, (height, width) = max(map(len, rows)), rows[0].shape[1:3]
+    images = np.full((len(rows), columns, height, width, 3), 255, np.uint8)
+    for place, row in zip(images, rows, strict=True):
+        place[: len(row)] = row
+    grid = image_grid(images.reshape(-1, height, width, 3), columns=columns)
+    shown = [name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…" for name in names]
+    left = 16 + 9 * max(map(len, shown))
+    total = left + grid.shape[1]
+    figure = Figure(figsize=(total / DPI, grid.shape[0] / DPI), dpi=DPI)
+    figure.figimage(grid, left, 0, origin="upper")
+    for r, name in enumerate(shown):
+        figure.text((left - 8) / total, 1 - (r + 0.5) / len(rows), name, fontsize=9, ha="right", va="center")
+    save_figure(figure, path)
 
 
 def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: PathLike) -> None:
@@ -119,7 +137,7 @@ def _save_labelled(
 
 
 def save_figure(figure: Figure, path: PathLike) -> None:
-    """Writes a figure as a PNG."""
+    """Writes a figure, see `write_image`."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     write_image(np.asarray(canvas.buffer_rgba())[..., :3], path)

@@ -90,6 +90,45 @@ def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
     save_figure(figure, path)
 
 
+def plot_guidance(rows: Sequence[Row], path: PathLike) -> None:
+    """The Frechet distance against the guidance scale w, a line for each interval, and how many samples are of the
+    class that was asked for. No file without rows."""
+    if not rows:
+        return
+    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
+    axes: Axes = figure.subplots()
+    axes.set_title("Frechet distance against guidance (lower is better)", fontsize=11, fontweight="bold", loc="left")
+    axes.set_xlabel("guidance scale w")
+    axes.set_ylabel(rows[0]["metric"])
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    agreement = axes.twinx() if any("label_agreement" in row for row in rows) else None
+    intervals = list(dict.fromkeys(row["guidance_interval"] for row in rows))
+    for interval, colour in zip(intervals, _colours(len(intervals)), strict=True):
+        own = sorted((row for row in rows if row["guidance_interval"] == interval), key=lambda row: row["guidance"])
+        scales, values = ([row[name] for row in own] for name in ("guidance", "value"))
+        label = "at all levels" if interval == "off" else f"at sigma / alpha in {interval}"
+        axes.plot(scales, values, "o-", color=colour, linewidth=1.8, markersize=4.5, label=label)
+        best = min(own, key=lambda row: row["value"])
+        axes.plot(best["guidance"], best["value"], "o", color=colour, markersize=10, fillstyle="none")
+        axes.annotate(
+            f"{best['value']:.4g}", (best["guidance"], best["value"]), xytext=(0, -15), textcoords="offset points",
+            ha="center", color=colour, fontsize=9,
+        )  # fmt: skip
+        if agreement is not None:
+            agreement.plot(scales, [100 * row["label_agreement"] for row in own], "s--", color=colour, markersize=3)
+    if agreement is not None:
+        ceiling = 100 * rows[0]["label_agreement_real"]
+        agreement.axhline(ceiling, color=GREY, linewidth=1, linestyle=":")
+        agreement.annotate(f"real images {ceiling:.0f}%", (1, ceiling), xycoords=("axes fraction", "data"), ha="right",
+                           va="bottom", fontsize=8, color=GREY)  # fmt: skip
+        agreement.set_ylabel("dashed: samples of the class asked for, %")
+        agreement.set_ylim(0, 105)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
 def plot_throughput(rows: Sequence[Row], path: PathLike) -> None:
     """Images per second over the steps, with the median. No file without rows."""
     steps, speeds = _column(rows, "images_per_second")
@@ -234,6 +273,11 @@ def _how(row: Row) -> str:
         parts.append(f"reference {row['reference']}")
     if row.get("feature_size") is not None:
         parts.append(f"at {row['feature_size']} px")
+    if row.get("guidance") is not None:
+        levels = row.get("guidance_interval", "off")
+        parts.append(f"guidance {row['guidance']:g}" + (f" in {levels}" if levels != "off" else ""))
+    if row.get("guide") is not None:
+        parts.append(f"guide {row['guide']}")
     return ", ".join(parts) or "all"
 
 

@@ -53,6 +53,25 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
     }  # fmt: skip
 
 
+def with_classes(config: Config, images: ImageSet) -> Config:
+    """The config, a conditional one with the classes of the data; their names are those that the run had first.
+
+    Raises:
+        UserError: a conditional run, and data without classes.
+    """
+    if not config.conditions.conditional or config.conditions.class_names:
+        return config
+    if images.labels is None:
+        raise UserError(
+            f"--conditional needs classes, but {images.name} has none; sort the images into one folder for each class, "
+            "or use an .npz with `labels`."
+        )
+    names = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
+    if len(set(images.labels.tolist())) < 2:
+        raise UserError(f"--conditional needs at least 2 classes, but all images of {images.name} are of one.")
+    return config.replace(class_names=names, num_classes=len(names))
+
+
 def _path(data: str) -> str | None:
     """Where it is, from any folder; None for a set that has a name of its own."""
     return None if data in ("cifar10", "digits") else os.path.abspath(os.path.expanduser(data))

@@ -66,17 +66,22 @@ def check_output(path: Path) -> None:
 
 
 @contextmanager
-def npz_writer(path: Path | None, shape: tuple[int, ...]) -> Generator[Any]:
-    """A function that appends batches to `images` of an .npz, so that they are never all in memory."""
+def npz_writer(path: Path | None, shape: tuple[int, ...], **arrays: np.ndarray) -> Generator[Any]:
+    """A function that appends batches to `images` of an .npz, so that they are never all in memory; it also holds
+    `arrays`."""
     if path is None:
         yield lambda batch: None
         return
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("images.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            yield lambda batch: file.write(np.ascontiguousarray(batch).data)
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                yield lambda batch: file.write(np.ascontiguousarray(batch).data)
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second
 EVAL_COLUMNS = (
     *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
     *("features", "feature_size", "reference", "seconds", "checkpoint"),
+    *("labels", "guidance", "guidance_interval", "guide", "label_agreement", "label_agreement_real"),
 )
 CSV_HEADER = tuple(dict.fromkeys(("kind", *TRAIN_COLUMNS, *EVAL_COLUMNS)))  # their union, in this order
 TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second")

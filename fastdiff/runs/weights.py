@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -112,11 +113,14 @@ def initial_weights(config: Config) -> InitialWeights | None:
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
+        names = trained.config.conditions.class_names
         source = f"{trained.path}, step {trained.step:,}"
     else:
         network = read_diffusers(path, image_size=config.net.image_size)
-        net, state, task, source = network.config, network.state, network.task, str(path)
+        net, state, task, source, names = network.config, network.state, network.task, str(path), ()
     _check_net(path, config.net, net)
+    state, named = _with_labels(path, config, net, state, theirs=names)
+    source += named
     source += f", trained as {task}" if task is not None else ""
     other = task is not None and task != config.diffusion.task
     warning = (
@@ -130,7 +134,8 @@ def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
 
     def fields(net: UNetConfig) -> dict[str, object]:
         values = {**vars(net), "attention_resolutions": tuple(sorted(set(net.attention_resolutions)))}
-        return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name != "dropout"}
+        ours = values.keys() - {"dropout", "num_classes"}
+        return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
 
     theirs = fields(there)
     wrong = {flag: value for flag, value in fields(here).items() if value != theirs[flag]}
@@ -140,6 +145,33 @@ def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
             f"--init-from {path} holds a network of another shape: {listed}. Add "
             f"{' '.join(_as_flag(flag, theirs[flag]) for flag in wrong)}."
         )
+
+
+def _with_labels(
+    path: Path, config: Config, there: UNetConfig, state: dict[str, Tensor], *, theirs: tuple[str, ...]
+) -> tuple[dict[str, Tensor], str]:
+    """The weights with a row for each class of the run and one for none, zero where they have none; and what was done.
+
+    diffusers' networks need not have a row for no class, so that one more class than we count may be meant.
+
+    Raises:
+        UserError: other classes.
+    """
+    here, ours = config.net.num_classes, config.conditions.class_names
+    if here == there.num_classes and (not theirs or theirs == ours):
+        return state, ""
+    if here and here == there.num_classes:
+        raise UserError(f"--init-from {path} was trained on the classes {', '.join(theirs)}, not {', '.join(ours)}.")
+    if here and there.num_classes == 0:
+        rows = torch.zeros(here + 1, 4 * config.net.channels)
+        return {**state, "label.weight": rows}, ", without classes"
+    if here and not theirs and here == there.num_classes + 1:
+        rows = state["label.weight"]
+        return {**state, "label.weight": torch.cat([rows, torch.zeros_like(rows[:1])])}, ", without a row for no class"
+    advice = f"use data of {there.num_classes} classes" if here else "add --conditional"
+    raise UserError(
+        f"--init-from {path} holds a network of {there.num_classes} classes, but this run has {here}; {advice}."
+    )
 
 
 def _as_flag(flag: str, value: object) -> str:

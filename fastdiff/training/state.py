@@ -10,7 +10,10 @@ from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
 # Rows of these sampling settings compare; others do not.
-COMPARABLE = ("metric", "samples", "sampler", "sampler_steps", "feature_size", "reference")
+COMPARABLE = (
+    "metric", "samples", "sampler", "sampler_steps", "feature_size", "reference", "labels", "guidance",
+    "guidance_interval",
+)  # fmt: skip
 
 
 class RunState:
@@ -80,7 +83,7 @@ class RunState:
     def add_evaluation(self, row: dict[str, Any]) -> None:
         """Note an evaluation, and whether it is the best of those that were made alike."""
         self.fid_history.append(row)
-        how = {name: row[name] for name in COMPARABLE}
+        how = {name: row[name] for name in COMPARABLE if name in row}
         best = self.best if self.best is not None and self.best.items() >= how.items() else None
         if self.step and (best is None or row["value"] < best["value"]):
             self.best = {"step": self.step, "value": row["value"], **how}

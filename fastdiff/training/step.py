@@ -13,6 +13,7 @@ from fastdiff.errors import UserError
 from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
+from fastdiff.training.conditions import UNIFORMS, Labels
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
@@ -52,9 +53,10 @@ class TrainStep:
         skip_nonfinite: steps in a row whose loss or gradient may be not finite; the device passes over their updates,
             and counts them. One more, and the metrics' `bad_step` says where. Above 0, `update` must be made with
             skip_nonfinite=True.
-        ranks: the processes that share each batch, each calling with its part; None for one alone. t and eps are drawn
-            for the whole batch, as one alone would; dropout draws other masks. With several, `update` must be made
-            with accumulate=True.
+        ranks: the processes that share each batch, each calling with its part; None for one alone. t, eps and left-out
+            labels are drawn for the whole batch, as one alone would; dropout draws other masks. With several, `update`
+            must be made with accumulate=True.
+        conditions: what the network is told about an image by its index in the set; None: nothing.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class TrainStep:
         graphs: bool = False,
         skip_nonfinite: int = 0,
         ranks: Ranks | None = None,
+        conditions: Labels | None = None,
     ) -> None:
+        self.conditions = conditions
         self.model, self.objective, self.update = model, objective, update
         self.lr, self.grad_clip = lr, grad_clip
         self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
@@ -85,14 +89,12 @@ class TrainStep:
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
-        self.loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
-            compiled(self._loss) if compile else self._loss
-        )
+        self.loss: Callable[..., tuple[Tensor, Tensor]] = compiled(self._loss) if compile else self._loss
         self.account: Callable[[Tensor, Tensor, Tensor, Tensor], None] = (
             compiled(self._account) if compile else self._account
         )
         self.metrics, self.noise_levels = Metrics(self.device), NoiseLevels(self.device)
-        self.images: Tensor | None = None  # the body's input, fixed where it may be captured
+        self.batch: tuple[Tensor, ...] = ()  # the body's input, images and index, fixed where it may be captured
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step, from 0
         # Every rank draws t and eps as rank 0 does, and masks from the default generator, which each seeds differently.
         self.noise = torch.Generator(self.device) if self.rank > 0 else None
@@ -106,23 +108,24 @@ class TrainStep:
         """Whether the next step takes as long as all that follow: nothing is left to compile or to capture."""
         return self.run.ready
 
-    def _loss(self, images: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, images: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = normalize(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.objective.loss(self._network, x0, t, eps)
+            losses = self.objective.loss(self._network, x0, t, eps, **cond)
             return losses.mean(), losses.detach()
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
         return functional_call(self.model, self.update.weights, (x_t, c_noise), cond)
 
-    def __call__(self, images: Tensor, step: int) -> None:
+    def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:
         """Take one step.
 
         Args:
             images: uint8 (N, H, W, C) on the model's device, contiguous, this rank's part of the batch; free to be
                 overwritten by work that is queued after the call.
             step: the number of updates made before this one.
+            index: (N,) int64, where each image stands in the set; `conditions` look them up by it.
 
         Raises:
             UserError: `graphs`, and the batch has another size than the first one, or the step cannot be captured.
@@ -132,7 +135,7 @@ class TrainStep:
         if len(images) % self.accumulate:
             raise ValueError(f"a batch of {len(images)} cannot be split into {self.accumulate} equal parts")
         with record_function("data"):
-            self._take(images)
+            self._take(images, *([index] if self.conditions is not None and index is not None else []))
         torch.manual_seed(step_seed(self.seed, step, self.rank))
         if self.noise is not None:
             self.noise.manual_seed(step_seed(self.seed, step))
@@ -141,33 +144,37 @@ class TrainStep:
         self.run()
         self.metrics.step()
 
-    def _take(self, images: Tensor) -> None:
+    def _take(self, *batch: Tensor) -> None:
         if not self.graphs:
-            self.images = images
+            self.batch = batch
             return
-        if self.images is None:
-            self.images = torch.empty_like(images)
-        if images.shape != self.images.shape:
-            size, first = (" x ".join(map(str, shape)) for shape in (images.shape, self.images.shape))
+        if not self.batch:
+            self.batch = tuple(torch.empty_like(v) for v in batch)
+        if batch[0].shape != self.batch[0].shape:
+            size, first = (" x ".join(map(str, v[0].shape)) for v in (batch, self.batch))
             raise UserError(
                 f"a batch of {size} cannot go through the step that was captured for {first}; use --no-graphs for "
                 "batches of several sizes."
             )
-        self.images.copy_(images)
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given)
 
     def _body(self) -> None:
         """All that a step does on the device; the same kernels on the same addresses in every step."""
-        assert self.images is not None
-        n, height, width, channels = self.images.shape
+        images, *index = self.batch
+        n, height, width, channels = images.shape
         total, mine = n * self.size, slice(n * self.rank, n * (self.rank + 1))
         t = self.objective.sample_t(total, generator=self.noise, device=self.device)
         eps = torch.randn(total, height, width, channels, generator=self.noise, device=self.device)
-        batch = (self.images, t[mine], eps[mine].permute(0, 3, 1, 2))
-        parts = [batch] if self.accumulate == 1 else zip(*(v.chunk(self.accumulate) for v in batch), strict=True)
+        batch, cond = (images, t[mine], eps[mine].permute(0, 3, 1, 2)), {}
+        if self.conditions is not None:
+            uniform = torch.rand(total, UNIFORMS, generator=self.noise, device=self.device)
+            cond = self.conditions(*index, uniform[mine])
+        parts = zip(*(v.chunk(self.accumulate) for v in (*batch, *cond.values())), strict=True)
         losses, of_images, share = [], [], 1 / (self.accumulate * self.size)
         for i, part in enumerate(parts):
             with record_function("forward"):
-                loss, per_image = self.loss(*part)
+                loss, per_image = self.loss(*part[:3], **dict(zip(cond, part[3:], strict=True)))
             with record_function("backward"):
                 self.update.add(torch.autograd.grad(loss, self.leaves), share=share, first=i == 0)
             losses.append(loss.detach())

@@ -24,6 +24,7 @@ from fastdiff.data.loaders import check_loader, make_loader
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
+from fastdiff.evaluation.classes import no_class
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.figures import draw_forward_noising
@@ -34,13 +35,15 @@ from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
-from fastdiff.runs.data import load_run_data
+from fastdiff.runs.data import load_run_data, with_classes
 from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.weights import InitialWeights, initial_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
+from fastdiff.sections import Guidance
+from fastdiff.training.conditions import Labels
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
@@ -96,12 +99,14 @@ def train(
             run = stack.enter_context(resume if isinstance(resume, Run) else open_run(resume))
             checkpoint.recover(run.checkpoints)
             saved = find_checkpoint(asked, run.path)
-        elif ranks.is_main:
-            initial = initial_weights(config)
-        saved, initial = ranks.share((saved, initial), "the weights to start from")
+        saved = ranks.share(saved, "the checkpoint")
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
+        asked, config = (with_classes(each, image_set) for each in (asked, config))
+        if ranks.is_main and resume is None:
+            initial = initial_weights(config)
+        initial = ranks.share(initial, "the weights to start from")
         distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
         check_loader(config.images.loader)
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
@@ -114,7 +119,7 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, image_set, ranks, run, progress, stop)
 
-        step, model, ema = _make_step(config, ranks, initial)
+        step, model, ema = _make_step(config, image_set, ranks, initial)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
@@ -224,9 +229,9 @@ def _loop(
         clock = time.perf_counter()
         while config.run.steps is None or state.step < config.run.steps:
             with record_function("data"):
-                images = next(loader).images
+                images, index = next(loader)
             ready = step.ready
-            step(images, state.step)
+            step(images, state.step, index)
             state.step += 1
             stopping = signalled()
             saver.collect()
@@ -279,7 +284,9 @@ def _recorded(asked: Config, config: Config) -> dict[str, Any]:
     return {**asked.to_dict(), "resolved": ran}
 
 
-def _make_step(config: Config, ranks: Ranks, initial: InitialWeights | None) -> tuple[TrainStep, UNet, EMA]:
+def _make_step(
+    config: Config, image_set: ImageSet, ranks: Ranks, initial: InitialWeights | None
+) -> tuple[TrainStep, UNet, EMA]:
     """The network, its average, and the step that trains it."""
     optim, machine = config.optim, config.machine
     bf16, compile = machine.precision == "bf16", machine.compile == "on"
@@ -294,10 +301,16 @@ def _make_step(config: Config, ranks: Ranks, initial: InitialWeights | None) -> 
         half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
+    conditions = None
+    if config.conditions.conditional and image_set.labels is not None:
+        conditions = Labels(
+            image_set.labels, num_classes=config.net.num_classes, dropout=config.conditions.label_dropout,
+            device=ranks.device,
+        )  # fmt: skip
     step = TrainStep(
         network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
-        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks,
+        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
     )  # fmt: skip
     return step, model, ema
 
@@ -308,11 +321,12 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
         fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
         SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
         image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
-        compile=machine.compile == "on", graphs=machine.graphs,
+        compile=machine.compile == "on", graphs=machine.graphs, nothing=no_class(net.num_classes),
     )  # fmt: skip
     return Evaluator(
         generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
+        num_classes=net.num_classes, guidance=Guidance(config.eval_guidance, config.eval_guidance_interval),
     )  # fmt: skip
 
 

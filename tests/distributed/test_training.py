@@ -27,13 +27,17 @@ def exact_losses(config: Config) -> torch.Tensor:
     objective = make_objective("eps", schedule="ddpm-linear", timesteps=config.diffusion.timesteps, weighting="uniform")
     adam = torch.optim.Adam(model.parameters())
     images = torch.from_numpy(load_dataset(config.images.data, root=config.images.data_root, image_size=8).images)
+    labels = torch.arange(len(images)) % 2
     losses = []
     for step in range(config.run.steps):
         indices, flips = map(torch.from_numpy, batch_plan(len(images), batch_size=8, seed=config.run.seed, step=step))
         batch = torch.where(flips[:, None, None, None], images[indices].flip(2), images[indices])
         torch.manual_seed(step_seed(config.run.seed, step))
         t, eps = objective.sample_t(8), torch.randn(8, 8, 8, 3).permute(0, 3, 1, 2).double()
-        loss = objective.loss(model, (batch.permute(0, 3, 1, 2).double() - 127.5) / 127.5, t, eps).mean()
+        x0, cond = (batch.permute(0, 3, 1, 2).double() - 127.5) / 127.5, {}
+        if config.conditions.conditional:
+            cond["labels"] = torch.where(torch.rand(8, 1)[:, 0] < config.conditions.label_dropout, 2, labels[indices])
+        loss = objective.loss(model, x0, t, eps, **cond).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
@@ -43,16 +47,21 @@ def exact_losses(config: Config) -> torch.Tensor:
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_two_ranks_have_the_loss_curve_of_one(tiny_config, run_ranks, tmp_path, kernels):
+@pytest.mark.parametrize(("kernels", "conditional"), [("torch", False), ("triton", True)])
+def test_two_ranks_have_the_loss_curve_of_one(tiny_config, labelled, run_ranks, tmp_path, kernels, conditional):
     options = {"net": dataclasses.replace(TINY, dropout=0.0), "kernels": kernels, "eval_every": 1000}
+    if conditional:
+        options |= {"conditional": True, "label_dropout": 0.3, "data": labelled("cat", "dog")}
     curves = {}
     for ranks, accumulate in ((1, 1), (2, 1), (2, 2)):
         root = f"ranks-{ranks}-{accumulate}"
         ended = run_ranks("train", tiny_config(root, accumulate=accumulate, **options), ranks=ranks)
         assert ended.codes == [0] * ranks, ended.outputs
         curves[ranks, accumulate] = torch.tensor([row["loss"] for row in rows(tmp_path / root / "1")])
-    exact = exact_losses(Config.from_dict(tiny_config(**options)))
+    config = Config.from_dict(tiny_config(**options))
+    if conditional:
+        config = config.replace(num_classes=2)
+    exact = exact_losses(config)
     assert exact[-1] < exact[0]
     for parts in ((2, 1), (2, 2)):
         assert_as_accurate(curves[parts], curves[1, 1], exact, f"the losses of {parts[0]} ranks")

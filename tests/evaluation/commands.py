@@ -3,6 +3,7 @@
 from fastdiff.cli import main, run_command
 from fastdiff.sections import UNetConfig
 
+CLASSES = ("cat", "dog", "3")
 NET = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
 
 

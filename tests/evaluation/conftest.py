@@ -8,7 +8,7 @@ from fastdiff.config import Config
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
 from fastdiff.runs.run import create_run
-from tests.evaluation.commands import NET
+from tests.evaluation.commands import CLASSES, NET
 
 
 @pytest.fixture
@@ -26,4 +26,27 @@ def run(tmp_path):
                 torch.nn.init.normal_(p, std=0.05)
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": {}, "config": config.to_dict()}
             checkpoint.save(made.checkpoints, step, state)
+        return made.path
+
+
+@pytest.fixture
+def conditional(tmp_path):
+    """A run of a conditional network, made without training, with an earlier checkpoint."""
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), labels=np.arange(40) % 3,
+        class_names=np.array(CLASSES),
+    )  # fmt: skip
+    config = Config.of(
+        data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4,
+        conditional=True, class_names=CLASSES,
+    ).replace(num_classes=3)  # fmt: skip
+    with create_run(tmp_path / "working", config=config.to_dict()) as made:
+        for step in (1, 2):
+            torch.manual_seed(step)
+            model = UNet(config.net)
+            for p in model.parameters():
+                torch.nn.init.normal_(p, std=0.05)
+            state = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": {}}
+            checkpoint.save(made.checkpoints, step, {**state, "config": config.to_dict()})
         return made.path

@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
         self.norm_3, self.norm_4 = nn.GroupNorm(1, c), nn.GroupNorm(8, c)
         self.act = nn.SiLU()
         self.conv_1, self.conv_2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.Conv2d(2 * c, c, 1)
-        self.label, self.level = nn.Linear(1, c), nn.Linear(1, c)
+        self.kind, self.level = nn.Linear(1, c), nn.Linear(1, c)
         self.drop = Dropout(config.dropout)
         self.attention = SelfAttention(c, groups=2, eps=1e-5)
         self.up, self.shrink = Upsample(c), nn.Conv2d(c, config.image_channels, 2, stride=2)
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
         x = self.stem(x)
         a = self.act(self.norm_1(x))
         h = self.drop(self.act(self.norm_2(torch.cat([self.conv_1(a), x], dim=1))), dropout_seed)
-        h = self.conv_2(h) + self.level(t)[:, :, None, None] + self.label(t)[:, :, None, None] + a
+        h = self.conv_2(h) + self.level(t)[:, :, None, None] + self.kind(t)[:, :, None, None] + a
         h = self.attention(self.norm_3(h)) + h
         return self.shrink(self.act(self.norm_4(self.up(h))))
 
@@ -57,6 +57,7 @@ NETS = {
     "one level, one block": (UNet, dataclasses.replace(SMALL, channel_mult=(2,), attention_resolutions=())),
     "odd widths": (UNet, dataclasses.replace(SMALL, channels=12, image_channels=1, norm_groups=3)),
     "another network": (Bottleneck, SMALL),
+    "five classes": (UNet, dataclasses.replace(SMALL, num_classes=5)),
 }
 EACH = [pytest.param(*net, id=name) for name, net in NETS.items()]
 
@@ -78,10 +79,11 @@ def batch(config, n=4, device="cpu"):
 
 def outcome(net, parameters, x, t, *, bf16=False, seed=None):
     """The prediction and the gradient of each weight, by name."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        y = net(x, t, seed)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
     names, tensors = zip(*parameters, strict=True)
+    cond = {"labels": torch.arange(len(x), device=x.device) % 6} if "label.weight" in names else {}
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        y = net(x, t, seed, **cond)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
     return {"prediction": y, **dict(zip(names, torch.autograd.grad(y, tensors, weight), strict=True))}
 
 

@@ -25,6 +25,22 @@ def test_an_untrained_network_puts_out_zero_and_every_parameter_gets_a_gradient_
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_classes_change_nothing_until_they_are_trained_and_then_only_their_own_images():
+    plain, told = UNet(SMALL).eval(), UNet(replace(SMALL, num_classes=3)).eval()
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    left = told.load_state_dict(plain.state_dict(), strict=False)
+    assert left.missing_keys == ["label.weight"]
+    x, t, labels = torch.randn(4, 3, 8, 8), torch.full((4,), 10.0), torch.tensor([0, 1, 1, 3])
+    assert torch.equal(told(x, t, labels=labels), plain(x, t))
+    told(x, t, labels=labels).square().sum().backward()
+    assert [bool(row.abs().sum() > 0) for row in told.label.weight.grad] == [True, True, False, True]
+    with torch.no_grad():
+        told.label.weight[1] = 1.0
+    same = [torch.equal(a, b) for a, b in zip(told(x, t, labels=labels), plain(x, t), strict=True)]
+    assert same == [True, False, False, True]
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("mult", [(1,), (1, 2, 3)])
 def test_any_shape_of_network_keeps_the_images_shape(mult, blocks):

@@ -154,10 +154,10 @@ def before_step(index: int, action: Callable[[TrainStep], None]) -> None:
     """Call `action` when the step `index` (from 0) begins."""
     real = TrainStep.__call__
 
-    def call(self, images, step):
-        if step == index:
+    def call(self, images, at, of=None):
+        if at == index:
             action(self)
-        return real(self, images, step)
+        return real(self, images, at, of)
 
     TrainStep.__call__ = call
 

@@ -70,7 +70,7 @@ def test_loading_a_state_keeps_every_tensor_in_its_place(kernels, bf16):
         (train_step.model.state_dict(), train_step.update.ema.state_dict(), train_step.update.state_dict())
     )
     sums, places = train_step.metrics.state_dict(), {k: v.data_ptr() for k, v in state_of(train_step).items()}
-    fixed = (*(getattr(train_step.metrics, name) for name in Metrics.NAMES), train_step.images, train_step.number)
+    fixed = (*(getattr(train_step.metrics, name) for name in Metrics.NAMES), train_step.batch[0], train_step.number)
     places_of_fixed = [v.data_ptr() for v in fixed]
 
     def go_on():
@@ -89,7 +89,7 @@ def test_loading_a_state_keeps_every_tensor_in_its_place(kernels, bf16):
     assert {k: now[k].data_ptr() for k in places.keys() - steps} == {k: places[k] for k in places.keys() - steps}
     assert [v.data_ptr() for v in fixed] == places_of_fixed
     assert fixed[0] is train_step.metrics.loss
-    assert fixed[-2] is train_step.images
+    assert fixed[-2] is train_step.batch[0]
 
 
 def gradient(monkeypatch, **options):

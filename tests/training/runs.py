@@ -38,9 +38,9 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while it takes its step-th step."""
     real = TrainStep.__call__
 
-    def call(self, images, index):
-        real(self, images, index)
-        if index + 1 == step:
+    def call(self, images, at, index=None):
+        real(self, images, at, index)
+        if at + 1 == step:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(TrainStep, "__call__", call)

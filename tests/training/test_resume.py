@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.runs import checkpoint
 from fastdiff.training.train import train
@@ -26,6 +27,32 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, mo
     torch.manual_seed(999)  # the resumed run must not depend on what is left in this process
     assert train(tiny_config(), resume=run) == 0
     assert_same_run(tmp_path / "whole" / "1", run)
+
+
+def test_a_conditional_run_resumes_bit_for_bit_under_its_classes_first_names(
+    tiny_config, labelled, tmp_path, monkeypatch
+):
+    config = {"conditional": True, "label_dropout": 0.3, "accumulate": 2}
+    assert train(tiny_config(**config, data=labelled("cat", "dog"), run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(tiny_config(**config, data=labelled("cat", "dog"))) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    other = labelled("feline", "canine", name="others.npz")
+    again = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"]).replace(data=other)
+    assert train(again, resume=run) == 0
+    saved = checkpoint.load_latest(run / "checkpoints")
+    assert Config.from_dict(saved.state["config"]).conditions.class_names == ("cat", "dog")
+    assert saved.state["model"]["label.weight"].abs().sum(1).gt(0).tolist() == [True, True, True]
+    whole = checkpoint.load_latest(tmp_path / "whole" / "1" / "checkpoints")
+    assert all(torch.equal(saved.state["model"][name], v) for name, v in whole.state["model"].items())
+
+
+@pytest.mark.parametrize(("given", "message"), [(("cat",), "all images of .* are of one"), ((), "has none; sort")])
+def test_a_conditional_run_needs_classes(tiny_config, labelled, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(conditional=True, data=labelled(*given) if given else tiny_config().images.data))
+    assert not (tmp_path / "working").exists()
 
 
 def test_resuming_in_new_processes_is_bit_equal_too(tiny_config, tmp_path, train_in_new_process):

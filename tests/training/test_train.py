@@ -126,11 +126,11 @@ def test_the_last_steps_of_a_run_are_logged_too(tiny_config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny_config, tmp_path, monkeypatch):
     real = TrainStep.__call__
 
-    def call(self, images, index):
-        if index == 14:
+    def call(self, images, number, index=None):
+        if number == 14:
             with torch.no_grad():
                 self.parameters[3].fill_(float("inf"))
-        real(self, images, index)
+        real(self, images, number, index)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
     with pytest.raises(TrainingFailed, match=r"step 15 is not finite; .* last good checkpoint is .*step-10"):
@@ -240,10 +240,10 @@ def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
 def test_what_the_first_step_takes_is_no_training_time(tiny_config, tmp_path, monkeypatch):
     real = TrainStep.__call__
 
-    def call(self, images, index):
-        if index in (0, 10):  # as if it compiled; the second process resumes at 10
+    def call(self, images, number, index=None):
+        if number in (0, 10):  # as if it compiled; the second process resumes at 10
             time.sleep(1.5)
-        real(self, images, index)
+        real(self, images, number, index)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
     train(tiny_config(steps=10))
