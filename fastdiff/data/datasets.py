@@ -18,6 +18,7 @@ import PIL
 
 from fastdiff._kernels import source_hash
 from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
+from fastdiff.data.captioned_digits import DIGITS, captioned_digits
 from fastdiff.data.captions import Captions, caption_files, caption_templates, read_captions
 from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
 from fastdiff.data.decoding import DARK, decode_all, resize_all
@@ -121,7 +122,8 @@ def load_dataset(
     """Load an image set.
 
     Args:
-        name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits; or a path:
+        name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits;
+            "digits-captioned", these in colours and places that captions name (`captioned_digits`); or a path:
 
             - a folder of images, or a tar or zip archive of one, with subfolders train/ and test/ or without; see
               `fastdiff.data.layout.choose` for splits and labels,
@@ -161,7 +163,16 @@ def _digits(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
     return ImageSet.from_arrays(*digit_images(size), "digits-train", "0123456789", ["split train: all of it"])
 
 
-BUILT_IN = {"cifar10": _cifar10, "digits": _digits}  # name -> function of root, split and image_size
+def _captioned_digits(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    images, labels, captions = captioned_digits(split, size)
+    which = "held-out" if split == "test" else "all but held-out"
+    notes = [f"split {split}: {which} pairs of digit and colour"]
+    return ImageSet.from_arrays(images, labels, f"digits-captioned-{split}", DIGITS, notes, captions)
+
+
+BUILT_IN = {  # name -> function of root, split and image_size
+    "cifar10": _cifar10, "digits": _digits, "digits-captioned": _captioned_digits,
+}  # fmt: skip
 
 
 def _at_path(path: Path, root: str | os.PathLike[str], split: str, size: int, captions: bool) -> ImageSet:
