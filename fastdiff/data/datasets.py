@@ -23,6 +23,7 @@ from fastdiff.data.captions import Captions, caption_files, caption_templates, r
 from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
 from fastdiff.data.decoding import DARK, decode_all, resize_all
 from fastdiff.data.digits import digit_images
+from fastdiff.data.emoji import ATTRIBUTION, load_emoji
 from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
@@ -123,7 +124,8 @@ def load_dataset(
 
     Args:
         name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits;
-            "digits-captioned", these in colours and places that captions name (`captioned_digits`); or a path:
+            "digits-captioned", these in colours and places that captions name (`captioned_digits`); "openmoji", emoji
+            with their names as captions, from the extra `emoji`; or a path:
 
             - a folder of images, or a tar or zip archive of one, with subfolders train/ and test/ or without; see
               `fastdiff.data.layout.choose` for splits and labels,
@@ -170,8 +172,16 @@ def _captioned_digits(root: str | os.PathLike[str], split: str, size: int) -> Im
     return ImageSet.from_arrays(images, labels, f"digits-captioned-{split}", DIGITS, notes, captions)
 
 
+def _openmoji(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    _only_train("openmoji", split)
+    images, _, about = load_emoji(cache_folder(root), size, _decoder())
+    captions = tuple(map(tuple, about["captions"]))
+    notes = ["split train: all of it", ATTRIBUTION]
+    return ImageSet.from_arrays(images, None, "openmoji-train", None, notes, captions)
+
+
 BUILT_IN = {  # name -> function of root, split and image_size
-    "cifar10": _cifar10, "digits": _digits, "digits-captioned": _captioned_digits,
+    "cifar10": _cifar10, "digits": _digits, "digits-captioned": _captioned_digits, "openmoji": _openmoji,
 }  # fmt: skip
 
 
