@@ -57,14 +57,25 @@ def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     """
     ids = torch.full((len(texts), length), PAD)
     for row, text in zip(ids, texts, strict=True):
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8") from error
-        if len(content) > length - 2:
-            raise UserError(f"the text {text!r} has {len(content)} bytes, but at most {length - 2} fit; shorten it")
+        content = check_unicode(text).encode()
+        check_length(text, len(content), length - 2, "bytes")
         row[: len(content) + 2] = torch.tensor([BEGIN, *content, END])
     return ids
+
+
+def check_unicode(text: str) -> str:
+    """The text; a UserError if it holds what is no character, as a command line's invalid UTF-8 becomes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8") from error
+    return text
+
+
+def check_length(text: str, length: int, longest: int, unit: str) -> None:
+    """A UserError if the text is too long."""
+    if length > longest:
+        raise UserError(f"the text {text!r} has {length} {unit}, but at most {longest} fit; shorten it")
 
 
 class ByteEncoder(nn.Module):
