@@ -92,7 +92,7 @@ def test_transformers(tmp_path, kind):
     tensors = load_file(weights)
     lost = sorted(tensors)[-1]
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="it has no weights .*weight"):  # which would else be random
+    with pytest.raises(UserError, match=r"it has no weights .*weight"):  # which would else be random
         frozen_encoder(f"transformers:{tmp_path / 'b'}")
     weights.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"b cannot be loaded as a CLIP text model or a T5 encoder: .+"):
