@@ -26,13 +26,13 @@ COLUMNS = "'file_name' (a string) and 'text' (a string; several lines for one im
 PLACEHOLDERS = ("{}", "{class}")
 
 
-def caption_files(files: Folder | Archive) -> list[str]:
+def caption_files(files: Folder | Archive) -> tuple[list[str], list[str]]:
     """Names of the files that hold captions: metadata files, and text files with the names of images."""
     others = files.listing.left_out
     stems = {_stem(name) for name in files.listing.images}
-    metadata = [name for suffix in ("*.jsonl", "*.csv") for name in others.get(suffix, ())]
-    metadata = [name for name in metadata if posixpath.basename(name) in METADATA]
-    return metadata + [name for name in others.get("*.txt", ()) if _stem(name) in stems]
+    tables = [*others.get("*.jsonl", ()), *others.get("*.csv", ())]
+    metadata = [name for name in tables if posixpath.basename(name) in METADATA]
+    return metadata, [name for name in others.get("*.txt", ()) if _stem(name) in stems]
 
 
 def read_captions(files: Folder | Archive, images: Sequence[str]) -> Captions:
@@ -48,9 +48,9 @@ def read_captions(files: Folder | Archive, images: Sequence[str]) -> Captions:
         UserError: no captions, both kinds, an image without a caption or a caption without its image, or a file that
             is not as described; names the file and the line.
     """
-    found, stems = caption_files(files), {_stem(name) for name in images}
-    sidecars = [name for name in found if name.endswith(".txt") and _stem(name) in stems]
-    metadata = [name for name in found if not name.endswith(".txt") and _is_above(name, images)]
+    metadata, sidecars = caption_files(files)
+    metadata, stems = [name for name in metadata if _is_above(name, images)], {_stem(name) for name in images}
+    sidecars = [name for name in sidecars if _stem(name) in stems]
     if metadata and sidecars:
         raise UserError(f"{files.path}: captions are in {metadata[0]!r} and in {sidecars[0]!r}; remove one kind")
     if not metadata and not sidecars:

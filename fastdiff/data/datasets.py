@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -250,7 +250,8 @@ def _files(path: Path, cache: Path | None, split: str, size: int, captions: bool
 
     @functools.cache
     def chosen() -> Choice:
-        return choose(files.listing.without(caption_files(files) if captions else []), split, path)
+        used = chain(*caption_files(files)) if captions else ()
+        return choose(files.listing.without(used), split, path)
 
     def build() -> Decoded:
         names, labels = chosen().names, chosen().labels

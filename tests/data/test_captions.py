@@ -41,7 +41,8 @@ def write(folder, how):
             write_csv(folder / kind / "metadata.csv", [(name[4:], text) for name, text in rows if kind in name])
     else:
         for name, texts in TEXTS.items():
-            (folder / name).with_suffix(".txt").write_text("\n".join(texts) + "\n\n")
+            suffix = ".TXT" if name.endswith(".PNG") else ".txt"
+            (folder / name).with_suffix(suffix).write_text("\n".join(texts) + "\n\n")
 
 
 @pytest.mark.parametrize("suffix", ["", ".tar.gz", ".zip"])
@@ -117,7 +118,7 @@ def test_two_kinds_of_captions_and_two_files_for_one_image(pets, load, user_erro
     write(pets, "sidecars")
     write(pets, "jsonl")
     user_error(lambda: load(pets), "'metadata.jsonl' and in 'cat/x.txt'; remove one kind")
-    for path in pets.glob("*/*.txt"):
+    for path in pets.glob("*/*.[tT]*"):
         path.unlink()
     write(pets, "csv")
     user_error(lambda: load(pets), "another metadata file", "'cat/x.png'")
