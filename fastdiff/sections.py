@@ -116,7 +116,8 @@ class ImagesConfig:
     """Where the images come from, and how they reach the device."""
 
     data: str = "cifar10"
-    """`cifar10`, `digits` (scikit-learn's; no download), or a path: a folder, tar or zip of images, or an .npz."""
+    """`cifar10`, `digits` (scikit-learn's; no download), `digits-captioned` (these in colours), `openmoji` (extra
+    `emoji`), or a path: a folder, tar or zip of images, or an .npz."""
     data_root: str = "data"
     """Folder for downloads and caches of decoded images."""
     split: Literal["train", "test"] = "train"
@@ -124,7 +125,7 @@ class ImagesConfig:
     loader: Literal["auto", "dali", "resident"] = "auto"
     """`dali`: NVIDIA DALI pipeline; `resident`: whole set on the device; `auto`: dali on CUDA, else resident."""
     flip: Literal["auto", "on", "off"] = "auto"
-    """Mirror each image with probability 1/2; `auto`: on, but off for digits."""
+    """Mirror each image with probability 1/2; `auto`: on, but off for digits and emoji."""
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -132,7 +133,9 @@ class ImagesConfig:
     @property
     def flips(self) -> bool:
         """Whether images are mirrored at random, with `auto` resolved by the data."""
-        return self.flip == "on" or (self.flip == "auto" and self.data != "digits")
+        return self.flip == "on" or (
+            self.flip == "auto" and self.data not in ("digits", "digits-captioned", "openmoji")
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Decoded image sets on disk: written once under a temporary name, checked whenever they are read.
+"""Decoded image sets and encoded texts on disk: written once under a temporary name, checked whenever they are read.
 
-A cache saves time and nothing else: one that cannot be read or written is a warning, and the set is built.
+A cache saves time and nothing else: one that cannot be read or written is a warning, and what it would hold is built.
 """
 
 import hashlib
@@ -12,11 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
 
 
 class Decoded(NamedTuple):
@@ -53,43 +56,67 @@ def cached(path: Path | None, build: Callable[[], Decoded], *, outdated: str = "
         path: None for a set that is not to be stored.
         outdated: a pattern of the names of files beside it that the new one replaces.
     """
+    return _cached(path, build, _pack, _unpack, outdated)
+
+
+def cached_arrays(path: Path | None, build: Callable[[], Arrays], *, outdated: str = "") -> Arrays:
+    """The same for arrays by name."""
+    return _cached(path, build, dict, dict, outdated)
+
+
+def _cached(
+    path: Path | None,
+    build: Callable[[], T],
+    pack: Callable[[T], Arrays],
+    unpack: Callable[[Arrays], T],
+    outdated: str,
+) -> T:
     if path is None:
         return build()
     try:
-        return _read(path)
+        return unpack(_read(path))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("%s is damaged or cannot be read (%s); the images are decoded again", path, error)
-    decoded = build()
+        log.warning("%s is damaged or cannot be read (%s); it is made again", path, error)
+    built = build()
     try:
-        _write(path, decoded)
+        _write(path, pack(built))
         for old in path.parent.glob(outdated) if outdated else ():
             if old != path:
                 old.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("%s cannot be written (%s); the images are decoded anew each time", path, error)
-    return decoded
+        log.warning("%s cannot be written (%s); what it would hold is made anew each time", path, error)
+    return built
 
 
-def _checksum(images: np.ndarray, labels: np.ndarray | None, about: str) -> str:
-    return hashlib.sha256(f"{content_sha256(images, labels)} {about}".encode()).hexdigest()
+def _pack(decoded: Decoded) -> Arrays:
+    arrays = {"images": decoded.images, "about": np.array(json.dumps(decoded.about))}
+    return arrays if decoded.labels is None else {**arrays, "labels": decoded.labels}
 
 
-def _read(path: Path) -> Decoded:
+def _unpack(arrays: Arrays) -> Decoded:
+    return Decoded(arrays["images"], arrays.get("labels"), json.loads(str(arrays["about"])))
+
+
+def _checksum(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
-        images, labels = file["images"], file.get("labels")
-        about, sha256 = str(file["about"]), str(file["sha256"])
-    if _checksum(images, labels, about) != sha256:
+        arrays = dict(file)
+    if str(arrays.pop("sha256")) != _checksum(arrays):
         raise ValueError("its checksum differs")
-    return Decoded(images, labels, json.loads(about))
+    return arrays
 
 
-def _write(path: Path, decoded: Decoded) -> None:
-    images, labels, about = decoded.images, decoded.labels, json.dumps(decoded.about)
-    arrays = {"images": images, "about": np.array(about), "sha256": np.array(_checksum(images, labels, about))}
-    if labels is not None:
-        arrays["labels"] = labels
+def _write(path: Path, arrays: Arrays) -> None:
+    arrays = {**arrays, "sha256": np.array(_checksum(arrays))}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

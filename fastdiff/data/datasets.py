@@ -2,22 +2,28 @@
 
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import Image
 
 from fastdiff._kernels import source_hash
 from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
+from fastdiff.data.captioned_digits import DIGITS, captioned_digits
+from fastdiff.data.captions import Captions, caption_files, caption_templates, read_captions
 from fastdiff.data.cifar import CLASS_NAMES, load_cifar10
-from fastdiff.data.decoding import DARK, decode_all, new_images, resize_all
+from fastdiff.data.decoding import DARK, decode_all, resize_all
+from fastdiff.data.digits import digit_images
+from fastdiff.data.emoji import ATTRIBUTION, load_emoji
 from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
@@ -39,6 +45,7 @@ class ImageSet:
         name: of the set and its split, e.g. "cifar10-train"; fit for a file name.
         sha256: of the content (images and labels), in hex; equal for equal content, wherever it came from.
         notes: what the split is, and what was passed over, for people.
+        captions: of each image one or more; None where none were asked for, and the set has none of its own.
     """
 
     images: np.ndarray
@@ -47,6 +54,7 @@ class ImageSet:
     name: str
     sha256: str
     notes: tuple[str, ...] = ()
+    captions: Captions | None = None
 
     @classmethod
     def from_arrays(
@@ -56,6 +64,7 @@ class ImageSet:
         name: str,
         class_names: Sequence[str] | None = None,
         notes: Sequence[str] = (),
+        captions: Captions | None = None,
     ) -> "ImageSet":
         """An image set of arrays as described above.
 
@@ -64,7 +73,23 @@ class ImageSet:
         """
         _range(images, name)
         names = None if class_names is None else tuple(class_names)
-        return cls(images, labels, names, name, content_sha256(images, labels), tuple(notes))
+        return cls(images, labels, names, name, content_sha256(images, labels), tuple(notes), captions)
+
+    @cached_property
+    def captions_sha256(self) -> str | None:
+        """SHA-256 (hex) of the captions: a hash of their own, so that runs without text keep theirs."""
+        return None if self.captions is None else hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
+
+    def with_templates(self, path: str | os.PathLike[str]) -> "ImageSet":
+        """This set with the captions that a file of templates makes of its class names.
+
+        Raises:
+            UserError: the set has no classes with names, or the file is not one of templates.
+        """
+        if self.labels is None or self.class_names is None:
+            raise UserError(f"{self.name} has no class names, of which {path} could make captions; caption its images")
+        of_class = caption_templates(_expand(path), self.class_names)
+        return replace(self, captions=tuple(of_class[label] for label in self.labels))
 
     def describe(self) -> str:
         """One line: name, split, number and size of the images, classes, range of the pixels, and what is left out."""
@@ -75,6 +100,9 @@ class ImageSet:
             names = self.class_names or list(map(str, range(len(counts))))
             shown = [f"{names[i]} {counts[i]:,}" for i in np.flatnonzero(counts)]
             parts.append(f"{len(shown):,} classes: {some(shown, 10)}")
+        if self.captions is not None:
+            distinct = dict.fromkeys(caption for captions in self.captions for caption in captions)
+            parts.append(f"{len(distinct):,} captions, such as {', '.join(map(repr, islice(distinct, 3)))}")
         mean = self.images.mean(dtype=np.float64)
         parts += [f"pixels {self.images.min()} to {self.images.max()}, mean {mean:.1f}", *self.notes[1:]]
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in "; ".join(parts))
@@ -90,20 +118,25 @@ def load_dataset(
     root: str | os.PathLike[str] = "./data",
     split: Literal["train", "test"] = "train",
     image_size: int = 32,
+    captions: bool | str | os.PathLike[str] = False,
 ) -> ImageSet:
     """Load an image set.
 
     Args:
-        name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits; or a path:
+        name: "cifar10", from `root` or downloaded to it; "digits", scikit-learn's 1,797 handwritten digits;
+            "digits-captioned", these in colours and places that captions name (`captioned_digits`); "openmoji", emoji
+            with their names as captions, from the extra `emoji`; or a path:
 
             - a folder of images, or a tar or zip archive of one, with subfolders train/ and test/ or without; see
               `fastdiff.data.layout.choose` for splits and labels,
             - a `.npz` file with `images`, uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W), and optionally `labels`,
-              integers (N,), and `class_names`, strings, one for each label.
+              integers (N,), and `class_names`, strings, one for each label; `captions`, strings (N,) or (N, K).
         root: where CIFAR-10 is looked for, and where decoded folders and archives are kept (`.cache`), keyed by
             content, split, size, and the version of what decodes them.
         split: "train" or "test". The digits, a `.npz`, and a folder without train/ and test/ are all "train".
         image_size: pixels; other images get their shorter side resized to it and a centre crop. Grey becomes RGB.
+        captions: True for the captions that come with the images (`fastdiff.data.captions.read_captions`), or a file
+            of templates, which make them of the class names (`caption_templates`).
 
     Raises:
         UserError: in one line, which file or value is wrong and what to do.
@@ -112,30 +145,64 @@ def load_dataset(
         raise UserError(f"image_size is {image_size}; it must be at least 1 pixel")
     if split not in ("train", "test"):
         raise UserError(f"split is {split!r}; expected 'train' or 'test'")
-    if name == "cifar10":
-        images, labels = load_cifar10(_expand(root), split)
-        return ImageSet.from_arrays(
-            resize_all(images, image_size), labels, f"cifar10-{split}", CLASS_NAMES, [f"split {split}"]
-        )
-    if name == "digits":
-        _only_train("digits", split)
-        return ImageSet.from_arrays(*_digits(image_size), "digits-train", "0123456789", ["split train: all of it"])
-    path = _expand(name)
+    built_in = BUILT_IN.get(name)
+    if built_in is not None:
+        image_set = built_in(root, split, image_size)
+    else:
+        image_set = _at_path(_expand(name), root, split, image_size, captions is True)
+    if captions is True and image_set.captions is None:
+        raise UserError(f"{name} has no captions; make them of its class names by a file of templates")
+    return image_set if isinstance(captions, bool) else image_set.with_templates(captions)
+
+
+def _cifar10(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    images, labels = load_cifar10(_expand(root), split)
+    return ImageSet.from_arrays(resize_all(images, size), labels, f"cifar10-{split}", CLASS_NAMES, [f"split {split}"])
+
+
+def _digits(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    _only_train("digits", split)
+    return ImageSet.from_arrays(*digit_images(size), "digits-train", "0123456789", ["split train: all of it"])
+
+
+def _captioned_digits(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    images, labels, captions = captioned_digits(split, size)
+    which = "held-out" if split == "test" else "all but held-out"
+    notes = [f"split {split}: {which} pairs of digit and colour"]
+    return ImageSet.from_arrays(images, labels, f"digits-captioned-{split}", DIGITS, notes, captions)
+
+
+def _openmoji(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
+    _only_train("openmoji", split)
+    images, _, about = load_emoji(cache_folder(root), size, _decoder())
+    captions = tuple(map(tuple, about["captions"]))
+    notes = ["split train: all of it", ATTRIBUTION]
+    return ImageSet.from_arrays(images, None, "openmoji-train", None, notes, captions)
+
+
+BUILT_IN = {  # name -> function of root, split and image_size
+    "cifar10": _cifar10, "digits": _digits, "digits-captioned": _captioned_digits, "openmoji": _openmoji,
+}  # fmt: skip
+
+
+def _at_path(path: Path, root: str | os.PathLike[str], split: str, size: int, captions: bool) -> ImageSet:
     try:
         path.stat()
     except OSError as error:
         reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UserError(f"{path}: {reason}; expected cifar10, digits, a folder, an archive or a .npz file") from error
+        expected = f"{', '.join(BUILT_IN)}, a folder, an archive or a .npz file"
+        raise UserError(f"{path}: {reason}; expected {expected}") from error
     if path.suffix.lower() == ".npz":
         _only_train(path, split)
-        images, labels, about = read_npz(path)
-        images = resize_all(images, image_size)
+        images, labels, about = read_npz(path, captions=captions)
+        images = resize_all(images, size)
     else:
-        images, labels, about = _files(path, cache_folder(root), split, image_size)
+        images, labels, about = _files(path, cache_folder(root), split, size, captions)
     dark = any(DARK in remark for remark in about["remarks"])
     for remark in [*about["remarks"], *([] if dark else _low_range(images, path))]:
         log.warning("%s: %s", path, remark)
-    return ImageSet.from_arrays(images, labels, f"{_stem(path)}-{split}", about["class_names"], about["notes"])
+    name, about_captions = f"{_stem(path)}-{split}", about.get("captions")
+    return ImageSet.from_arrays(images, labels, name, about["class_names"], about["notes"], about_captions)
 
 
 def _expand(path: str | os.PathLike[str]) -> Path:
@@ -178,25 +245,13 @@ def _stem(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:64] or "images"
 
 
-def _digits(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: 8x8 grey in 0..16, white on black, enlarged smoothly to uint8 (1797, size, size, 3)."""
-    from sklearn.datasets import load_digits  # seconds to import, and only needed here
-
-    digits = load_digits()
-    images = new_images(len(digits.images), size)
-    for image, grey in zip(images, digits.images, strict=True):
-        # In floats, so that the interpolation works on the exact values and rounds once, at the end.
-        enlarged = Image.fromarray(grey.astype(np.float32) * (255 / 16)).resize((size, size), Image.Resampling.BICUBIC)
-        image[:] = np.clip(np.rint(np.asarray(enlarged)), 0, 255)[:, :, None]
-    return images, digits.target.astype(np.int64)
-
-
-def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
+def _files(path: Path, cache: Path | None, split: str, size: int, captions: bool) -> Decoded:
     files = open_files(path)
 
     @functools.cache
     def chosen() -> Choice:
-        return choose(files.listing, split, path)
+        used = chain(*caption_files(files)) if captions else ()
+        return choose(files.listing.without(used), split, path)
 
     def build() -> Decoded:
         names, labels = chosen().names, chosen().labels
@@ -208,12 +263,12 @@ def _files(path: Path, cache: Path | None, split: str, size: int) -> Decoded:
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)
 
-    if cache is None:
-        return build()
+    of_images = read_captions(files, chosen().names) if captions else None  # before anything is decoded
     key = f"{_stem(path)}-{split}-{size}-{files.fingerprint()[:16]}"
-    decoded = cached(cache / f"{key}-{_decoder()}.npz", build, outdated=f"{key}*.npz")
-    if isinstance(files, Folder):  # its other files may have changed since
-        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes)
+    place = None if cache is None else cache / f"{key}-{_decoder()}.npz"
+    decoded = cached(place, build, outdated=f"{key}*.npz")
+    if isinstance(files, Folder) or captions:  # its other files may have changed since
+        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes, captions=of_images)
     return decoded
 
 

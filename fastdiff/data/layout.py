@@ -38,6 +38,12 @@ class Listing:
     images: list[str]
     left_out: dict[str, list[str]]
 
+    def without(self, used: Iterable[str]) -> "Listing":
+        """The listing, where files that are used after all are not passed over."""
+        gone = set(used)
+        kept = {why: [name for name in names if name not in gone] for why, names in self.left_out.items()}
+        return Listing(self.images, {why: names for why, names in kept.items() if names})
+
 
 @dataclass(frozen=True)
 class Choice:

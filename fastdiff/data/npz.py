@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff.data.cache import Decoded
+from fastdiff.data.captions import npz_captions
 from fastdiff.data.files import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO
 from fastdiff.data.layout import some
 from fastdiff.errors import UserError
@@ -15,13 +16,16 @@ ARRAYS = ("images", "labels", "class_names")
 MAX_CLASSES = 2**20  # a label beyond is no class, but a hash, or -1 that wrapped around
 
 
-def read_npz(path: Path) -> Decoded:
+def read_npz(path: Path, *, captions: bool = False) -> Decoded:
     """Images uint8 (N, H, W, 3) or (N, H, W); labels int64 (N,) or None; their names and the other arrays' as notes.
+
+    Args:
+        captions: read the array `captions` too, to `about["captions"]`.
 
     Raises:
         UserError: the file is damaged, or an array is not what it should be; says which, and how to convert it.
     """
-    arrays, others = _load(path)
+    arrays, others = _load(path, (*ARRAYS, *["captions"][:captions]))
     images = _images(path, arrays["images"])
     labels = arrays.get("labels")
     class_names = _class_names(path, arrays.get("class_names"))
@@ -30,11 +34,18 @@ def read_npz(path: Path) -> Decoded:
     notes = ["split train: all of it"]
     if others:
         notes.append(f"left out: other arrays ({len(others):,}): {some(list(map(repr, others)))}")
-    return Decoded(images, labels, {"class_names": class_names, "notes": notes, "remarks": []})
+    about = {"class_names": class_names, "notes": notes, "remarks": []}
+    if captions:
+        if "captions" not in arrays:
+            raise UserError(
+                f"{path} has no array 'captions'; save one, or build captions from class names by templates"
+            )
+        about["captions"] = npz_captions(path, arrays["captions"], len(images))
+    return Decoded(images, labels, about)
 
 
-def _load(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of `ARRAYS` that are there, and the names of the others."""
+def _load(path: Path, wanted: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The wanted arrays that are there, and the names of the others."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -43,7 +54,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         with np.load(path, allow_pickle=False) as file:
             if "images" not in file:
                 raise UserError(f"{path} has no array 'images', only {', '.join(file) or 'nothing'}; save one")
-            return {name: file[name] for name in ARRAYS if name in file}, [name for name in file if name not in ARRAYS]
+            return {name: file[name] for name in wanted if name in file}, [name for name in file if name not in wanted]
     except UserError:
         raise
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:

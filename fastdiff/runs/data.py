@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdiff.config import Config
-from fastdiff.data.datasets import ImageSet, load_dataset
+from fastdiff.data.datasets import BUILT_IN, ImageSet, load_dataset
 from fastdiff.errors import UserError
 
 
@@ -74,4 +74,4 @@ def with_classes(config: Config, images: ImageSet) -> Config:
 
 def _path(data: str) -> str | None:
     """Where it is, from any folder; None for a set that has a name of its own."""
-    return None if data in ("cifar10", "digits") else os.path.abspath(os.path.expanduser(data))
+    return None if data in BUILT_IN else os.path.abspath(os.path.expanduser(data))

@@ -1,0 +1,170 @@
+"""Text for a network: an encoder of bytes that is trained with it, and the attention that reads its tokens.
+
+Every encoder turns N texts into tokens (N, L, D) and a mask (N, L), true where a token is one. The empty text is the
+null caption of classifier-free guidance; it has tokens too, so that no row of an attention is without a key.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.errors import UsageError, UserError
+from fastdiff.nets.layers import zeroed
+
+POSITIONS = 64  # of the byte encoder: begin, at most 62 bytes, end
+BEGIN, END, PAD = 256, 257, 258
+
+
+class TextEncoder(Protocol):
+    """What turns texts into tokens.
+
+    Attributes:
+        width: D, of each token.
+        fingerprint: equal where equal texts give equal tokens; of a trained encoder, equal for equal shapes.
+    """
+
+    width: int
+    fingerprint: str
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (N, L, D), floating point, and mask (N, L), bool; L suffices for the longest.
+
+        Raises:
+            UserError: a text is too long, or UTF-8 cannot hold it.
+        """
+        ...
+
+
+def check_prompts(prompts: Sequence[str], encoder: TextEncoder) -> None:
+    """Raise UsageError, naming the prompt, if one is empty, too long, or not Unicode."""
+    for i, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UsageError(f"prompt {i} is empty; say what the picture shows")
+    try:
+        encoder.encode(list(prompts))
+    except UserError as error:
+        raise UsageError(str(error)) from error
+
+
+def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
+    """Begin, the bytes of the text's UTF-8, end, padding: int64 (N, length).
+
+    Raises:
+        UserError: a text has over length - 2 bytes, or UTF-8 cannot hold it; names it.
+    """
+    ids = torch.full((len(texts), length), PAD)
+    for row, text in zip(ids, texts, strict=True):
+        content = check_unicode(text).encode()
+        check_length(text, len(content), length - 2, "bytes")
+        row[: len(content) + 2] = torch.tensor([BEGIN, *content, END])
+    return ids
+
+
+def check_unicode(text: str) -> str:
+    """The text; a UserError if it holds what is no character, as a command line's invalid UTF-8 becomes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text {text!r} is not valid Unicode; write it in UTF-8") from error
+    return text
+
+
+def check_length(text: str, length: int, longest: int, unit: str) -> None:
+    """A UserError if the text is too long."""
+    if length > longest:
+        raise UserError(f"the text {text!r} has {length} {unit}, but at most {longest} fit; shorten it")
+
+
+class ByteEncoder(nn.Module):
+    """A small transformer over bytes, trained with the network: no vocabulary, so no word is unknown.
+
+    Args:
+        width: of the tokens; a multiple of `heads`.
+        blocks: pre-norm transformer blocks.
+        heads: of each attention.
+    """
+
+    def __init__(self, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.width, self.fingerprint = width, f"bytes-{width}-{blocks}-{heads}"
+        self.byte = nn.Embedding(PAD + 1, width)
+        self.position = nn.Embedding(POSITIONS, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        for table in (self.byte, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (N, L) int64, as by `byte_ids`, L at most 64 -> tokens (N, L, D), 0 at padding, and mask (N, L)."""
+        mask = ids != PAD
+        h = self.byte(ids) + self.position.weight[: ids.shape[1]]
+        for block in self.blocks:
+            h = block(h, mask)
+        return self.norm(h) * mask[..., None], mask
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See TextEncoder."""
+        return self(byte_ids(texts).to(self.byte.weight.device))
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + MLP(norm(h)): (N, L, D) -> (N, L, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        """mask (N, L): the positions to attend to."""
+        q, k, v = (split_heads(each, self.heads) for each in self.qkv(self.norm_1(h)).chunk(3, -1))
+        h = h + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None])))
+        return h + self.mlp(self.norm_2(h))
+
+
+class CrossAttention(nn.Module):
+    """Attention of image positions to the tokens of a text, with a residual; without effect at the start.
+
+    Keys and values depend on the text alone: `keys_values` is called once where many steps read the same text.
+
+    Args:
+        channels: of the image; a multiple of `heads` and `groups`.
+        text_width: of the tokens.
+    """
+
+    def __init__(self, channels: int, text_width: int, *, heads: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm_text = nn.LayerNorm(text_width)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(text_width, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (N, L, text_width) -> keys and values, (N, heads, L, channels / heads) each."""
+        k, v = self.kv(self.norm_text(tokens)).chunk(2, -1)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """x (N, C, H, W), mask (N, L) of the tokens, at least one true a row -> (N, C, H, W)."""
+        h = self.norm(x)
+        height_width = h.shape[2:]
+        q = split_heads(self.q(h.flatten(2).transpose(1, 2)), self.heads)
+        h = self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None])))
+        return x + h.transpose(1, 2).unflatten(2, height_width)
+
+
+def split_heads(h: Tensor, heads: int) -> Tensor:
+    """(N, L, D) -> (N, heads, L, D / heads)."""
+    return h.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(h: Tensor) -> Tensor:
+    """(N, heads, L, D / heads) -> (N, L, D)."""
+    return h.transpose(1, 2).flatten(2)

@@ -1,0 +1,119 @@
+"""Text encoders and cross-attention: what padding, other texts and the start may not change."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdiff.errors import UsageError, UserError
+from fastdiff.nets.fuse import fuse
+from fastdiff.nets.text import BEGIN, END, PAD, ByteEncoder, CrossAttention, byte_ids, check_prompts
+
+TEXTS = ["a red three", "", "ein Kätzchen 🐈", "x" * 14]
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return ByteEncoder(width=32, blocks=2, heads=4)
+
+
+def test_ids_are_the_bytes_between_begin_and_end():
+    ids = byte_ids(["aé", ""], 8)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[BEGIN, 97, 0xC3, 0xA9, END, PAD, PAD, PAD], [BEGIN, END, *[PAD] * 6]]
+    assert byte_ids(["x" * 62]).shape == (1, 64)
+
+
+def test_texts_that_do_not_fit_are_named(encoder):
+    with pytest.raises(UserError, match=r"'é+' has 64 bytes, but at most 62 fit"):
+        byte_ids(["é" * 32])
+    with pytest.raises(UserError, match="is not valid Unicode"):
+        byte_ids(["\udcff"])
+    check_prompts(["a", "b"], encoder)
+    for prompt, told in (("  ", "prompt 2 is empty"), ("y" * 63, "63 bytes"), ("\udcff", "Unicode")):
+        with pytest.raises(UsageError, match=told):
+            check_prompts(["a", prompt], encoder)
+
+
+def test_padding_and_other_texts_change_nothing(encoder):
+    tokens, mask = encoder(byte_ids(TEXTS[:2], 16))
+    padded, longer = encoder(byte_ids(TEXTS[:2], 64))
+    assert mask.sum(1).tolist() == longer.sum(1).tolist() == [13, 2]
+    torch.testing.assert_close(padded[:, :16], tokens, rtol=0, atol=1e-6)
+    assert not padded[:, 16:].any()
+    assert not tokens[~mask].any()
+    together, _ = encoder.encode(TEXTS)
+    for i, text in enumerate(TEXTS):
+        torch.testing.assert_close(encoder.encode([text])[0][0], together[i], rtol=0, atol=1e-6)
+    assert (together[0, :13] - together[3, :13]).abs().max() > 0.1
+    backwards = encoder.encode(["eerht der a"])[0]
+    assert (backwards.sum(1) - together[:1].sum(1)).abs().max() > 0.01  # order matters
+
+
+def test_the_gradient_reaches_the_bytes_that_occur_and_no_others(encoder):
+    tokens, _ = encoder.encode(["abc", "b"])
+    (tokens * torch.randn_like(tokens)).sum().backward()
+    reached = encoder.byte.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
+    assert reached == [97, 98, 99, BEGIN, END]
+    assert encoder.position.weight.grad.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+class Small(nn.Module):
+    """Of the least that holds a text encoder and a cross-attention among other layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = ByteEncoder(width=16, blocks=1, heads=2)
+        self.conv_in, self.conv_out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.cross = CrossAttention(8, 16, heads=2, groups=4, eps=1e-6)
+        self.norm = nn.GroupNorm(4, 8)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, ids):
+        tokens, mask = self.text(ids)
+        k, v = self.cross.keys_values(tokens)
+        return self.conv_out(F.silu(self.norm(self.cross(self.conv_in(x), k, v, mask))))
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    net = Small().double()
+    return net, torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+
+def test_cross_attention_starts_without_effect_and_then_reads_the_text(small):
+    net, x = small
+    ids = byte_ids(["red", "green"], 16)
+    torch.testing.assert_close(net.cross(x := net.conv_in(x), *net.cross.keys_values(net.text(ids)[0]), ids != PAD), x)
+    nn.init.normal_(net.cross.out.weight)
+    tokens, mask = net.text(ids)
+    k, v = net.cross.keys_values(tokens)
+    y = net.cross(x, k, v, mask)
+    assert k.shape == v.shape == (2, 2, 16, 4)
+    assert (y - x).abs().max() > 1e-3
+    longer = byte_ids(["red", "green"], 64)
+    padded = net.cross(x, *net.cross.keys_values(net.text(longer)[0]), longer != PAD)
+    torch.testing.assert_close(padded, y, rtol=0, atol=1e-12)
+    swapped = net.cross(x.flip(0), k.flip(0), v.flip(0), mask.flip(0))
+    torch.testing.assert_close(swapped.flip(0), y, rtol=0, atol=1e-12)
+
+
+def test_a_fused_network_with_text_is_the_plain_one(small):
+    net, x = small
+    nn.init.normal_(net.cross.out.weight)
+    nn.init.normal_(net.cross.out.bias)
+    fused, ids = fuse(net), byte_ids(["red", "a green one"], 16)
+    assert not any(isinstance(each, nn.GroupNorm) for each in fused.modules())
+
+    def outcome(network):
+        y = network(x, ids)
+        return y, *torch.autograd.grad((y**2).sum(), list(net.parameters()))
+
+    for ours, plain in zip(outcome(fused), outcome(net), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+    other = copy.deepcopy(net)
+    other.load_state_dict(fused.state_dict())
