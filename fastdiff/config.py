@@ -42,10 +42,10 @@ class Config:
         steps, timesteps = self.eval.eval_steps, self.diffusion.timesteps
         if self.diffusion.discrete:
             require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
-        if self.eval.eval_guidance != 1.0 and not self.conditions.conditional:
+        if self.eval.eval_guidance != 1.0 and not self.conditions.any:
             raise UserError(
-                f"--eval-guidance is {self.eval.eval_guidance:g}, but guidance leads from a network without a class to "
-                "one with it; add --conditional, or drop it."
+                f"--eval-guidance is {self.eval.eval_guidance:g}, but guidance leads to a class or a caption; add "
+                "--conditional or --text, or drop it."
             )
         self._check_decay()
 

@@ -50,11 +50,15 @@ class Sample(Sampling):
     """Draw images from a trained network into a grid, and if asked into an .npz."""
 
     n: int | None = None
-    """Images to draw; default: 64, or 8 of each class."""
+    """Images to draw; default: 64, or 8 of each class or prompt."""
     classes: tuple[str, ...] = ()
     """Of a conditional run: classes to draw, a row each, by name, by number, or `all`, the default."""
+    prompt: tuple[str, ...] = ()
+    """Of a run with --text: what to draw, a row each."""
+    prompt_file: Path | None = None
+    """A file of prompts, one a line."""
     per_class: int | None = None
-    """Images of each class, in place of --n."""
+    """Images of each class or prompt, in place of --n."""
     guidance: float = 1.0
     """w in x0_hat = x0_other + w (x0_asked - x0_other): 1 as the network draws by itself, 0 as if no class was asked
     for, above 1 more typical of the class. Ho & Salimans count it from 0: their w is this one minus 1."""
@@ -63,7 +67,8 @@ class Sample(Sampling):
     out: Path = Path("samples.png")
     """The grid, a .png or .jpg; of more than 1,024 images it shows the first 1,024."""
     save_npz: Path | None = None
-    """Also write all images here: `images`, uint8 (n, H, W, C), and of a conditional run `labels`, int64 (n,)."""
+    """Also write all images here: `images`, uint8 (n, H, W, C), and of a conditional run `labels`, int64 (n,), or
+    `prompts`, in the same order."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,12 @@ class UNetConfig:
     """Added to the variance in each GroupNorm."""
     num_classes: tyro.conf.Fixed[int] = 0
     """Classes that the network can be told; 0: none. With --conditional, those of the data."""
+    text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"
+    """What gives the tokens of texts; by --text."""
+    text_width: int = 128
+    """Width of the tokens of --text bytes; a multiple of 4. Other encoders have their own."""
+    text_blocks: int = 2
+    """Transformer blocks of --text bytes."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
@@ -109,6 +115,12 @@ class UNetConfig:
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
         at_least(0, "num_classes", self.num_classes)
+        at_least(1, "text_blocks", self.text_blocks)
+        width = self.text_width
+        require(width >= 4 and width % 4 == 0, "text_width", width, "a multiple of 4, the heads of its attention")
+        if self.text_encoder != "none":
+            expected = "not empty with --text, as texts are read where there is attention"
+            require(len(self.attention_resolutions) > 0, "attention_resolutions", self.attention_resolutions, expected)
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,30 @@ class ConditionsConfig:
     class_names: tyro.conf.Fixed[tuple[str, ...]] = ()
     """Names of the classes, by label; with --conditional, those of the data."""
 
+    text: str = "none"
+    """Tell the network what each image shows by its caption: `bytes` learns to read with the network; `wordllama` (a
+    package) and `transformers:PATH` (a folder of a CLIP or T5 encoder) are taken as they are; `none`: no captions."""
+    captions: str | None = None
+    """A file of templates, one a line with {} for the class, that makes captions of class names; by default the data's
+    own: metadata.jsonl or .csv, .txt files beside the images, or `captions` in an .npz."""
+    caption_dropout: float = 0.1
+    """Part of the images whose caption is left out, in [0, 1); see --label-dropout."""
+    text_fingerprint: tyro.conf.Fixed[str] = ""
+    """Of the encoder that the network was trained with."""
+
     def __post_init__(self) -> None:
         require(0.0 <= self.label_dropout < 1.0, "label_dropout", self.label_dropout, "in [0, 1)")
+        require(0.0 <= self.caption_dropout < 1.0, "caption_dropout", self.caption_dropout, "in [0, 1)")
+        kind, _, path = self.text.partition(":")
+        known = self.text in ("none", "bytes", "wordllama") or bool(kind == "transformers" and path)
+        require(known, "text", self.text, "none, bytes, wordllama or transformers:PATH")
+        if self.captions is not None and self.text == "none":
+            raise UserError(f"--captions {self.captions} would be read by nothing; add --text bytes, or drop it.")
+
+    @property
+    def any(self) -> bool:
+        """Whether the network is told anything."""
+        return self.conditional or self.text != "none"
 
 
 @dataclass(frozen=True)

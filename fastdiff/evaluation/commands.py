@@ -15,12 +15,13 @@ from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
-from fastdiff.evaluation.classes import LabelAgreement, balanced, kept_features, parse_classes
 from fastdiff.evaluation.evaluate import Trained, load_trained
 from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options
+from fastdiff.evaluation.graph_loop import Conditions, with_tokens
+from fastdiff.evaluation.wishes import LabelAgreement, kept_features, parse_classes, wishes
 from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.nets.fuse import fuse
@@ -63,8 +64,9 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
 
 
 def _told(trained: Trained) -> str:
-    task, names = trained.task
-    return f"{task}{f', on {len(names)} classes' if names else ''}"
+    task, text, *names = trained.task
+    text = f", texts by {text}" if text != "none" else ""
+    return f"{task}{text}{f', on {len(names)} classes' if names else ''}"
 
 
 def sample(flags: Sample) -> None:
@@ -79,25 +81,23 @@ def sample(flags: Sample) -> None:
     for path in filter(None, (out, save_npz)):
         check_output(path)
     trained, generator = _trained(flags)
-    names = trained.config.conditions.class_names
-    asked = _asked(flags, names)
-    n, conditions = len(asked) if names else flags.n or 64, {"labels": torch.tensor(asked)} if names else {}
+    asked, names, told = _wishes(flags, trained)
+    shares = _shares(flags, len(names))
+    n, row = sum(shares), np.repeat(np.arange(len(shares)), shares)  # of each image
+    conditions = {name: v[row] for name, v in asked.items()}
     c, height, width = generator.image_shape
     shown: list[np.ndarray] = []
-    arrays = {name: v.numpy() for name, v in conditions.items()}
+    arrays = {name: v[row] for name, v in told.items()}
     with bar("sampling", n) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
-        for images in generator.batches(
-            n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=show
-        ):  # fmt: skip
+        for images in generator.batches(n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=show):
             array = _nhwc(images)
             write(array)
             if sum(map(len, shown)) < GRID_LIMIT:
                 shown.append(array)
     grid = np.concatenate(shown)[:GRID_LIMIT]
     if names:
-        labels = np.array(asked[: len(grid)])
-        rows = list(dict.fromkeys(labels.tolist()))
-        pictures.save_rows([grid[labels == label] for label in rows], [names[label] for label in rows], out)
+        rows = {i: grid[row[: len(grid)] == i] for i in np.unique(row[: len(grid)])}
+        pictures.save_rows(list(rows.values()), [names[i] for i in rows], out)
     else:
         pictures.save_grid(grid, out)
     label, steps = generator.settings.label, generator.settings.steps
@@ -105,19 +105,54 @@ def sample(flags: Sample) -> None:
     print(f"{out}: {len(grid):,} of {n:,} images by {label}, {steps} steps{led}, from {trained.path}")
 
 
-def _asked(flags: Sample, names: Sequence[str]) -> list[int]:
-    """The label of each image to draw, class after class; [] for a network without classes."""
-    labels = parse_classes(flags.classes, names) or list(range(len(names)))
+def _wishes(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str], dict[str, np.ndarray]]:
+    """What to draw, a row for each class or prompt: the network's conditions, their names, and arrays that say it.
+
+    Nothing for a network without classes and texts, or for one with texts but no prompt.
+    """
+    names, prompts = trained.config.conditions.class_names, _prompts(flags)
+    if prompts and trained.read is None:
+        raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
+    if prompts and flags.classes:
+        raise UsageError("--prompt and --classes are both given; drop one of them.")
+    labels = parse_classes(flags.classes, names)
+    if prompts and trained.read is not None:
+        try:
+            return trained.read(prompts), prompts, {"prompts": np.array(prompts)}
+        except UserError as error:
+            raise UsageError(f"--prompt: {error}") from error
+    labels = labels or (list(range(len(names))) if trained.read is None else [])
+    if not labels:
+        return {}, (), {}
+    return {"labels": torch.tensor(labels)}, [names[label] for label in labels], {"labels": np.array(labels)}
+
+
+def _prompts(flags: Sample) -> list[str]:
+    """The prompts of the flag and of the file. Raises UsageError for an empty one, or a file that cannot be read."""
+    prompts = list(flags.prompt)
+    if flags.prompt_file is not None:
+        try:
+            prompts += flags.prompt_file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt-file {flags.prompt_file} cannot be read as UTF-8 text ({error}).") from error
+    for i, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UsageError(f"prompt {i} of {len(prompts)} is empty; say what the picture shows, or remove it.")
+    return prompts
+
+
+def _shares(flags: Sample, rows: int) -> list[int]:
+    """How many images to draw for each of the rows; for a network that is asked for nothing, of all."""
     per_class, n = flags.per_class, flags.n
-    if per_class is not None and (n is not None or not names):
-        reason = "--n is given as well; drop one of them" if names else "this network knows no classes; use --n"
+    if per_class is not None and (n is not None or not rows):
+        reason = "--n is given as well; drop one of them" if rows else "no class and no prompt is asked for; use --n"
         raise UsageError(f"--per-class {per_class}: {reason}.")
     for flag, value in (("--per-class", per_class), ("--n", n)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}, but must be at least 1.")
-    if n is None:
-        return [label for label in labels for _ in range(per_class or 8)]
-    return [label for i, label in enumerate(labels) for _ in range(i, n, len(labels))]
+    if not rows:
+        return [n or 64]
+    return [per_class or 8] * rows if n is None else [len(range(i, n, rows)) for i in range(rows)]
 
 
 def evaluate(flags: Evaluate) -> None:
@@ -137,7 +172,8 @@ def evaluate(flags: Evaluate) -> None:
     extractor = make_extractor(flags.features, device=generator.device, size=flags.feature_size)
     folder = cache_folder(config.images.data_root)
     distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
-    asked = balanced(flags.n, classes)
+    wished = wishes(config, reference, trained.read)
+    asked = wished.of(flags.n) if wished is not None else {}
     agreement = LabelAgreement(extractor, reference, _test_images(config, flags)) if classes else None
     about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
     rows = []
@@ -211,7 +247,7 @@ def likelihood(flags: Likelihood) -> None:
         raise UsageError(f"--n is {n}, but {images.name} has {len(images.images)} images.")
     print(f"data       {images.describe()}", file=sys.stderr)
     chosen = images.draw(n, seed=flags.seed)
-    labels = _labels_of(trained, images, chosen, device)
+    conditions = _conditions_of(trained, images, chosen, device)
     network = trained.network.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(flags.seed)
     ts = likelihood_grid(schedule, flags.steps)
@@ -220,7 +256,7 @@ def likelihood(flags: Likelihood) -> None:
         for start in range(0, n, flags.batch_size):
             part = images.images[chosen[start : start + flags.batch_size]]
             x = dequantize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2), generator=generator)
-            cond = {"labels": labels[start : start + len(part)]} if labels is not None else {}
+            cond = {name: v[start : start + len(part)] for name, v in conditions.items()}
             log_p, _ = log_likelihood(
                 lambda x_t, t, cond=cond: trained.objective.denoise(network, x_t, t, **cond), schedule, x, ts,
                 probes=flags.probes, generator=generator,
@@ -236,16 +272,22 @@ def likelihood(flags: Likelihood) -> None:
     output.put(json.dumps(row))
 
 
-def _labels_of(trained: Trained, images: ImageSet, chosen: np.ndarray, device: torch.device) -> Tensor | None:
-    """The labels of the chosen images, for a network with classes. Raises UserError if they have none, or others."""
-    names = trained.config.conditions.class_names
-    if not names:
-        return None
-    theirs = None if images.labels is None else images.class_names or tuple(map(str, range(images.labels.max() + 1)))
-    if images.labels is None or theirs != names:
-        found = "no classes" if theirs is None else f"the classes {', '.join(theirs)}"
-        raise UserError(f"{images.name} has {found}, but the network was trained on the classes {', '.join(names)}.")
-    return torch.from_numpy(images.labels[chosen]).to(device)
+def _conditions_of(trained: Trained, images: ImageSet, chosen: np.ndarray, device: torch.device) -> Conditions:
+    """What the network is told about the chosen images: their class, their first caption.
+
+    Raises:
+        UserError: they have none, or other classes.
+    """
+    names, found = trained.config.conditions.class_names, {}
+    if names:
+        theirs = () if images.labels is None else images.class_names or tuple(map(str, range(images.labels.max() + 1)))
+        if images.labels is None or tuple(theirs) != names:
+            has = f"the classes {', '.join(theirs)}" if theirs else "no classes"
+            raise UserError(f"{images.name} has {has}, but the network was trained on the classes {', '.join(names)}.")
+        found["labels"] = torch.from_numpy(images.labels[chosen])
+    if trained.read is not None and images.captions is not None:
+        found |= trained.read([images.captions[i][0] for i in chosen])
+    return with_tokens(trained.model.text, {name: v.to(device) for name, v in found.items()})
 
 
 def export(flags: Export) -> None:
@@ -297,9 +339,11 @@ def _images(config: Config, trained: Trained, data: str | None, split: Any = Non
     """The images that `data` names, or those that the run was trained on."""
     if data is None:
         return load_run_data(config, trained.saved, split=split)[0]
+    told = config.conditions
     return load_dataset(
-        data, root=config.images.data_root, split=split or config.images.split, image_size=config.net.image_size
-    )
+        data, root=config.images.data_root, split=split or config.images.split, image_size=config.net.image_size,
+        captions=told.text != "none" and (told.captions or True),
+    )  # fmt: skip
 
 
 def _nhwc(images: Tensor) -> np.ndarray:

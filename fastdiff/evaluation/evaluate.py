@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 
 from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.config import Config
+from fastdiff.data.cache import cache_folder
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
-from fastdiff.evaluation.classes import no_class
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import NONE, Generator, SamplerSettings
 from fastdiff.evaluation.graph_loop import Conditions
+from fastdiff.evaluation.wishes import nothing
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
+from fastdiff.runs.texts import Texts, text_reader
 from fastdiff.runs.weights import read_trained
 from fastdiff.runtime.signals import Stopped
 from fastdiff.runtime.world import Ranks
@@ -52,13 +55,20 @@ class Trained:
         """Draws from it; see `Generator` for the options."""
         net = self.config.net
         shape = net.image_channels, net.image_size, net.image_size
-        nothing = no_class(net.num_classes)
-        return Generator(self.network, self.objective, settings, image_shape=shape, nothing=nothing, **options)
+        return Generator(
+            self.network, self.objective, settings, image_shape=shape, nothing=nothing(self.config, self.read),
+            encoder=self.model.text, **options,
+        )  # fmt: skip
+
+    @cached_property
+    def read(self) -> Texts | None:
+        """What turns texts into the network's arguments."""
+        return text_reader(self.config, cache_folder(self.config.images.data_root))
 
     @property
-    def task(self) -> tuple[str, tuple[str, ...]]:
-        """What it was trained for, and the classes that it knows."""
-        return self.config.diffusion.task, self.config.conditions.class_names
+    def task(self) -> tuple[str, ...]:
+        """What it was trained for, the encoder of its texts, and the classes that it knows."""
+        return self.config.diffusion.task, self.config.conditions.text, *self.config.conditions.class_names
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
@@ -135,7 +145,7 @@ def evaluate(
     settings = generator.settings
     row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}
     if conditions:
-        row |= {"labels": "balanced"}
+        row |= {"labels": "captions" if "text" in conditions else "balanced"}
     if conditions or guidance.scale != 1:
         interval = guidance.interval
         row |= {

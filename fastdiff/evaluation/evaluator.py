@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastdiff.evaluation.classes import balanced, rows_of
+import numpy as np
+
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.figures import draw_trajectory
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import NONE, Generator
+from fastdiff.evaluation.wishes import Wishes
 from fastdiff.reporting import pictures
 from fastdiff.runs.run import Run
 from fastdiff.runtime.world import Ranks
@@ -26,8 +28,8 @@ class Evaluator:
         run: the run directory; None on ranks other than 0.
         samples: for the distance.
         grid: samples in the picture; of a conditional network as many whole rows, one for each class.
-        num_classes: classes that the network knows.
-        guidance: to them.
+        wishes: what a conditional network is asked for.
+        guidance: to it.
         seed: of the noise, the same at every evaluation, so that the pictures of a run can be compared.
         say: prints a line.
     """
@@ -40,7 +42,7 @@ class Evaluator:
     grid: int
     seed: int
     say: Callable[[str], None]
-    num_classes: int = 0
+    wishes: Wishes | None = None
     guidance: Guidance = NONE
 
     def __call__(self, step: int, images: int, check: Callable[[], object]) -> dict[str, Any] | None:
@@ -55,23 +57,26 @@ class Evaluator:
         """
         draw = partial(evaluate, self.generator, seed=self.seed, check=check, ranks=self.ranks, guidance=self.guidance)
         columns, row = None, {}
-        if not self.num_classes:
+        if self.wishes is None:
             row, grid = draw(self.distance, n=self.samples, keep=self.grid)
         else:
             if self.distance is not None:
-                asked = balanced(self.samples, self.num_classes)
-                row, _ = draw(self.distance, n=self.samples, keep=0, conditions=asked)
-            shown = range(min(self.num_classes, self.grid))
-            columns = self.grid // len(shown)
-            n, asked = columns * len(shown), rows_of(shown, columns)
-            _, grid = draw(None, n=n, keep=n, conditions=asked, columns=columns)
+                row, _ = draw(self.distance, n=self.samples, keep=0, conditions=self.wishes.of(self.samples))
+            shown = min(len(self.wishes.names), self.grid)
+            columns = self.grid // shown
+            asked = {name: v[:shown].repeat_interleave(columns, 0) for name, v in self.wishes.rows.items()}
+            _, grid = draw(None, n=columns * shown, keep=columns * shown, conditions=asked, columns=columns)
         if self.run is None:
             return None
         with self.run.spared(self.say):
-            pictures.save_grid(grid, self.run.saves / f"samples-{step:08d}.png", columns=columns)
+            picture = self.run.saves / f"samples-{step:08d}.png"
+            if self.wishes is None or columns is None:
+                pictures.save_grid(grid, picture)
+            else:
+                pictures.save_rows(np.split(grid, len(grid) // columns), self.wishes.names, picture)
             draw_trajectory(
-                self.generator, self.run.saves / f"trajectory-{step:08d}.png", seed=self.seed,
-                num_classes=self.num_classes, guidance=self.guidance,
+                self.generator, self.run.saves / f"trajectory-{step:08d}.png", seed=self.seed, wishes=self.wishes,
+                guidance=self.guidance,
             )  # fmt: skip
         self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:

@@ -7,9 +7,9 @@ import torch
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective
-from fastdiff.evaluation.classes import balanced
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.generate import NONE, Generator
+from fastdiff.evaluation.wishes import Wishes
 from fastdiff.reporting import pictures
 from fastdiff.sections import Guidance
 
@@ -28,12 +28,12 @@ def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, 
 
 
 def draw_trajectory(
-    generator: Generator, path: Path, *, seed: int, num_classes: int = 0, guidance: Guidance = NONE
+    generator: Generator, path: Path, *, seed: int, wishes: Wishes | None = None, guidance: Guidance = NONE
 ) -> None:
-    """One sampling on its way: x_t and the estimate of x0 at each stage, of four classes if there are."""
-    x_t, x0_hat, times = generator.trajectory(
-        seed=seed, samples=4, conditions=balanced(4, num_classes), guidance=guidance
-    )
+    """One sampling on its way: x_t and the estimate of x0 at each stage, of up to four wishes."""
+    asked = {name: v[:4] for name, v in wishes.rows.items()} if wishes is not None else {}
+    samples = min(4, len(wishes.names)) if wishes is not None else 4
+    x_t, x0_hat, times = generator.trajectory(seed=seed, samples=samples, conditions=asked, guidance=guidance)
     pictures.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, path)
 
 

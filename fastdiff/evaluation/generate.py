@@ -18,7 +18,7 @@ from fastdiff.diffusion.samplers import PLANS, own_options
 from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
-from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
+from fastdiff.evaluation.graph_loop import Conditions, GraphLoop, with_tokens
 from fastdiff.nets.fuse import half_parameters
 from fastdiff.runtime.device import compiled
 from fastdiff.sections import Guidance
@@ -129,6 +129,13 @@ def _batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _padded(nothing: Tensor, given: Tensor | None) -> Tensor:
+    """The tokens, or mask, of the empty text with as many positions as those of a text (N, L, ...) have."""
+    if given is None or nothing.ndim == 0:
+        return nothing
+    return torch.cat([nothing, nothing.new_zeros(given.shape[1] - len(nothing), *nothing.shape[1:])])
+
+
 class Generator:
     """Draws images from a network.
 
@@ -144,6 +151,7 @@ class Generator:
         compile: torch.compile the network.
         graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
         nothing: what each condition of the network is where nothing is asked for, one row (...) each.
+        encoder: turns the bytes of `text` into tokens and their mask.
         guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
             network with `nothing`.
 
@@ -164,6 +172,7 @@ class Generator:
         compile: bool = False,
         graphs: bool = True,
         nothing: Conditions | None = None,
+        encoder: nn.Module | None = None,
         guide: nn.Module | None = None,
     ) -> None:
         if batch_size < 1:
@@ -174,6 +183,7 @@ class Generator:
         self.plan = settings.plan(objective.schedule)
         self.net = half_weights(network) if bf16 else network  # what computes
         self.nothing = {name: v.to(device) for name, v in (nothing or {}).items()}
+        self.encoder = encoder
         self.guide = half_weights(guide) if bf16 and guide is not None else guide
         run = compiled if compile else (lambda net: net)
         self.loop = GraphLoop(self._denoiser(run(self.net), run(self.guide) if self.guide else None), device)
@@ -296,8 +306,9 @@ class Generator:
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
         """What the denoiser is told about n images."""
         self.check(guidance)
-        nothing = {name: v.repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
-        given = {name: given[name].to(self.device) if name in given else v for name, v in nothing.items()} | dict(given)
+        given = {name: v.to(self.device) for name, v in given.items()}
+        nothing = {name: _padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
+        given, nothing = with_tokens(self.encoder, nothing | given), with_tokens(self.encoder, nothing)
         if guidance.scale == 1:
             return given
         numbers = torch.tensor(guidance.numbers, device=self.device).expand(n, 3)

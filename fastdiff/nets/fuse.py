@@ -64,7 +64,8 @@ def half_parameters(net: nn.Module) -> list[nn.Parameter]:
     """
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     biases = {m.bias for m in layers if m.bias is not None}
-    return [p for p in net.parameters() if p.ndim > 1 or p in biases]
+    tables = {m.weight for m in net.modules() if isinstance(m, nn.Embedding)}
+    return [p for p in net.parameters() if (p.ndim > 1 and p not in tables) or p in biases]
 
 
 class _Tracer(fx.Tracer):

@@ -104,22 +104,73 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
+    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W).
 
-    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+    Args:
+        text_width: of tokens that the positions then attend to; 0: none.
+    """
+
+    def __init__(self, channels: int, *, groups: int, eps: float, text_width: int = 0) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
+        self.cross = CrossAttention(channels, text_width, heads=4, groups=groups, eps=eps) if text_width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """In channels_last memory every change of shape is a view."""
         h = self.norm(x)
         height_width = h.shape[2:]
         h = h.flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, H W, C): one head
         q, k, v = self.qkv(h).chunk(3, -1)
         h = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        x = x + h.transpose(1, 2).unflatten(2, height_width)
+        return x if self.cross is None else self.cross(x, text, mask)
+
+
+class NoAttention(nn.Identity):
+    """In the place of an attention."""
+
+    def forward(self, input: Tensor, *text: Tensor | None) -> Tensor:
+        return input
+
+
+class CrossAttention(nn.Module):
+    """Attention of image positions to the tokens of a text, with a residual; without effect at the start.
+
+    Args:
+        channels: of the image; a multiple of `heads` and `groups`.
+        text_width: of the tokens.
+    """
+
+    def __init__(self, channels: int, text_width: int, *, heads: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm_text = nn.LayerNorm(text_width)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(text_width, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """x (N, C, H, W), tokens (N, L, text_width), mask (N, L), at least one true a row -> (N, C, H, W)."""
+        k, v = self.kv(self.norm_text(tokens)).chunk(2, -1)
+        k, v = split_heads(k, self.heads), split_heads(v, self.heads)
+        h = self.norm(x)
+        height_width = h.shape[2:]
+        q = split_heads(self.q(h.flatten(2).transpose(1, 2)), self.heads)
+        h = self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None])))
         return x + h.transpose(1, 2).unflatten(2, height_width)
+
+
+def split_heads(h: Tensor, heads: int) -> Tensor:
+    """(N, L, D) -> (N, heads, L, D / heads)."""
+    return h.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(h: Tensor) -> Tensor:
+    """(N, heads, L, D / heads) -> (N, L, D)."""
+    return h.transpose(1, 2).flatten(2)
 
 
 class Downsample(nn.Module):

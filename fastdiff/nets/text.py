@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.errors import UsageError, UserError
-from fastdiff.nets.layers import zeroed
+from fastdiff.nets.layers import merge_heads, split_heads
 
 POSITIONS = 64  # of the byte encoder: begin, at most 62 bytes, end
 BEGIN, END, PAD = 256, 257, 258
@@ -125,46 +125,3 @@ class Block(nn.Module):
         q, k, v = (split_heads(each, self.heads) for each in self.qkv(self.norm_1(h)).chunk(3, -1))
         h = h + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None])))
         return h + self.mlp(self.norm_2(h))
-
-
-class CrossAttention(nn.Module):
-    """Attention of image positions to the tokens of a text, with a residual; without effect at the start.
-
-    Keys and values depend on the text alone: `keys_values` is called once where many steps read the same text.
-
-    Args:
-        channels: of the image; a multiple of `heads` and `groups`.
-        text_width: of the tokens.
-    """
-
-    def __init__(self, channels: int, text_width: int, *, heads: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels, eps)
-        self.norm_text = nn.LayerNorm(text_width)
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(text_width, 2 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
-
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (N, L, text_width) -> keys and values, (N, heads, L, channels / heads) each."""
-        k, v = self.kv(self.norm_text(tokens)).chunk(2, -1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x (N, C, H, W), mask (N, L) of the tokens, at least one true a row -> (N, C, H, W)."""
-        h = self.norm(x)
-        height_width = h.shape[2:]
-        q = split_heads(self.q(h.flatten(2).transpose(1, 2)), self.heads)
-        h = self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None])))
-        return x + h.transpose(1, 2).unflatten(2, height_width)
-
-
-def split_heads(h: Tensor, heads: int) -> Tensor:
-    """(N, L, D) -> (N, heads, L, D / heads)."""
-    return h.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(h: Tensor) -> Tensor:
-    """(N, heads, L, D / heads) -> (N, L, D)."""
-    return h.transpose(1, 2).flatten(2)

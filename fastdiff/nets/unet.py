@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastdiff.nets.layers import (
     Downsample,
     LabelEmbedding,
+    NoAttention,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
@@ -14,7 +15,10 @@ from fastdiff.nets.layers import (
     tag_dropouts,
     zeroed,
 )
+from fastdiff.nets.text import ByteEncoder
 from fastdiff.sections import UNetConfig
+
+Text = tuple[Tensor | None, Tensor | None]  # tokens and mask
 
 
 class DownStage(nn.Module):
@@ -25,10 +29,12 @@ class DownStage(nn.Module):
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
 
-    def forward(self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor], text: Text
+    ) -> Tensor:
         """Appends every activation that the way up needs to `skips`."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(h, embedding, dropout_seed))
+            h = attention(block(h, embedding, dropout_seed), *text)
             skips.append(h)
         if self.downsample is not None:
             h = self.downsample(h)
@@ -43,18 +49,21 @@ class UpStage(nn.Module):
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
 
-    def forward(self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor], text: Text
+    ) -> Tensor:
         """Takes one activation from the end of `skips` for each block."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, dropout_seed))
+            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, dropout_seed), *text)
         return h if self.upsample is None else self.upsample(h)
 
 
 class UNet(nn.Module):
     """A residual U-Net with time embedding and self-attention at chosen resolutions.
 
-    It is told how noisy its input is and, if it has classes, of which class: not what its output means, not the
-    schedule, not the precision.
+    It is told how noisy its input is and, if the config says so, its class, and tokens of a text: not what its output
+    means, not the schedule, not the precision. `text`, if there is one, is the encoder that gives the tokens and is
+    trained with the network; who calls the network calls it.
     Weights are made in channels_last memory.
 
     Args:
@@ -65,6 +74,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         groups, eps, dropout = config.norm_groups, config.norm_eps, config.dropout
+        text_width = 0 if config.text_encoder == "none" else config.text_width
         widths = [config.channels * m for m in config.channel_mult]
 
         def block(c_in: int, c_out: int) -> nn.Module:
@@ -72,9 +82,10 @@ class UNet(nn.Module):
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.image_size // 2**level in config.attention_resolutions:
-                return SelfAttention(channels, groups=groups, eps=eps)
-            return nn.Identity()
+                return SelfAttention(channels, groups=groups, eps=eps, text_width=text_width)
+            return NoAttention()
 
+        self.text = ByteEncoder(config.text_width, config.text_blocks) if config.text_encoder == "bytes" else None
         self.time = TimeEmbedding(config.channels)
         self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
@@ -107,8 +118,9 @@ class UNet(nn.Module):
         tag_dropouts(self)
 
     def forward(
-        self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None, *, labels: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None, *, labels: Tensor | None = None,
+        text: Tensor | None = None, text_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predict from noised images.
 
         Args:
@@ -116,6 +128,8 @@ class UNet(nn.Module):
             t: (N,) noise levels, about 0..1000 (a schedule's `c_noise`).
             dropout_seed: (1,) int64 that fixes the dropout masks; None for masks from PyTorch's own generator.
             labels: (N,) int64 in 0..num_classes, of which the last means no class; only if the network has classes.
+            text, text_mask: tokens (N, L, text_width), and which of them count, (N, L) bool, at least one in each row;
+                only if the network has a text encoder.
 
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
@@ -127,10 +141,10 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, dropout_seed, skips)
+            h = stage(h, embedding, dropout_seed, skips, (text, text_mask))
         h = self.middle_1(h, embedding, dropout_seed)
         h = self.middle_attention(h)
         h = self.middle_2(h, embedding, dropout_seed)
         for stage in self.up:
-            h = stage(h, embedding, dropout_seed, skips)
+            h = stage(h, embedding, dropout_seed, skips, (text, text_mask))
         return self.conv_out(F.silu(self.norm_out(h)))

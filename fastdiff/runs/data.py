@@ -8,6 +8,7 @@ from typing import Any
 from fastdiff.config import Config
 from fastdiff.data.datasets import BUILT_IN, ImageSet, load_dataset
 from fastdiff.errors import UserError
+from fastdiff.nets.frozen_text import frozen_encoder
 
 
 def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None) -> tuple[ImageSet, dict[str, Any]]:
@@ -36,7 +37,10 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
             "and their new place."
         )
     for place in there or places:
-        images = load_dataset(place, root=config.images.data_root, split=split, image_size=config.net.image_size)
+        images = load_dataset(
+            place, root=config.images.data_root, split=split, image_size=config.net.image_size,
+            captions=config.conditions.text != "none" and (config.conditions.captions or True),
+        )  # fmt: skip
         if sha256 in ("", images.sha256):
             break
     else:
@@ -47,18 +51,39 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
         )
     if sha256:
         images = dataclasses.replace(images, name=saved.get("data_name", images.name))
+    if sha256 and saved.get("captions_sha256") != images.captions_sha256:
+        raise UserError(f"--data {place} has other captions than those that the run was trained on; restore them.")
     return images, {
+        "captions_sha256": images.captions_sha256,
         "data_sha256": images.sha256, "data_images": len(images.images), "data_name": images.name,
         "data_path": _path(place),
     }  # fmt: skip
 
 
-def with_classes(config: Config, images: ImageSet) -> Config:
-    """The config, a conditional one with the classes of the data; their names are those that the run had first.
+def with_conditions(config: Config, images: ImageSet) -> Config:
+    """The config with what its data say: the classes, and which text encoder it is.
+
+    A run keeps the names of its classes, and its encoder.
 
     Raises:
-        UserError: a conditional run, and data without classes.
+        UserError: a conditional run, and data without classes; or a text encoder that cannot be had, or has changed.
     """
+    return _with_text(_with_classes(config, images))
+
+
+def _with_text(config: Config) -> Config:
+    name, known = config.conditions.text, config.conditions.text_fingerprint
+    if name == "none":
+        return config
+    if name == "bytes":
+        return config.replace(text_encoder="bytes")
+    encoder = frozen_encoder(name)
+    if known not in ("", encoder.fingerprint):
+        raise UserError(f"--text {name} is another encoder now than the one that the run was trained with; restore it.")
+    return config.replace(text_encoder="frozen", text_width=encoder.width, text_fingerprint=encoder.fingerprint)
+
+
+def _with_classes(config: Config, images: ImageSet) -> Config:
     if not config.conditions.conditional or config.conditions.class_names:
         return config
     if images.labels is None:

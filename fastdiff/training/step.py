@@ -1,7 +1,7 @@
 """One training step. Nothing in it reads a value of the device on the host."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fastdiff.errors import UserError
 from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.conditions import UNIFORMS, Labels
+from fastdiff.training.conditions import UNIFORMS, Table
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
@@ -56,7 +56,8 @@ class TrainStep:
         ranks: the processes that share each batch, each calling with its part; None for one alone. t, eps and left-out
             labels are drawn for the whole batch, as one alone would; dropout draws other masks. With several, `update`
             must be made with accumulate=True.
-        conditions: what the network is told about an image by its index in the set; None: nothing.
+        conditions: what the network is told about an image by its index in the set.
+        encoder: turns the bytes of captions into tokens, trained with the network as its part `text`.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class TrainStep:
         graphs: bool = False,
         skip_nonfinite: int = 0,
         ranks: Ranks | None = None,
-        conditions: Labels | None = None,
+        conditions: Sequence[Table] = (),
+        encoder: nn.Module | None = None,
     ) -> None:
-        self.conditions = conditions
+        self.conditions, self.encoder = conditions, encoder
         self.model, self.objective, self.update = model, objective, update
         self.lr, self.grad_clip = lr, grad_clip
         self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
@@ -112,8 +114,16 @@ class TrainStep:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = normalize(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.objective.loss(self._network, x0, t, eps, **cond)
+            losses = self.objective.loss(self._network, x0, t, eps, **self._read(cond))
             return losses.mean(), losses.detach()
+
+    def _read(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The network's arguments: bytes become tokens."""
+        if self.encoder is None:
+            return cond
+        weights = {name.removeprefix("text."): w for name, w in self.update.weights.items() if name.startswith("text.")}
+        text, mask = functional_call(self.encoder, weights, (cond["text"],))
+        return {**cond, "text": text, "text_mask": mask}
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
         return functional_call(self.model, self.update.weights, (x_t, c_noise), cond)
@@ -135,7 +145,7 @@ class TrainStep:
         if len(images) % self.accumulate:
             raise ValueError(f"a batch of {len(images)} cannot be split into {self.accumulate} equal parts")
         with record_function("data"):
-            self._take(images, *([index] if self.conditions is not None and index is not None else []))
+            self._take(images, *([index] if self.conditions and index is not None else []))
         torch.manual_seed(step_seed(self.seed, step, self.rank))
         if self.noise is not None:
             self.noise.manual_seed(step_seed(self.seed, step))
@@ -167,9 +177,9 @@ class TrainStep:
         t = self.objective.sample_t(total, generator=self.noise, device=self.device)
         eps = torch.randn(total, height, width, channels, generator=self.noise, device=self.device)
         batch, cond = (images, t[mine], eps[mine].permute(0, 3, 1, 2)), {}
-        if self.conditions is not None:
-            uniform = torch.rand(total, UNIFORMS, generator=self.noise, device=self.device)
-            cond = self.conditions(*index, uniform[mine])
+        if self.conditions:
+            uniform = torch.rand(total, UNIFORMS, generator=self.noise, device=self.device)[mine]
+            cond = {name: value for table in self.conditions for name, value in table(*index, uniform).items()}
         parts = zip(*(v.chunk(self.accumulate) for v in (*batch, *cond.values())), strict=True)
         losses, of_images, share = [], [], 1 / (self.accumulate * self.size)
         for i, part in enumerate(parts):

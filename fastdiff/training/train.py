@@ -24,26 +24,28 @@ from fastdiff.data.loaders import check_loader, make_loader
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
-from fastdiff.evaluation.classes import no_class
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.figures import draw_forward_noising
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.evaluation.wishes import nothing, wishes
 from fastdiff.nets.fuse import fuse, half_parameters
+from fastdiff.nets.text import POSITIONS
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
-from fastdiff.runs.data import load_run_data, with_classes
+from fastdiff.runs.data import load_run_data, with_conditions
 from fastdiff.runs.run import Run, create_run, open_run
+from fastdiff.runs.texts import text_reader
 from fastdiff.runs.weights import InitialWeights, initial_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.sections import Guidance
-from fastdiff.training.conditions import Labels
+from fastdiff.training.conditions import CaptionTable, Labels, Table
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
@@ -103,7 +105,7 @@ def train(
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, saved.state if saved is not None else {})
         ranks.check_equal(**{"--data": image_set.sha256})
-        asked, config = (with_classes(each, image_set) for each in (asked, config))
+        asked, config = (with_conditions(each, image_set) for each in (asked, config))
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
@@ -301,32 +303,41 @@ def _make_step(
         half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
-    conditions = None
-    if config.conditions.conditional and image_set.labels is not None:
-        conditions = Labels(
-            image_set.labels, num_classes=config.net.num_classes, dropout=config.conditions.label_dropout,
-            device=ranks.device,
-        )  # fmt: skip
+    told, conditions = config.conditions, list[Table]()
+    if told.conditional and image_set.labels is not None:
+        conditions.append(
+            Labels(
+                image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
+            )
+        )
+    if image_set.captions is not None:
+        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
+        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
+            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
     step = TrainStep(
         network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
+        encoder=model.text,
     )  # fmt: skip
     return step, model, ema
 
 
 def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
     config, net, machine = session.config.eval, session.config.net, session.config.machine
+    read = text_reader(session.config, cache_folder(session.config.images.data_root))
     generator = Generator(
         fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
         SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
         image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
-        compile=machine.compile == "on", graphs=machine.graphs, nothing=no_class(net.num_classes),
+        compile=machine.compile == "on", graphs=machine.graphs, nothing=nothing(session.config, read),
+        encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
+    guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
     return Evaluator(
         generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
-        num_classes=net.num_classes, guidance=Guidance(config.eval_guidance, config.eval_guidance_interval),
+        wishes=wishes(session.config, session.image_set, read), guidance=guidance,
     )  # fmt: skip
 
 

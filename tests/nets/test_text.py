@@ -9,7 +9,8 @@ from torch import nn
 
 from fastdiff.errors import UsageError, UserError
 from fastdiff.nets.fuse import fuse
-from fastdiff.nets.text import BEGIN, END, PAD, ByteEncoder, CrossAttention, byte_ids, check_prompts
+from fastdiff.nets.layers import CrossAttention
+from fastdiff.nets.text import BEGIN, END, PAD, ByteEncoder, byte_ids, check_prompts
 
 TEXTS = ["a red three", "", "ein Kätzchen 🐈", "x" * 14]
 
@@ -74,8 +75,7 @@ class Small(nn.Module):
 
     def forward(self, x, ids):
         tokens, mask = self.text(ids)
-        k, v = self.cross.keys_values(tokens)
-        return self.conv_out(F.silu(self.norm(self.cross(self.conv_in(x), k, v, mask))))
+        return self.conv_out(F.silu(self.norm(self.cross(self.conv_in(x), tokens, mask))))
 
 
 @pytest.fixture
@@ -88,17 +88,15 @@ def small():
 def test_cross_attention_starts_without_effect_and_then_reads_the_text(small):
     net, x = small
     ids = byte_ids(["red", "green"], 16)
-    torch.testing.assert_close(net.cross(x := net.conv_in(x), *net.cross.keys_values(net.text(ids)[0]), ids != PAD), x)
+    torch.testing.assert_close(net.cross(x := net.conv_in(x), net.text(ids)[0], ids != PAD), x)
     nn.init.normal_(net.cross.out.weight)
     tokens, mask = net.text(ids)
-    k, v = net.cross.keys_values(tokens)
-    y = net.cross(x, k, v, mask)
-    assert k.shape == v.shape == (2, 2, 16, 4)
+    y = net.cross(x, tokens, mask)
     assert (y - x).abs().max() > 1e-3
     longer = byte_ids(["red", "green"], 64)
-    padded = net.cross(x, *net.cross.keys_values(net.text(longer)[0]), longer != PAD)
+    padded = net.cross(x, net.text(longer)[0], longer != PAD)
     torch.testing.assert_close(padded, y, rtol=0, atol=1e-12)
-    swapped = net.cross(x.flip(0), k.flip(0), v.flip(0), mask.flip(0))
+    swapped = net.cross(x.flip(0), tokens.flip(0), mask.flip(0))
     torch.testing.assert_close(swapped.flip(0), y, rtol=0, atol=1e-12)
 
 

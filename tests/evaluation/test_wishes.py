@@ -10,8 +10,8 @@ from PIL import Image
 
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.errors import UsageError
-from fastdiff.evaluation.classes import LabelAgreement, balanced, kept_features, no_class, parse_classes, rows_of
 from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.evaluation.wishes import LabelAgreement, balanced, kept_features, parse_classes
 from fastdiff.sections import Guidance
 from tests.evaluation.commands import CLASSES, call
 
@@ -26,7 +26,7 @@ def network(x, t, labels):
 def generator(model=network, *, classes=3, sampler="ddim", batch_size=4, **options):
     return Generator(
         model, OBJECTIVE, SamplerSettings(sampler, 5), image_shape=(3, 4, 4), batch_size=batch_size,
-        device=torch.device("cpu"), nothing=no_class(classes), **options,
+        device=torch.device("cpu"), nothing={"labels": torch.tensor(classes)} if classes else {}, **options,
     )  # fmt: skip
 
 
@@ -83,10 +83,11 @@ def test_guidance_needs_something_to_lead_away_from():
 @pytest.mark.parametrize("batch_size", [2, 4, 100])
 def test_images_of_a_column_start_from_the_same_noise(batch_size):
     made = generator(lambda x, t, labels: 0.5 * x, batch_size=batch_size)
-    images = torch.cat(list(made.batches(6, seed=0, conditions=rows_of([0, 2], 3), columns=3)))
+    images = torch.cat(
+        list(made.batches(6, seed=0, conditions={"labels": torch.tensor([0, 2]).repeat_interleave(3)}, columns=3))
+    )
     assert torch.equal(images[:3], images[3:])
     assert not torch.equal(images[0], images[1])
-    assert rows_of([0, 2], 3)["labels"].tolist() == [0, 0, 0, 2, 2, 2]
 
 
 def test_classes_are_named_by_name_number_or_all():
@@ -173,7 +174,7 @@ def test_bad_wishes_are_told_in_one_line(conditional, tmp_path, capsys, argument
 def test_an_unconditional_run_says_what_it_cannot_do(run, conditional, tmp_path, capsys):
     for arguments, message in (
         (["--classes", "cat"], "knows no classes; train one with --conditional"),
-        (["--per-class", "2"], "this network knows no classes; use --n"),
+        (["--per-class", "2"], "no class and no prompt is asked for; use --n"),
         (["--guidance", "2"], "add --guide and an earlier checkpoint"),
         (["--guidance", "2", "--guide", str(conditional)], "on 3 classes"),
     ):

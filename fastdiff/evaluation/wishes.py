@@ -1,34 +1,69 @@
-"""Classes to draw: as users name them, as labels for a network, and whether samples show them."""
+"""What samples are to show: as users say it, as a network is told it, and whether they do show it."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.reporting.progress import track
+from fastdiff.runs.texts import Texts
 
 SHOWN = 20  # classes that a message lists
+TEXTS_SHOWN = 8  # captions, a row of a picture each
 
 
-def no_class(num_classes: int) -> Conditions:
-    """The label that means none; nothing for a network without classes."""
-    return {"labels": torch.tensor(num_classes)} if num_classes else {}
+@dataclass(frozen=True)
+class Wishes:
+    """What evaluations ask for.
+
+    Attributes:
+        of: n -> conditions of n samples, as the data have them.
+        rows: conditions of the rows of a picture.
+        names: what stands at the left of each row.
+    """
+
+    of: Callable[[int], Conditions]
+    rows: Conditions
+    names: Sequence[str]
+
+
+def wishes(config: Config, images: ImageSet, read: Texts | None) -> Wishes | None:
+    """Each class equally often; or the captions, and classes, of images drawn at random. None: nothing to ask for."""
+    if read is None:
+        names = config.conditions.class_names
+        labels = {"labels": torch.arange(len(names))}
+        return Wishes(partial(balanced, num_classes=len(names)), labels, names) if names else None
+    captions = images.captions or ()
+
+    def of(chosen: np.ndarray) -> tuple[Conditions, list[str]]:
+        texts = [captions[i][k % len(captions[i])] for k, i in enumerate(chosen)]
+        if config.net.num_classes == 0 or images.labels is None:
+            return read(texts), texts
+        return {**read(texts), "labels": torch.from_numpy(images.labels[chosen])}, texts
+
+    order = images.draw(len(images.images), seed=0)
+    rows, names = of(order[:TEXTS_SHOWN])
+    return Wishes(lambda n: of(np.resize(order, n))[0], rows, names)
+
+
+def nothing(config: Config, read: Texts | None) -> Conditions:
+    """What each condition is where nothing is asked for: the label that means none, the empty text."""
+    label = {"labels": torch.tensor(config.net.num_classes)} if config.net.num_classes else {}
+    return {**label, **({name: rows[0] for name, rows in read([""]).items()} if read is not None else {})}
 
 
 def balanced(n: int, num_classes: int) -> Conditions:
     """A label for each of n images, class after class, so that each comes equally often; {} without classes."""
     return {"labels": torch.arange(n) % num_classes} if num_classes else {}
-
-
-def rows_of(labels: Sequence[int], columns: int) -> Conditions:
-    """Labels of a picture with a row for each of `labels`."""
-    return {"labels": torch.tensor(labels, dtype=torch.int64).repeat_interleave(columns)}
 
 
 def parse_classes(words: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -1,0 +1,41 @@
+"""Texts as what a run's network is given."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from fastdiff.config import Config
+from fastdiff.nets.frozen_text import frozen_encoder, text_table
+from fastdiff.nets.text import POSITIONS, byte_ids
+
+Texts = Callable[[list[str]], dict[str, Tensor]]  # n texts -> n rows of each argument
+
+
+def text_reader(config: Config, cache: Path | None, *, longest: int = POSITIONS) -> Texts | None:
+    """What turns texts into the network's arguments; None for a network without text.
+
+    Args:
+        config: of the run.
+        cache: folder of tokens that were computed before; None: no cache.
+        longest: byte positions; fewer than all cost less, and change no result.
+
+    Returns:
+        A function of texts. For --text bytes it gives `text`, int64 (n, longest), which the network's own encoder
+        reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L).
+
+    Raises:
+        UserError: an encoder that cannot be had; the function, for a text that is too long.
+    """
+    if config.net.text_encoder == "none":
+        return None
+    if config.net.text_encoder == "bytes":
+        return lambda texts: {"text": byte_ids(texts, longest)}
+    encoder = frozen_encoder(config.conditions.text)
+
+    def read(texts: list[str]) -> dict[str, Tensor]:
+        table = text_table(encoder, texts, cache)
+        rows = [table.row[text] for text in texts]
+        return {"text": table.tokens[rows], "text_mask": table.mask[rows]}
+
+    return read
