@@ -30,6 +30,28 @@ def run(tmp_path):
 
 
 @pytest.fixture
+def captioned(tmp_path):
+    """A run of a network that reads texts, made without training."""
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
+        captions=np.array([["a cat", "one cat"], ["a dog", ""]] * 20),
+    )  # fmt: skip
+    config = Config.of(
+        data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4,
+        text="bytes",
+    ).replace(text_encoder="bytes", text_width=8, text_blocks=1)  # fmt: skip
+    with create_run(tmp_path / "working", config=config.to_dict()) as made:
+        torch.manual_seed(0)
+        model = UNet(config.net)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        state = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": {}, "config": config.to_dict()}
+        checkpoint.save(made.checkpoints, 1, state)
+        return made.path
+
+
+@pytest.fixture
 def conditional(tmp_path):
     """A run of a conditional network, made without training, with an earlier checkpoint."""
     rng = np.random.default_rng(0)

@@ -197,3 +197,40 @@ def test_likelihood_is_of_the_images_own_classes(conditional, tmp_path, capsys):
     np.savez(tmp_path / "none.npz", images=arrays["images"])
     assert call(*asked, "--data", tmp_path / "none.npz") == 1
     assert "has no classes, but the network was trained on the classes cat, dog, 3" in capsys.readouterr().err
+
+
+def test_sample_draws_a_row_for_each_prompt(captioned, tmp_path, capsys):
+    out, npz, file = tmp_path / "g.png", tmp_path / "g.npz", tmp_path / "prompts.txt"
+    file.write_text("a cat\n")
+    asked = ["sample", "--checkpoint", captioned, "--steps", 2, "--out", out, "--save-npz", npz, "--per-class", 2]
+    assert call(*asked, "--prompt", "one dog", "--prompt-file", file, "--guidance", 2) == 0
+    with np.load(npz) as saved:
+        assert saved["prompts"].tolist() == ["one dog", "one dog", "a cat", "a cat"]
+        images = saved["images"]
+    assert call(*asked, "--prompt", "a cat", "a cat", "--guidance", 2) == 0
+    with np.load(npz) as saved:
+        assert np.array_equal(saved["images"][2:], images[2:])  # what else is asked for changes nothing
+        assert not np.array_equal(saved["images"][:2], images[:2])
+    assert call("sample", "--checkpoint", captioned, "--steps", 2, "--out", out, "--n", 3) == 0
+    assert call("likelihood", "--checkpoint", captioned, "--n", 4, "--steps", 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [(["a cat", " "], "prompt 2 of 2 is empty"), (["x" * 63], "has 63 bytes, but at most 62 fit"),
+     (["caf\udce9"], "is not valid Unicode")],
+)  # fmt: skip
+def test_bad_prompts_are_told_in_one_line(captioned, tmp_path, capsys, prompts, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\n".join(prompts).encode(errors="surrogateescape"))
+    code = call("sample", "--checkpoint", captioned, "--steps", 2, "--out", tmp_path / "g.png", "--prompt", *prompts)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "g.png").exists()
+    assert call("sample", "--checkpoint", captioned, "--steps", 2, "--prompt-file", file) == 2
+
+
+def test_a_run_without_text_says_how_to_get_one(run, capsys):
+    assert call("sample", "--checkpoint", run, "--prompt", "a cat") == 2
+    assert "this network reads no texts; train one with --text bytes" in capsys.readouterr().err

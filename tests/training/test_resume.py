@@ -48,6 +48,32 @@ def test_a_conditional_run_resumes_bit_for_bit_under_its_classes_first_names(
     assert all(torch.equal(saved.state["model"][name], v) for name, v in whole.state["model"].items())
 
 
+def test_a_run_with_captions_resumes_bit_for_bit_and_only_with_its_captions(
+    tiny_config, labelled, tmp_path, monkeypatch
+):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {}\none more {}\n")
+    config = {
+        "text": "bytes", "captions": str(templates), "text_width": 8, "text_blocks": 1, "caption_dropout": 0.3,
+        "data": labelled("cat", "dog"), "eval_every": 20,
+    }  # fmt: skip
+    assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(tiny_config(**config)) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    again = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"])
+    assert train(again, resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    weights = checkpoint.load_latest(run / "checkpoints").state["model"]
+    moved = weights["text.byte.weight"][list(b"acdogtnemr ")] - weights["text.byte.weight"][list(b"z")]
+    assert moved.abs().sum(1).gt(0).all()
+    assert (run / "saves" / "samples-00000020.png").exists()
+    templates.write_text("two {}\n")
+    with pytest.raises(UserError, match="has other captions than those"):
+        train(again.replace(steps=40), resume=run)
+
+
 @pytest.mark.parametrize(("given", "message"), [(("cat",), "all images of .* are of one"), ((), "has none; sort")])
 def test_a_conditional_run_needs_classes(tiny_config, labelled, tmp_path, given, message):
     with pytest.raises(UserError, match=message):
