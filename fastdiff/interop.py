@@ -7,6 +7,7 @@ only to build one of its objects.
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,7 @@ def save_diffusers_pipeline(
     """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that draws as our `ddpm` does.
 
     `DDIMPipeline.from_pretrained` loads it as well, and draws as our `ddim` with use_clipped_model_output=True.
+    A network with classes comes with a pipeline of its own, see `fastdiff/interop_pipeline.py`.
 
     Args:
         model: a UNet that was trained with the following, see `scheduler_to_diffusers`.
@@ -218,8 +220,10 @@ def save_diffusers_pipeline(
     scheduler = scheduler_to_diffusers(
         objective=objective, schedule=schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr
     )
+    if model.config.text_encoder != "none":
+        raise UserError("a network that reads texts cannot be exported, as UNet2DModel has none; use --to safetensors.")
     index = {
-        "_class_name": "DDPMPipeline",
+        "_class_name": "ConditionalPipeline" if model.config.num_classes else "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
@@ -231,4 +235,6 @@ def save_diffusers_pipeline(
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
+    if model.config.num_classes:
+        shutil.copyfile(Path(__file__).with_name("interop_pipeline.py"), folder / "pipeline.py")
     save_file(unet_state_to_diffusers(model), folder / "unet" / WEIGHTS[0])

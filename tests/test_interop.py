@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import inspect
 import json
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdiff.config import Config
+from fastdiff.diffusion.guidance import guided
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import make_schedule
@@ -52,6 +54,40 @@ def test_outputs_agree_with_diffusers_both_ways(config):
         assert expected.std() > 0.1
         torch.testing.assert_close(ours(x, t), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(ours(x, t), back(x, t))
+
+
+def test_classes_agree_with_diffusers_both_ways_and_the_exported_pipeline_draws_them(tmp_path):
+    ours = randomize(UNet(dataclasses.replace(SMALL, num_classes=3)))
+    theirs = unet_to_diffusers(ours).eval()
+    assert theirs.config.num_class_embeds == 4  # the last means no class
+    x, t, labels = torch.randn(3, 3, 16, 16), torch.tensor([3, 500, 977]), torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=labels).sample
+        torch.testing.assert_close(ours(x, t, labels=labels), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(unet_from_diffusers(theirs).eval()(x, t, labels=labels), ours(x, t, labels=labels))
+    save_diffusers_pipeline(ours, tmp_path, schedule="cosine", timesteps=1000, objective="v")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    objective = make_objective("v", schedule="cosine")
+    for scale in (1.0, 2.0):
+        drawn = pipeline(
+            [0, 2], guidance_scale=scale, num_inference_steps=10, generator=torch.Generator().manual_seed(5),
+            output_type="np",
+        ).images  # fmt: skip
+        generator = torch.Generator().manual_seed(5)
+        asked, other = (
+            functools.partial(objective.denoise, ours, labels=torch.tensor(labels)) for labels in ([0, 2], [3, 3])
+        )
+        denoise = guided(asked, other, objective.schedule, scale=scale)
+        x_T = torch.randn(2, 3, 16, 16, generator=generator)
+        with torch.no_grad():
+            mine = SAMPLERS["ddpm"](
+                denoise, objective.schedule, x_T, objective.schedule.grid(10), clip_x0=True, generator=generator
+            )
+        mine = (mine.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1)
+        torch.testing.assert_close(torch.from_numpy(drawn), mine, rtol=0, atol=1e-3)
 
 
 def test_a_diffusers_model_of_its_own_making_converts():

@@ -308,7 +308,12 @@ def export(flags: Export) -> None:
             save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
             write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
     print(f"{out}: {flags.to}, averaged weights of {trained.path}")
-    if flags.to == "diffusers":
+    if flags.to == "diffusers" and config.net.num_classes:
+        print(
+            f"DiffusionPipeline.from_pretrained({str(out)!r}, custom_pipeline={str(out)!r}, trust_remote_code=True) "
+            "draws from it: call it with class_labels and guidance_scale."
+        )
+    elif flags.to == "diffusers":
         print(
             "DDPMPipeline draws from it as `sample --sampler ddpm` does, and DDIMPipeline with "
             "use_clipped_model_output=True as `--sampler ddim`; with both, choose num_inference_steps among the "
