@@ -337,3 +337,12 @@ class MachineConfig:
     def __post_init__(self) -> None:
         check_words(self)
         positive(self, "rank_timeout")
+
+    @property
+    def warning(self) -> str | None:
+        """A line on what was asked for, and is slower on a CPU; of a resolved config."""
+        values = {"precision": "bf16", "kernels": "triton"}
+        slow = [f"--{name} {value}" for name, value in values.items() if getattr(self, name) == value]
+        if self.device != "cpu" or not slow:
+            return None
+        return f"{' and '.join(slow)} on a CPU: 1.6 to 1.9 times slower than what `auto` takes there."

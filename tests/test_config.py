@@ -198,3 +198,17 @@ def test_any_whole_number_is_taken_or_refused_by_name(name, value):
         return
     assert "--" in refusal
     assert "must be" in refusal
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "named"),
+    [
+        ("cpu", {}, None),
+        ("cuda", {"precision": "bf16", "kernels": "triton"}, None),
+        ("cpu", {"precision": "bf16"}, "--precision bf16 on a CPU: "),
+        ("cpu", {"precision": "bf16", "kernels": "triton"}, "--precision bf16 and --kernels triton on a CPU: "),
+    ],
+)
+def test_what_is_slower_on_a_cpu_is_said_to_who_asks_for_it(device, flags, named):
+    warning = Config.of(**flags).resolved(device).machine.warning
+    assert warning is None if named is None else warning.startswith(named)

@@ -25,7 +25,7 @@ from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
-from fastdiff.reporting import pictures, plots
+from fastdiff.reporting import pictures
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
@@ -45,10 +45,12 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
-    precision = trained.config.replace(precision=flags.precision).resolved(device.type).machine.precision
+    machine = trained.config.replace(device=device.type, precision=flags.precision).resolved(device.type).machine
+    if machine.warning:
+        print(f"warning: {machine.warning}", file=sys.stderr)
     generator = trained.generator(
-        settings, batch_size=flags.batch_size, device=device, bf16=precision == "bf16", compile=flags.compile == "on",
-        graphs=flags.graphs,
+        settings, batch_size=flags.batch_size, device=device, bf16=machine.precision == "bf16",
+        compile=flags.compile == "on", graphs=flags.graphs,
     )  # fmt: skip
     return trained, generator
 
@@ -97,6 +99,8 @@ def evaluate(flags: Evaluate) -> None:
 
 def _record(trained: Trained, row: dict[str, Any]) -> None:
     """Add an evaluation to the checkpoint's run; a run that cannot be written to, or is in use, stays as it is."""
+    from fastdiff.reporting import plots  # with Matplotlib, which the other commands need not wait for
+
     if trained.run is None:
         print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
         return

@@ -129,7 +129,9 @@ def train(
             lines = facts(config, ranks, run, image_set, distance, model, initial)
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
-            for warning in (initial and initial.warning, unnoised_end(step.objective.schedule)):
+            for warning in (
+                initial and initial.warning, unnoised_end(step.objective.schedule), config.machine.warning,
+            ):  # fmt: skip
                 if warning:
                     progress.print(f"{'warning':<10} {warning}")
             run.record_config(_recorded(asked, config))
