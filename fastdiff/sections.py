@@ -269,6 +269,8 @@ class EvalConfig:
     """Steps between evaluations (sample grid, trajectory, Frechet distance, plots); each also saves a checkpoint."""
     eval_samples: int = 10_000
     """Samples of each Frechet distance during training."""
+    final_eval_samples: int | None = None
+    """Samples of the distance at the last of --steps, e.g. 50000; by default as many as of the others."""
     eval_batch_size: int = 256
     """Images sampled at a time."""
     eval_sampler: SamplerName = "ddim"
@@ -283,6 +285,8 @@ class EvalConfig:
         for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
             at_least(1, name, getattr(self, name))
         at_least(2, "eval_samples", self.eval_samples)
+        if self.final_eval_samples is not None:
+            at_least(2, "final_eval_samples", self.final_eval_samples)
         if self.feature_size is not None:
             at_least(1, "feature_size", self.feature_size)
 

@@ -21,7 +21,6 @@ class Evaluator:
         generator: draws from the network whose average is evaluated.
         distance: to the reference images; None for pictures alone.
         run: the run directory; None on ranks other than 0.
-        samples: for the distance.
         grid: samples in the picture.
         seed: of the noise, the same at every evaluation, so that the pictures of a run can be compared.
         say: prints a line.
@@ -31,23 +30,23 @@ class Evaluator:
     distance: FrechetDistance | None
     ranks: Ranks
     run: Run | None
-    samples: int
     grid: int
     seed: int
     say: Callable[[str], None]
 
-    def __call__(self, step: int, images: int, check: Callable[[], object]) -> dict[str, Any] | None:
+    def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
         """Evaluate; every rank must call it.
 
         Args:
             step, images: how far the run is.
             check: called at every sampling step; may raise Stopped to break off, on all ranks.
+            samples: for the distance.
 
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
         row, grid = evaluate(
-            self.generator, self.distance, n=self.samples, seed=self.seed, keep=self.grid, check=check,
+            self.generator, self.distance, n=samples, seed=self.seed, keep=self.grid, check=check,
             ranks=self.ranks,
         )  # fmt: skip
         if self.run is None:

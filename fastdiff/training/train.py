@@ -188,7 +188,10 @@ def _loop(
         if signalled():
             raise Stopped
         try:
-            row = evaluator(state.step, state.images, stop.check)
+            samples = config.eval.eval_samples
+            if state.step == config.run.steps:
+                samples = config.eval.final_eval_samples or samples
+            row = evaluator(state.step, state.images, stop.check, samples=samples)
         except Stopped:
             signalled()
             raise
@@ -313,7 +316,7 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
         compile=machine.compile == "on", graphs=machine.graphs,
     )  # fmt: skip
     return Evaluator(
-        generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
+        generator, distance, session.ranks, session.run, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
     )  # fmt: skip
 
