@@ -319,10 +319,10 @@ def _call(node: Any) -> Call | None:
         if isinstance(node.node, ir.UserDefinedTritonKernel):
             kind = "user"
             read, written, label = _user_kernel(node.node)
-        elif "conv" in label and "backward" in label:
-            aten = ".convolution_backward." in label  # with a mask of the gradients that it gives
-            if not aten or all(node.node.constant_args[-3:-1]):
-                read += _bytes(node.node.inputs[0])  # dy: input and weight have a kernel each for their gradients
+        elif ".convolution_backward." in label and all(node.node.constant_args[-3:-1]):
+            read += _bytes(node.node.inputs[0])  # dy: input and weight have a kernel each for their gradients
+        elif ".forked_conv_backward." in label:
+            read += _bytes(node.node.inputs[0]) * (1 + node.node.constant_args[-1])  # and the bias, if there is one
     origins = sorted({str(origin.target) for origin in getattr(node, "get_origins", lambda: ())() or _origins(node)})
     return Call(kind, label, read, written, _shape(node), tuple(origins))
 

@@ -65,4 +65,4 @@ def padded_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, pad
     weight = F.pad(weight, (0, 0, 0, 0, 0, more_in, 0, more_out)).contiguous(memory_format=torch.channels_last)
     x = F.pad(x, (0, 0, 0, 0, 0, more_in)).contiguous(memory_format=torch.channels_last)
     y = F.conv2d(x, weight, None if bias is None else F.pad(bias, (0, more_out)), stride, padding)
-    return y[:, :c_out].contiguous(memory_format=torch.channels_last)
+    return F.pad(y, (0, 0, 0, 0, 0, -more_out)).contiguous(memory_format=torch.channels_last)
