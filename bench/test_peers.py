@@ -1,6 +1,7 @@
 """The same network and batch trained by another library: diffusers, with all switches as its users find them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def diffusers_step(size: Size, batch: Tensor) -> Callable[[int], None]:
         pytest.skip("diffusers is not installed: pip install diffusers")
     config = size.config
     model = unet_to_diffusers(UNet(config.net)).to(size.device).train()
-    scheduler = DDPMScheduler(config.diffusion.timesteps)
+    scheduler: Any = DDPMScheduler(config.diffusion.timesteps)
     adam = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     average = EMAModel(model.parameters(), decay=config.optim.ema_decay)
     average.to(size.device)
