@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # internals; another torch imports this 
     from torch._dynamo.device_interface import CudaInterface
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, detect_fake_mode, tracing
-    from torch._inductor import compile_fx, ir, scheduler
+    from torch._inductor import compile_fx, decomposition, ir, scheduler
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes import fuse_attention, joint_graph, misc_patterns, pad_mm
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -164,7 +164,10 @@ def h100() -> Generator[None]:
         patch(triton.runtime.driver, "_active", _Driver())
         for name in ("group_norm_launch", "merge_columns"):  # tracing is on fake CPU tensors
             patch(sys.modules[f"kernels.{name}"], "runs_triton", answer(True))
+        # PyTorch indexes the seeds, which would start the driver.
+        patch(torch.ops.prims.inductor_lookup_seed.default, "prim_meta_impl", lambda seeds, _: seeds.new_empty(()))
         patch(scheduler, "has_triton", answer(True))  # cached, perhaps from before
+        patch(decomposition, "is_gpu", answer(True))  # there, a bias's gradient is a sum apart from the convolution's
         patch(torch._C, "_conv_determine_backend_memory_format", channels_last_if_either)
         # These trace their patterns on real CUDA tensors; none matches this network, which calls SDPA by its name.
         for module, name in ((fuse_attention, "_sfdp_init"), (misc_patterns, "_misc_patterns_init"),
@@ -233,7 +236,8 @@ def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor], options: dict[str
 
     def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         options.pop("compiler", None)
-        joint_graph_passes(joint)
+        with V.set_fake_mode(mode):
+            joint_graph_passes(joint)
         return min_cut_rematerialization_partition(joint, joint_inputs, compiler="inductor", **options)
 
     def compiler(name: str) -> Callable[..., Any]:
@@ -256,7 +260,7 @@ def count(fn: Callable[..., Tensor], inputs: Sequence[Tensor], options: dict[str
             return fn(*args)
 
     with h100():
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [
                 torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").requires_grad_(v.requires_grad)
                 for v in inputs
@@ -315,6 +319,10 @@ def _call(node: Any) -> Call | None:
         if isinstance(node.node, ir.UserDefinedTritonKernel):
             kind = "user"
             read, written, label = _user_kernel(node.node)
+        elif ".convolution_backward." in label and all(node.node.constant_args[-3:-1]):
+            read += _bytes(node.node.inputs[0])  # dy: input and weight have a kernel each for their gradients
+        elif ".forked_conv_backward." in label:
+            read += _bytes(node.node.inputs[0]) * (1 + node.node.constant_args[-1])  # and the bias, if there is one
     origins = sorted({str(origin.target) for origin in getattr(node, "get_origins", lambda: ())() or _origins(node)})
     return Call(kind, label, read, written, _shape(node), tuple(origins))
 
@@ -339,6 +347,10 @@ def _shape(node: Any) -> str:
     return text
 
 
+def _bytes(buffer: Any) -> int:
+    return int(buffer.get_numel() * buffer.get_dtype().itemsize)
+
+
 def _user_kernel(node: Any) -> tuple[int, int, str]:
     """Bytes read and written by one of our kernels, and its name.
 
@@ -346,10 +358,7 @@ def _user_kernel(node: Any) -> tuple[int, int, str]:
     allocates it just before), so each counts once.
     """
     written = {buffer.get_name() for buffer in node.mutable_args}
-    sizes = {}
-    for arg in node.inputs:
-        size = arg.get_numel() * arg.get_dtype().itemsize
-        sizes[arg.get_name()] = int(size)
+    sizes = {arg.get_name(): _bytes(arg) for arg in node.inputs}
     kernel, *_ = node.get_kernel_and_metadata()
     name = kernel.fn.__name__
     reads = sum(size for buffer, size in sizes.items() if buffer not in written)

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,9 @@ VARIANTS: dict[Variant, str] = {
     "plain": "GroupNorm in plain PyTorch, over NHWC views",
     "ours": "the kernel and the optimizer's bf16 weight copies",
 }
+# At commit b026f01: kernels and copies of a step that the H200's profile has, and the calls that were counted. Library
+# calls start several kernels each, and the update and the random numbers theirs.
+KERNELS_A_CALL = 984 / 568
 # A network in which every kind of layer occurs, for tests: the fewest blocks that two levels can have.
 SMALL = UNetConfig(image_size=16, channels=64, channel_mult=(1, 1), blocks_per_level=1, attention_resolutions=())
 
@@ -64,6 +68,7 @@ class Counts:
     triton, calls        launches of Triton kernels; with library calls (convolution, matrix product, attention)
     norm                 bytes an element of the norms alone, forward and backward, all of the network's shapes
     optimizer_calls      operators of the weights' update; optimizer_launches: kernels they start (see `launches`)
+    optimizer            MB an image that these move (see `moved`)
     top                  the largest contributors: (pass, kind, what, calls, MB an image)
     """
 
@@ -74,13 +79,19 @@ class Counts:
     norm: tuple[float, float]
     optimizer_calls: int
     optimizer_launches: int
+    optimizer: float
     kinds: dict[str, int] = field(default_factory=dict)
     top: list[list[Any]] = field(default_factory=list)
 
     @property
     def total(self) -> float:
-        """MB an image, forward and backward."""
-        return self.forward + self.backward
+        """MB an image of the whole step."""
+        return self.forward + self.backward + self.optimizer
+
+    @property
+    def kernels(self) -> float:
+        """A guess of the kernels that forward and backward start on a GPU, of which `calls` sees but a part."""
+        return self.calls * KERNELS_A_CALL
 
     @property
     def inductor(self) -> int:
@@ -177,12 +188,12 @@ def norm_bytes(variant: Variant, config: UNetConfig, batch: int) -> tuple[float,
 
 
 def launches(op: Any, args: tuple[Any, ...]) -> int:
-    """CUDA kernels that an operator of the update starts: 0 for a view, 1 for a plain one.
+    """CUDA kernels that an operator of the update starts: 0 for a view or a profiler's mark, 1 for a plain one.
 
     A foreach operator packs chunks of 65,536 elements of many tensors into one launch: at most 320 chunks, and 110, 64,
     48, 36 or 30 tensors for 1 to 5 lists (multi_tensor_apply.cuh); a norm needs a second kernel.
     """
-    if op.is_view or "detach" in str(op):
+    if op.is_view or "detach" in str(op) or op.namespace == "profiler":
         return 0
     lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
     if "_foreach" not in str(op) and "_fused" not in str(op):
@@ -202,15 +213,32 @@ def launches(op: Any, args: tuple[Any, ...]) -> int:
     return count + ("norm" in str(op))
 
 
-def optimizer_counts(variant: Variant, config: UNetConfig) -> tuple[int, int]:
-    """Operators and kernels of one update of the weights; the same operators run on a GPU."""
+def moved(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes that an operator of the update moves: each tensor that it reads, writes or returns, once for each."""
+
+    def size(value: Any) -> int:
+        return sum(v.nbytes for v in pytree.tree_leaves(value) if isinstance(v, Tensor))
+
+    names = [argument.name for argument in op._schema.arguments]
+    given, total = dict(zip(names, args, strict=False)) | kwargs, 0
+    for argument in op._schema.arguments:
+        # Copies only write; AdamW's "grads" are written only where it is to scale them.
+        only = argument.name in ("half", "grads") or "copy_" in str(op) or "fill_" in str(op)
+        total += size(given.get(argument.name)) * (2 if argument.is_write and not only else 1)
+    return total + (0 if op._schema.is_mutable else size(result))
+
+
+def optimizer_counts(variant: Variant, config: UNetConfig) -> tuple[int, int, int]:
+    """Operators, kernels and bytes of one update of the weights; the same operators run on a GPU."""
     step = make_step(variant, config)
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(launches(func, args))
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if started := launches(func, args):
+                seen.append((started, moved(func, args, kwargs or {}, result)))
+            return result
 
     gradients = [torch.zeros_like(w) for w in step.update.weights.values()]
 
@@ -222,7 +250,7 @@ def optimizer_counts(variant: Variant, config: UNetConfig) -> tuple[int, int]:
     update()  # makes the moments
     with Recorder():
         update()
-    return sum(s > 0 for s in seen), sum(seen)
+    return len(seen), sum(kernels for kernels, _ in seen), sum(size for _, size in seen)
 
 
 def contributors(graphs: list[inductor_mock.Graph], batch: int, limit: int = 25) -> list[list[Any]]:
@@ -249,12 +277,12 @@ def count_variant(variant: Variant, config: UNetConfig, batch: int) -> Counts:
     forward, backward = (g.bytes / batch / 1e6 for g in graphs)
     triton = sum(g.triton for g in graphs)
     kinds = Counter(f"{g.name} {call.kind}" for g in graphs for call in g.calls)
-    operators, kernels = optimizer_counts(variant, config)
+    operators, kernels, moved_bytes = optimizer_counts(variant, config)
     norm_forward, norm_backward = norm_bytes(variant, config, batch)
     return Counts(
         round(forward, 3), round(backward, 3), triton, triton + sum(g.extern for g in graphs),
         (round(norm_forward, 3), round(norm_backward, 3)),
-        operators, kernels, dict(kinds), contributors(graphs, batch),
+        operators, kernels, round(moved_bytes / batch / 1e6, 3), dict(kinds), contributors(graphs, batch),
     )  # fmt: skip
 
 

@@ -148,9 +148,9 @@ SECTION_OF = {name: section for section, names in SECTIONS.items() for name in n
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
-        "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance", "eval_guidance_interval", "grid_samples",
-        "features", "feature_size", "data", "data_root", "split", "loader", "device", "compile", "graphs", "kernels",
-        "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout", "deterministic", "lr_decay",
-        "decay_fraction",
+        "final_eval_samples", "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance",
+        "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
+        "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
+        "deterministic", "lr_decay", "decay_fraction",
     }
 )  # fmt: skip

@@ -3,10 +3,13 @@
 With these the package imports, and CPU tensors run the references; `launch.traceable` refuses to launch a kernel.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from torch.library import custom_op, triton_op
+import torch
+from torch.library import custom_op, infer_schema
 
 __all__ = ["INTERPRETED", "TRITON_INSTALLED", "tl", "triton", "triton_op"]
 
@@ -18,6 +21,20 @@ try:
     TRITON_INSTALLED = True
     # With TRITON_INTERPRET=1 in the environment before the first import of triton, `jit` builds interpreted kernels.
     INTERPRETED = bool(knobs.runtime.interpret)
+
+    def triton_op(name: str, *, mutates_args: Iterable[str]) -> Callable[..., Any]:
+        """As PyTorch's, which would search the function's source for kernels, and import its compiler for that.
+
+        The search, for the keys of caches, takes seconds and finds none of ours; `caching` covers them all.
+        """
+
+        def register(function: Callable[..., Any]) -> Any:
+            schema = infer_schema(function, mutates_args=mutates_args)
+            without_source = partial(function)
+            return torch.library.triton_op(name, without_source, mutates_args=mutates_args, schema=schema)
+
+        return register
+
 except ModuleNotFoundError as error:
     if error.name != "triton":  # Triton is there, but cannot be imported
         raise

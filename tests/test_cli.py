@@ -50,3 +50,29 @@ def test_help_ends_however_narrow_the_terminal(repo, columns):
         subprocess.run(
             [sys.executable, *command, "--help"], cwd=repo, env=environment, check=True, capture_output=True, timeout=60
         )
+
+
+SLOW_TO_IMPORT = {"torch._dynamo", "torch._inductor", "sklearn", "tensorboard", "matplotlib", "torchmetrics"}
+SAMPLE = "sample --n 1 --steps 2 --checkpoint {run} --out grid.png"
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(
+    ("command", "needless"),
+    [
+        ("--help", {"torch", "numpy"}),
+        (SAMPLE, SLOW_TO_IMPORT),
+        ("export --to safetensors --checkpoint {run} --out exported", SLOW_TO_IMPORT),
+    ],
+    ids=["help", "sample", "export"],
+)
+def test_a_command_imports_only_what_it_uses(repo, tmp_path, command, needless):
+    """Imports are nearly all of the time that these take: torch itself, and what must not add as much again."""
+    arguments = command.format(run=repo / "tests" / "reliability" / "format-1" / "run").split()
+    code = (
+        f"import sys, runpy\nsys.path.insert(0, {str(repo)!r})\nsys.argv = ['fastdiff', *{arguments}]\n"
+        "try:\n    runpy.run_module('fastdiff', run_name='__main__')\n"
+        f"except SystemExit as end:\n    assert not end.code\n    print(sorted({needless} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -126,7 +126,7 @@ BAD = [
     ("batch_size", 2**31), ("steps", 0), ("seed", -1), ("seed", 2**63), ("skip_nonfinite", 2**63), ("steps", 2**63),
     ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
     ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),
-    ("eval_steps", 0), ("eval_steps", 1001),
+    ("eval_steps", 0), ("eval_steps", 1001), ("final_eval_samples", 1),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
     ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
@@ -198,3 +198,17 @@ def test_any_whole_number_is_taken_or_refused_by_name(name, value):
         return
     assert "--" in refusal
     assert "must be" in refusal
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "named"),
+    [
+        ("cpu", {}, None),
+        ("cuda", {"precision": "bf16", "kernels": "triton"}, None),
+        ("cpu", {"precision": "bf16"}, "--precision bf16 on a CPU: "),
+        ("cpu", {"precision": "bf16", "kernels": "triton"}, "--precision bf16 and --kernels triton on a CPU: "),
+    ],
+)
+def test_what_is_slower_on_a_cpu_is_said_to_who_asks_for_it(device, flags, named):
+    warning = Config.of(**flags).resolved(device).machine.warning
+    assert warning is None if named is None else warning.startswith(named)

@@ -28,7 +28,7 @@ from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
-from fastdiff.reporting import pictures, plots
+from fastdiff.reporting import pictures
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
@@ -55,10 +55,12 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
             "checkpoint of the same task, such as an earlier one of the same run."
         )
-    precision = trained.config.replace(precision=flags.precision).resolved(device.type).machine.precision
+    machine = trained.config.replace(device=device.type, precision=flags.precision).resolved(device.type).machine
+    if machine.warning:
+        print(f"warning: {machine.warning}", file=sys.stderr)
     generator = trained.generator(
-        settings, batch_size=flags.batch_size, device=device, bf16=precision == "bf16", compile=flags.compile == "on",
-        graphs=flags.graphs, guide=guide.network if guide is not None else None,
+        settings, batch_size=flags.batch_size, device=device, bf16=machine.precision == "bf16",
+        compile=flags.compile == "on", graphs=flags.graphs, guide=guide.network if guide is not None else None,
     )  # fmt: skip
     return trained, generator
 
@@ -192,6 +194,8 @@ def evaluate(flags: Evaluate) -> None:
         _record(trained, row)
         output.put(json.dumps(row))
     if len(rows) > 1 and trained.run is not None:
+        from fastdiff.reporting import plots
+
         path = trained.run / "saves" / "guidance.png"
         plots.plot_guidance(rows, path)
         print(f"{path}: the distance against guidance", file=sys.stderr)
@@ -221,6 +225,8 @@ def _test_images(config: Config, flags: Evaluate) -> ImageSet | None:
 
 def _record(trained: Trained, row: dict[str, Any]) -> None:
     """Add an evaluation to the checkpoint's run; a run that cannot be written to, or is in use, stays as it is."""
+    from fastdiff.reporting import plots  # with Matplotlib, which the other commands need not wait for
+
     if trained.run is None:
         print(f"{trained.path} lies in no run, so that the row is not recorded", file=sys.stderr)
         return

@@ -26,7 +26,6 @@ class Evaluator:
         generator: draws from the network whose average is evaluated.
         distance: to the reference images; None for pictures alone.
         run: the run directory; None on ranks other than 0.
-        samples: for the distance.
         grid: samples in the picture; of a conditional network as many whole rows, one for each class.
         wishes: what a conditional network is asked for.
         guidance: to it.
@@ -38,19 +37,19 @@ class Evaluator:
     distance: FrechetDistance | None
     ranks: Ranks
     run: Run | None
-    samples: int
     grid: int
     seed: int
     say: Callable[[str], None]
     wishes: Wishes | None = None
     guidance: Guidance = NONE
 
-    def __call__(self, step: int, images: int, check: Callable[[], object]) -> dict[str, Any] | None:
+    def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
         """Evaluate; every rank must call it.
 
         Args:
             step, images: how far the run is.
             check: called at every sampling step; may raise Stopped to break off, on all ranks.
+            samples: for the distance.
 
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
@@ -58,10 +57,10 @@ class Evaluator:
         draw = partial(evaluate, self.generator, seed=self.seed, check=check, ranks=self.ranks, guidance=self.guidance)
         columns, row = None, {}
         if self.wishes is None:
-            row, grid = draw(self.distance, n=self.samples, keep=self.grid)
+            row, grid = draw(self.distance, n=samples, keep=self.grid)
         else:
             if self.distance is not None:
-                row, _ = draw(self.distance, n=self.samples, keep=0, conditions=self.wishes.of(self.samples))
+                row, _ = draw(self.distance, n=samples, keep=0, conditions=self.wishes.of(samples))
             shown = min(len(self.wishes.names), self.grid)
             columns = self.grid // shown
             asked = {name: v[:shown].repeat_interleave(columns, 0) for name, v in self.wishes.rows.items()}

@@ -11,14 +11,16 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fastdiff.errors import UsageError
 from fastdiff.runs.files import write_atomically
+
+if TYPE_CHECKING:  # Matplotlib takes as long to import as half of torch, and grids of samples do without
+    from matplotlib.figure import Figure
 
 PathLike = str | os.PathLike
 
@@ -58,6 +60,8 @@ def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None,
 
 def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: PathLike) -> None:
     """Writes uint8 (n, H, W, 3) each as a row, with its name at the left; rows may be of different lengths."""
+    from matplotlib.figure import Figure
+
     columns, (height, width) = max(map(len, rows)), rows[0].shape[1:3]
     images = np.full((len(rows), columns, height, width, 3), 255, np.uint8)
     for place, row in zip(images, rows, strict=True):
@@ -109,6 +113,8 @@ def _save_labelled(
     groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: PathLike
 ) -> None:
     """Draws uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
+    from matplotlib.figure import Figure
+
     count, rows, columns = groups.shape[:3]
     if columns != len(column_labels):
         raise ValueError(f"{columns} columns of images but {len(column_labels)} labels")
@@ -138,6 +144,8 @@ def _save_labelled(
 
 def save_figure(figure: Figure, path: PathLike) -> None:
     """Writes a figure, see `write_image`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     write_image(np.asarray(canvas.buffer_rgba())[..., :3], path)

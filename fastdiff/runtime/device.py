@@ -132,7 +132,8 @@ def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # to ask costs nothing, to set imports a compiler
+        torch.use_deterministic_algorithms(deterministic)
     # Else a graph with an autograd.Function is traced anew in every process. Its code is part of the cache's key.
     flag = "autograd_cache_allow_custom_autograd_functions"  # not a public one: a later PyTorch may lack it
     if hasattr(torch._functorch.config, flag):

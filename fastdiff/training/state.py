@@ -81,9 +81,13 @@ class RunState:
         return row["step"] < self.step or last == self.step
 
     def add_evaluation(self, row: dict[str, Any]) -> None:
-        """Note an evaluation, and whether it is the best of those that were made alike."""
+        """Note an evaluation, and whether it is the best of those that were made alike; one made for the end is not."""
         self.fid_history.append(row)
         how = {name: row[name] for name in COMPARABLE if name in row}
         best = self.best if self.best is not None and self.best.items() >= how.items() else None
+        settings = self.config.eval
+        for_the_end = row["samples"] == settings.final_eval_samples != settings.eval_samples
+        if for_the_end and self.best is not None:
+            return
         if self.step and (best is None or row["value"] < best["value"]):
             self.best = {"step": self.step, "value": row["value"], **how}

@@ -136,7 +136,9 @@ def train(
             lines = facts(config, ranks, run, image_set, distance, model, initial)
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
-            for warning in (initial and initial.warning, unnoised_end(step.objective.schedule)):
+            for warning in (
+                initial and initial.warning, unnoised_end(step.objective.schedule), config.machine.warning,
+            ):  # fmt: skip
                 if warning:
                     progress.print(f"{'warning':<10} {warning}")
             run.record_config(_recorded(asked, config))
@@ -193,7 +195,10 @@ def _loop(
         if signalled():
             raise Stopped
         try:
-            row = evaluator(state.step, state.images, stop.check)
+            samples = config.eval.eval_samples
+            if state.step == config.run.steps:
+                samples = config.eval.final_eval_samples or samples
+            row = evaluator(state.step, state.images, stop.check, samples=samples)
         except Stopped:
             signalled()
             raise
@@ -335,7 +340,7 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
     )  # fmt: skip
     guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
     return Evaluator(
-        generator, distance, session.ranks, session.run, samples=config.eval_samples, grid=config.grid_samples,
+        generator, distance, session.ranks, session.run, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
         wishes=wishes(session.config, session.image_set, read), guidance=guidance,
     )  # fmt: skip

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench import inductor_mock, step_counts, step_variants
 from fastdiff.errors import UserError
 from fastdiff.nets.layers import ResidualBlock
+from fastdiff.nets.unet import UNet
 
 known = pytest.mark.skipif(
     not torch.__version__.startswith(inductor_mock.TORCH), reason="the counter knows other versions of torch"
@@ -36,6 +38,32 @@ def test_an_elementwise_kernel_is_counted_to_the_byte():
     forward, backward = inductor_mock.count(lambda x: x.sin() * 2, [x])
     assert (forward.triton, forward.extern, forward.bytes) == (1, 0, 8 * x.numel())
     assert (backward.triton, backward.bytes) == (1, 12 * x.numel())
+
+
+@known
+def test_a_convolutions_backward_is_two_kernels_and_a_sum():
+    last = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    x, weight = torch.empty(8, 64, 16, 16).to(**last), torch.empty(128, 64, 3, 3).to(**last)
+    bias, dy = torch.empty(128, dtype=torch.bfloat16), 8 * 128 * 16 * 16 * 2
+    inputs = [v.requires_grad_() for v in (x, weight, bias)]
+    _, backward = inductor_mock.count(lambda *v: F.conv2d(*v, padding=1), inputs)
+    *sums, library = backward.calls
+    assert (library.read, library.written) == (2 * dy + x.nbytes + weight.nbytes, x.nbytes + weight.nbytes)
+    assert (sums[0].read, sums[-1].written) == (dy, bias.nbytes)
+
+
+@known
+def test_dropout_is_counted():
+    x = torch.empty(1024, 1024).requires_grad_()
+    forward, backward = inductor_mock.count(lambda x: F.dropout(x, p=0.1), [x])
+    assert forward.bytes + backward.bytes == pytest.approx(18 * x.numel(), rel=1e-3)  # x, y, dy, dx; the mask twice
+
+
+def test_the_updates_bytes_a_parameter():
+    n = sum(p.numel() for p in UNet(step_variants.SMALL).parameters())
+    for variant, expected in (("ours", 42), ("stock", 52)):
+        *_, moved = step_variants.optimizer_counts(variant, step_variants.SMALL)
+        assert moved / n == pytest.approx(expected, rel=1e-3)
 
 
 @known

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import compare, test_kernels
+from bench import compare, test_kernels, test_peers
 from bench.bars import BARS
 from bench.parts import constant_batch, train_step, training_work
 from bench.results import Results
@@ -72,6 +72,13 @@ def test_the_networks_work_is_counted():
     assert both == pytest.approx(37.3e9, rel=0.005)
 
 
+def test_without_diffusers_the_peer_is_skipped_and_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (comparison,) = test_peers.comparisons(make_size("tiny"))
+    with pytest.raises(pytest.skip.Exception, match="diffusers is not installed: pip install"):
+        comparison.build()
+
+
 def test_every_kernel_has_benchmark_cases():
     assert set(test_kernels.CASES) == set(REGISTRY)
 
@@ -95,7 +102,17 @@ def trial(repo, tmp_path_factory):
 def test_every_benchmark_runs_and_every_bar_is_judged(trial):
     _, results, text = trial
     groups = {row.group for row in results.rows}
-    assert groups == {"kernels", "step", "optimizer", "sampler", "loaders", "evaluation", "reliability", "upsampling"}
+    assert groups == {
+        "kernels",
+        "step",
+        "optimizer",
+        "sampler",
+        "loaders",
+        "evaluation",
+        "reliability",
+        "upsampling",
+        "peers",
+    }
     judged = {re.match(r"bar ([\w ]+):", r.verdict)[1] for row in results.rows for r in row.ratios if r.verdict}
     assert judged == BARS.keys() - {"14 batch 256"}  # whose batch is smaller in the trial
     assert all(row.seconds > 0 and row.rounds >= 3 for row in results.rows)

@@ -61,7 +61,10 @@ for name, small in {
     COMMANDS[name] = (["-m", "fastdiff"], cli.main, [name, "--checkpoint", "run", *small], flags)
 
 # Values that mean so much work that a user must have meant it.
-WORK = {"steps", "n", "probes", "eval_steps", "eval_samples", "grid_samples", "blocks_per_level", "profile"}
+WORK = {
+    "steps", "n", "probes", "eval_steps", "eval_samples", "final_eval_samples", "grid_samples", "blocks_per_level",
+    "profile",
+}  # fmt: skip
 INTEGERS = ["0", "1", "2", "3", "4", "8", "-1", "007"]
 HUGE = ["1000000000000", "99999999999999999999"]
 FLOATS = ["0", "1", "0.5", "0.999", "-1", "1e-320", "1e308", "nan", "inf", "-inf"]

@@ -169,26 +169,30 @@ def test_bad_starts_leave_no_run_directory(tiny_config, tmp_path):
         train(tiny_config(), resume=tmp_path / "nothing")
 
 
-def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch):
-    values = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+@pytest.mark.parametrize(("final", "last"), [(None, 6.0), (8, 0.5)])
+def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch, final, last):
+    """A last evaluation by more samples, which make the distance smaller, does not take its place."""
+    values = iter([3.0, 1.0, 2.0, 4.0, 5.0, last])
 
     class FakeDistance:
         metric, reference = "fd_fake", "tiny"
 
     def evaluate(*arguments, keep, **options):
         row = {"sampler": "ddim", "sampler_steps": 2, "eta": 0.0, "metric": "fd_fake", "value": next(values),
-               "samples": 4, "features": "fake", "feature_size": 8, "reference": "tiny", "seconds": 0.1}  # fmt: skip
+               "samples": options["n"], "features": "fake", "feature_size": 8, "reference": "tiny",
+               "seconds": 0.1}  # fmt: skip
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
     monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
     monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
     monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
-    train(tiny_config(eval_every=5, keep_last=2, features="auto"))
+    train(tiny_config(eval_every=5, keep_last=2, features="auto", eval_samples=4, final_eval_samples=final))
     run = tmp_path / "working" / "1"
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == ["step-10", "step-25", "step-30"]
     state = checkpoint.load_latest(run / "checkpoints").state
     assert (state["best"]["step"], state["best"]["metric"], state["best"]["value"]) == (10, "fd_fake", 1.0)
-    assert [row["value"] for row in state["fid_history"]] == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
+    assert [row["value"] for row in state["fid_history"]] == [3.0, 1.0, 2.0, 4.0, 5.0, last]
+    assert [row["samples"] for row in state["fid_history"]] == [4] * 5 + [final or 4]
     assert (run / "saves" / "fid.png").exists()
 
 
