@@ -66,6 +66,8 @@ def pytest_configure(config):
         config.option.size = "gpu" if torch.cuda.is_available() else "cpu"
     elif config.option.size == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("--size gpu: torch sees no CUDA device; use --size cpu or leave it out")
+    if config.option.tiles is not None and not config.option.tiles.is_file():
+        raise pytest.UsageError(f"--tiles {config.option.tiles}: there is no such file; write it with tune_norms.py")
     if config.option.append and config.option.save is None:
         raise pytest.UsageError("--append: name the file with --save JSON")
     if config.option.size == "tiny":

@@ -80,7 +80,7 @@ def _beside(size: Size, name: str, lever: Lever) -> Comparison:
         }
 
     ratios = {name: (Against(OURS, "lower"),)}
-    return Comparison("levers", f"batch {size.config.optim.batch_size}, {name}", (OURS, name), build, ratios)
+    return Comparison("levers", f"batch {size.config.optim.batch_size}, lever {name}", (OURS, name), build, ratios)
 
 
 def comparisons(size: Size) -> list[Comparison]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from bench import bars, gpu_run
@@ -18,15 +19,19 @@ from fastdiff.errors import UserError
 @pytest.fixture(scope="module")
 def trial(repo, tmp_path_factory):
     """The folder of a trial, and what it printed."""
-    out = tmp_path_factory.mktemp("gpu") / "run"
+    folder = tmp_path_factory.mktemp("gpu")
+    out, images = folder / "run", np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images)
     alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    command = [sys.executable, "bench/gpu_run.py", "900", "--size", "tiny", "--data", "digits", "--out", str(out)]
-    done = subprocess.run(command, cwd=repo, env=alone, capture_output=True, text=True, timeout=290)
+    command = [sys.executable, "bench/gpu_run.py", "1200", "--size", "tiny", "--data", str(folder / "images.npz"),
+               "--out", str(out)]  # fmt: skip
+    done = subprocess.run(command, cwd=repo, env=alone, capture_output=True, text=True, timeout=580)
     log = (out / "log.txt").read_text() if (out / "log.txt").exists() else ""
     assert done.returncode == 0, done.stdout + done.stderr + log[-5000:]
     return out, done.stdout
 
 
+@pytest.mark.timeout(600)  # a minute and a half where nothing else runs
 def test_every_stage_runs_and_few_small_files_come_back(trial):
     out, told = trial
     record = gpu_run.read_run(out)
@@ -128,3 +133,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"format": "another"}')
     with pytest.raises(UserError, match="format another"):
         gpu_run.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["gpu", "tiny"])
+def test_the_shares_are_seconds_of_540_and_the_files_are_there(repo, tmp_path, size):
+    found = gpu_run.stages(tmp_path, tmp_path, "digits", size)
+    assert sum(stage.share for stage in found) == 540
+    files = [word for stage in found for word in stage.command if word.endswith(".py") and tmp_path.name not in word]
+    assert len(files) > 15
+    assert all((repo / file).is_file() for file in files)
