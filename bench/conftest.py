@@ -1,13 +1,14 @@
 """`pytest bench`: options, the run's table, and its JSON."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench.results import rich_table
-from bench.suite import Bench, Comparison, make_size
+from bench.results import Results, rich_table
+from bench.suite import Bench, Comparison, Size, make_size
 from bench.timing import Samples
 from fastdiff.runtime.device import slug
 
@@ -49,8 +50,14 @@ def pytest_addoption(parser):
     )  # fmt: skip
     group.addoption(
         "--save", metavar="JSON", type=Path,
-        help="write the results there; without it a whole, passing run writes bench/results/<device>.json",
+        help="write the results there as they come; without it a whole, passing run writes bench/results/<device>.json",
     )  # fmt: skip
+    group.addoption(
+        "--append", action="store_true", help="keep the rows that the file of --save has, but those measured anew"
+    )
+    group.addoption(
+        "--tiles", metavar="PY", type=Path, help="time the step in the tiles of this file of bench/tune_norms.py"
+    )
 
 
 def pytest_configure(config):
@@ -59,15 +66,24 @@ def pytest_configure(config):
         config.option.size = "gpu" if torch.cuda.is_available() else "cpu"
     elif config.option.size == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("--size gpu: torch sees no CUDA device; use --size cpu or leave it out")
+    if config.option.tiles is not None and not config.option.tiles.is_file():
+        raise pytest.UsageError(f"--tiles {config.option.tiles}: there is no such file; write it with tune_norms.py")
+    if config.option.append and config.option.save is None:
+        raise pytest.UsageError("--append: name the file with --save JSON")
     if config.option.size == "tiny":
         torch.compiler.set_stance("force_eager")  # compilers take longer than everything else
+
+
+def size_of(config: pytest.Config) -> Size:
+    """What the options ask for."""
+    return replace(make_size(config.option.size), tiles=config.option.tiles)
 
 
 def pytest_generate_tests(metafunc):
     """One test for each variant of each comparison that the module's `comparisons(size)` names."""
     if "record" in metafunc.fixturenames:
         size = metafunc.config.option.size
-        comparisons: list[Comparison] = metafunc.module.comparisons(make_size(size))
+        comparisons: list[Comparison] = metafunc.module.comparisons(size_of(metafunc.config))
         limit = [pytest.mark.timeout(150)] if size == "cpu" else []  # seconds, for a whole suite of 5 minutes
         params = [
             pytest.param((c, v), id=f"{c.case}-{v}", marks=[pytest.mark.benchmark(timer=CLOCK, group=c.group), *limit])
@@ -79,9 +95,22 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def bench(request) -> Bench:
-    bench = Bench(make_size(request.config.option.size))
+    bench = Bench(size_of(request.config))
     request.config.stash[BENCH] = bench
     return bench
+
+
+def save(bench: Bench, path: Path, earlier: Results | None) -> None:
+    """Write what has been measured so far."""
+    results = bench.results()
+    (results if earlier is None else results.after(earlier)).write(path)
+
+
+@pytest.fixture(scope="session")
+def earlier(request) -> Results | None:
+    """What the file of --save holds, if it is to be kept."""
+    path = request.config.option.save
+    return Results.read(path) if request.config.option.append and path.exists() else None
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +120,7 @@ def measured() -> dict:
 
 
 @pytest.fixture
-def record(request, bench, measured, benchmark):
+def record(request, bench, measured, benchmark, earlier):
     """Calling it measures the comparison, if that has not been done, and reports this variant."""
 
     def run() -> None:
@@ -101,6 +130,8 @@ def record(request, bench, measured, benchmark):
             measured[comparison.case] = bench.measure(comparison)
         row, samples = measured[comparison.case][variant]
         bench.rows.append(row)
+        if request.config.option.save is not None:
+            save(bench, request.config.option.save, earlier)
         benchmark.extra_info |= {
             "calls": row.calls, "images_s": row.images_s, "GB_s": row.gb_s, "TFLOP_s": row.tflop_s,
             "share_of_ceiling": row.share, "ceilings": bench.ceilings,
@@ -148,8 +179,8 @@ def pytest_terminal_summary(terminalreporter, config):
     path, skipped = config.option.save, terminalreporter.stats.get("skipped")
     if path is None and config.stash.get(WHOLE, False) and config.option.size != "tiny" and not skipped:
         path = HERE / "results" / f"{slug(results.environment['device'])}.json"
+        results.write(path)
     if path is None:
         console.print("not the whole suite: bench/results is unchanged (--save JSON writes what ran)")
     else:
-        results.write(path)
         console.print(f"wrote {path}")

@@ -1,10 +1,19 @@
-"""What the numbers were measured on, and what this machine can do at most."""
+"""What this machine can do at most; `python bench/machine.py [cuda|cpu]` tells it, and what the machine is, as JSON."""
 
+import json
 import multiprocessing
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import tyro
 
 from bench.timing import Stopwatch, Workload, interleave
+from fastdiff.cli import run_command
+from fastdiff.runtime.device import environment, resolve_device
 
 
 def ceilings(device: torch.device, stopwatch: Stopwatch, *, budget: float, scale: int = 1) -> dict[str, float]:
@@ -40,3 +49,21 @@ def ceilings_apart(device: torch.device, *, budget: float) -> dict[str, float]:
 def _ceilings(device: str, budget: float) -> dict[str, float]:
     where = torch.device(device)
     return ceilings(where, Stopwatch(where), budget=budget)
+
+
+def main(device: Annotated[str, tyro.conf.Positional] = "auto", /, budget: float = 2.0, scale: int = 1) -> int:
+    """Print the environment and the ceilings.
+
+    Args:
+        device: auto, cuda or cpu.
+        budget: seconds to measure.
+        scale: divides the sizes, to try the code only.
+    """
+    where = resolve_device(device)
+    measured = ceilings(where, Stopwatch(where), budget=budget, scale=scale)
+    print(json.dumps({"environment": environment(where), "ceilings": measured}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: tyro.cli(main)))

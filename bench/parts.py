@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from bench.suite import Size, image_set, network_flops
 from bench.timing import Workload
 from fastdiff.data.loaders import Loader, make_loader
 from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.errors import UserError
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet
@@ -58,10 +60,13 @@ def our_step(size: Size) -> TrainStep:
 
 
 def loader(size: Size, kind: str) -> Loader:
-    """A loader over the size's images, on its device."""
+    """A loader over the size's images, on its device; one that is not installed is skipped, with the reason."""
     c = size.config
     images = image_set(size.images, c.net.image_size)
-    return make_loader(kind, images, batch_size=c.optim.batch_size, seed=c.run.seed, device=size.device)
+    try:
+        return make_loader(kind, images, batch_size=c.optim.batch_size, seed=c.run.seed, device=size.device)
+    except UserError as missing:
+        pytest.skip(str(missing))
 
 
 def constant_batch(size: Size) -> torch.Tensor:

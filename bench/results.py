@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bench.bars import Better
 from fastdiff.errors import UserError
+from fastdiff.runs.files import write_atomically
 
 FORMAT = "fastdiff-bench-1"
 
@@ -69,10 +70,14 @@ class Results:
 
     def write(self, path: Path) -> None:
         """As JSON, one row a line, so that two runs can be told apart by eye too."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join("  " + json.dumps(asdict(row)) for row in self.rows)
         head = json.dumps({"format": FORMAT, "environment": self.environment, "ceilings": self.ceilings}, indent=1)
-        path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+        write_atomically(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'.encode())
+
+    def after(self, earlier: "Results") -> "Results":
+        """With the rows of an earlier run that are not measured anew."""
+        mine = {row.key for row in self.rows}
+        return replace(self, rows=[row for row in earlier.rows if row.key not in mine] + self.rows)
 
     @classmethod
     def read(cls, path: Path) -> "Results":

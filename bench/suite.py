@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Size:
     flat             elements of the flat buffers of the optimizer's kernels; whole blocks of flat.ALIGNMENT
     norms            (batch, channels, height = width) of GroupNorm; groups as in the config
     budget           seconds for the rounds of a comparison
+    tiles            a file of bench/tune_norms.py, whose tiles the step is timed with; None: the levers are timed
     trial            tiny shapes that show nothing but that the code runs
     """
 
@@ -51,6 +53,7 @@ class Size:
     flat: int
     norms: tuple[tuple[int, int, int], ...]
     budget: float
+    tiles: Path | None = None
     trial: bool = False
 
     @property

@@ -5,26 +5,28 @@ import pytest
 from bench.parts import constant_batch, loader, our_step, training_work
 from bench.suite import Against, Comparison, Size
 from bench.timing import Workload
+from fastdiff.data.loaders import LOADERS
 
 pytestmark = pytest.mark.timeout(900)  # the network is compiled
 
 TRAINING = "training step"
 
 
-def comparisons(size: Size) -> list[Comparison]:
-    kinds = ("dali", "resident")
-
+def _comparison(size: Size, kind: str) -> Comparison:
     def build() -> dict[str, Workload]:
-        batch, step = constant_batch(size), our_step(size)
-        work = {TRAINING: training_work(size, lambda i: step(batch, i))}
-        for kind in kinds:
-            batches = loader(size, kind)
+        batches, batch, step = loader(size, kind), constant_batch(size), our_step(size)
+        return {
+            TRAINING: training_work(size, lambda i: step(batch, i)),
             # Each byte is read and written at least once.
-            work[kind] = Workload(lambda i, b=batches: next(b), bytes=2 * batch.nbytes, images=len(batch))
-        return work
+            kind: Workload(lambda i: next(batches), bytes=2 * batch.nbytes, images=len(batch)),
+        }
 
-    ratios = {kind: (Against(TRAINING, "higher", "7"),) for kind in kinds}
-    return [Comparison("loaders", f"batch {size.config.optim.batch_size}", (TRAINING, *kinds), build, ratios)]
+    ratios = {kind: (Against(TRAINING, "higher", "7"),)}
+    return Comparison("loaders", f"batch {size.config.optim.batch_size}, {kind}", (TRAINING, kind), build, ratios)
+
+
+def comparisons(size: Size) -> list[Comparison]:
+    return [_comparison(size, kind) for kind in LOADERS]
 
 
 def test_loaders(record):

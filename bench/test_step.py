@@ -1,17 +1,21 @@
-"""The training step, from the plain baseline to ours, one change after the other; and with each loader."""
+"""The training step: from the plain baseline to ours, one change after the other; ours with each loader; and beside
+ours each lever."""
 
 import os
 
 import pytest
 
+from bench.levers import Lever, lever_step, levers
 from bench.parts import constant_batch, loader, our_step, train_step, training_work
 from bench.plain import endless, plain_step
 from bench.suite import FLOOR, Against, Comparison, Size, image_set
 from bench.timing import Workload
+from fastdiff.data.loaders import LOADERS
 
 pytestmark = pytest.mark.timeout(900)  # the network is compiled twice
 
 PLAIN = "eager fp32 + DataLoader"
+OURS = "as it is"
 
 
 def _ladder(size: Size) -> Comparison:
@@ -52,22 +56,37 @@ def _ladder(size: Size) -> Comparison:
     return Comparison("step", f"batch {size.config.optim.batch_size}", variants, build, ratios)
 
 
-def _with_loader(size: Size) -> Comparison:
-    ratios = {name: (Against("constant batch", "lower", "15"),) for name in ("dali", "resident")}
+def _with_loader(size: Size, kind: str) -> Comparison:
+    def build() -> dict[str, Workload]:
+        batches, batch, step = loader(size, kind), constant_batch(size), our_step(size)
+        return {
+            "constant batch": training_work(size, lambda i: step(batch, i)),
+            kind: training_work(size, lambda i: step(next(batches).images, i)),
+        }
+
+    ratios = {kind: (Against("constant batch", "lower", "15"),)}
+    case = f"batch {size.config.optim.batch_size}, ours, {kind}"
+    return Comparison("step", case, ("constant batch", kind), build, ratios)
+
+
+def _beside(size: Size, name: str, lever: Lever) -> Comparison:
+    """One lever a comparison: what a cut leaves is whole."""
 
     def build() -> dict[str, Workload]:
-        batch, step = constant_batch(size), our_step(size)
-        work = {"constant batch": training_work(size, lambda i: step(batch, i))}
-        for kind in ratios:
-            batches = loader(size, kind)
-            work[kind] = training_work(size, lambda i, batches=batches: step(next(batches).images, i))
-        return work
+        batch, ours, other = constant_batch(size), our_step(size), lever_step(size, name, lever)
+        return {
+            OURS: training_work(size, lambda i: ours(batch, i)),
+            name: training_work(size, lambda i: other(batch, i)),
+        }
 
-    return Comparison("step", f"batch {size.config.optim.batch_size}, ours", ("constant batch", *ratios), build, ratios)
+    ratios = {name: (Against(OURS, "lower"),)}
+    return Comparison("levers", f"batch {size.config.optim.batch_size}, lever {name}", (OURS, name), build, ratios)
 
 
 def comparisons(size: Size) -> list[Comparison]:
-    return [_ladder(size), _with_loader(size)]
+    """On a CPU without levers: there they change nothing that is measured."""
+    beside = [_beside(size, name, lever) for name, lever in levers(size).items()] if size.ours else []
+    return [_ladder(size), *(_with_loader(size, kind) for kind in LOADERS), *beside]
 
 
 def test_step(record):

@@ -64,7 +64,7 @@ def pytest_runtest_call(item):
     began = seconds()
     result = yield
     took = seconds() - began
-    if took > LONGEST and not {"lab", "guarantee"} & set(item.keywords):
+    if took > LONGEST and not any(item.get_closest_marker(kind) for kind in KINDS):
         pytest.fail(f"took {took:.1f} s of processor time: make it quicker, or mark it lab or guarantee", pytrace=False)
     return result
 

@@ -169,7 +169,7 @@ gpu = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def deterministic(request):
     """cuDNN's fixed algorithms, so that two runs agree bit for bit."""
-    if "gpu" not in request.keywords:
+    if not request.node.get_closest_marker("gpu"):
         yield
         return
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
