@@ -81,6 +81,7 @@ def train(flags: Flags, objective: str) -> Path:
         subprocess.run(
             [
                 sys.executable, "train_cifar.py", "--preset", flags.preset, "--objective", objective,
+                "--schedule", "auto", "--no-conditional", "--eval-guidance", "1", "--lr-decay", "constant",
                 "--steps", str(flags.steps), "--save-every", str(flags.steps), "--eval-every", str(flags.steps),
                 "--no-eval-at-start", "--features", "none", "--eval-steps", "20", "--run-root", str(root.resolve()),
             ],

@@ -14,7 +14,9 @@ SamplerName = Literal[
     "dpmpp-2m-sde", "unipc",
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
-PresetName = Literal["ddpm-cifar10", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve"]
+PresetName = Literal[
+    "ddpm-cifar10", "cifar10-conditional", "quick", "text-digits", "v-cosine", "edm", "flow", "score-vp", "score-ve",
+]  # fmt: skip
 SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
 
 

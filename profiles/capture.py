@@ -84,8 +84,8 @@ def _train(config: Config, folder: str) -> int:
     never = 10**9
     return train(
         config.replace(
-            steps=LEAD + steps_needed(config.run.profile), run_root=folder, features="none", eval_at_start=False,
-            save_every=never, eval_every=never, eval_steps=1, grid_samples=1,
+            steps=LEAD + steps_needed(config.run.profile), lr_decay="constant", run_root=folder, features="none",
+            eval_at_start=False, save_every=never, eval_every=never, eval_steps=1, grid_samples=1,
         )
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["fastdiff.presets"],
     ["fastdiff.nets"],
     ["fastdiff.interop_settings"],
-    ["fastdiff.interop"],
+    ["fastdiff.interop", "fastdiff.interop_pipeline"],
     ["fastdiff.runtime"],
     ["fastdiff.runs"],
     ["fastdiff.reporting"],

@@ -19,6 +19,7 @@ TRAIN = (
     "--preset", "quick", "--data", "images.npz", "--image-size", "8", "--channels", "8", "--channel-mult", "1", "1",
     "--norm-groups", "4", "--attention-resolutions", "4", "--batch-size", "4", "--steps", "2", "--features", "none",
     "--eval-samples", "4", "--grid-samples", "4", "--eval-steps", "2", "--no-eval-at-start", "--device", "cpu",
+    "--no-conditional", "--eval-guidance", "1", "--warmup-steps", "1",
 )  # fmt: skip
 
 # Runs commands, [program, *arguments] each, one after the other in one process, as torch takes seconds to import.

@@ -11,6 +11,7 @@ from tests.distributed.conftest import torchrun
 FLAGS = [
     "--preset", "quick", "--channels", "8", "--channel-mult", "1", "2", "--attention-resolutions", "--norm-groups", "4",
     "--features", "none", "--no-eval-at-start", "--log-every", "1", "--save-every", "100000", "--eval-every", "100000",
+    "--lr-decay", "constant",
 ]  # fmt: skip
 
 

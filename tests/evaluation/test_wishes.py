@@ -185,6 +185,7 @@ def test_an_unconditional_run_says_what_it_cannot_do(run, conditional, tmp_path,
     assert call(*asked, "--guidance", 2, "--guide", guide) == 0
 
 
+@pytest.mark.guarantee
 def test_likelihood_is_of_the_images_own_classes(conditional, tmp_path, capsys):
     asked = ["likelihood", "--checkpoint", conditional, "--n", 4, "--steps", 2]
     assert call(*asked) == 0

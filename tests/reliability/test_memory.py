@@ -39,6 +39,7 @@ def test_it_stays(tiny_config, tmp_path, promise, count):
         config = PRESETS["quick"].replace(
             **changes, run_root=str(tmp_path / "working"), data_root=str(tmp_path / "data"),
             eval_samples=32, eval_batch_size=32, eval_steps=4, grid_samples=16, eval_at_start=False, device="cpu",
+            lr_decay="constant",
         )  # fmt: skip
     log, result = tmp_path / "log", tmp_path / "memory.json"
     hook = (jobs.watch_memory, range(window // 2, count, window), result)
