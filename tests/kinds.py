@@ -14,7 +14,7 @@ import pytest
 KINDS = {
     "lab": (
         "bench/", "kernels/", "profiles/", "test_interop.py", "evaluation/test_graph_loop.py", "nets/test_levers.py",
-        "runtime/test_graphs.py", "training/test_captured.py", "training/test_interpreter.py",
+        "runtime/test_graphs.py", "training/test_captured.py", "training/test_interpreter.py", "nets/test_show.py",
     ),
     "guarantee": (
         "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
