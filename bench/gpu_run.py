@@ -57,7 +57,8 @@ QUICK = (
 QUICK_FILES = ("kernels/test_group_norm_silu.py", "kernels/test_add_group_norm_silu.py", "nets/test_fuse.py",
                "runtime/test_graphs.py", "evaluation/test_graph_loop.py")  # fmt: skip
 TINY_NET = ("--preset", "quick", "--channels", "8", "--channel-mult", "1", "2", "--attention-resolutions", "8",
-            "--batch-size", "4", "--no-conditional", "--eval-guidance", "1", "--lr-decay", "constant", "--device", "cpu")  # fmt: skip
+            "--batch-size", "4", "--no-conditional", "--eval-guidance", "1", "--lr-decay", "constant",
+            "--device", "cpu")  # fmt: skip
 # A step of the profile, and a run that lasts until it is stopped.
 PROFILE = {"gpu": ("--loader", "resident", "--profile", "5"), "tiny": (*TINY_NET, "--profile", "1")}
 TRAINING = {
