@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from bench import inductor_mock
-from bench.step_variants import KERNELS_A_CALL, SMALL, VARIANTS, Counts, Variant, count_small, count_variant
+from bench.step_variants import KERNELS_A_LIBRARY_CALL, SMALL, VARIANTS, Counts, Variant, count_small, count_variant
 from fastdiff.cli import run_command
 from fastdiff.sections import UNetConfig
 from kernels.caching import source_hash
@@ -98,8 +98,8 @@ def markdown(document: dict[str, Any]) -> str:
         "Triton kernels that it writes. Ours: of our own, one forward and one backward for each of 51 norms and one",
         "for each of 6 attentions; bar 3 is of both. Calls: all of these, with convolutions, matrix products and",
         "attention, which no variant avoids. Kernels: a guess, since a library call starts several:",
-        f"{KERNELS_A_CALL:.2f} a call, as a GPU's profile had for the calls counted at its commit. Norm: bytes an",
-        "element of all the network's norms, each compiled alone, adding nothing up (floor 4 and 6). Update's",
+        f"{KERNELS_A_LIBRARY_CALL:.2f} by a GPU's profile of an earlier commit and the calls counted there. Norm:",
+        "bytes an element of all the network's norms, each compiled alone, adding nothing up (floor 4 and 6). Update's",
         "operators and kernels: by multi_tensor_apply's packing rule.",
         "",
         "| dropout | variant | MB | forward | backward | update | Inductor's | ours | calls | kernels | norm fwd | norm bwd | update ops | kernels |",  # noqa: E501

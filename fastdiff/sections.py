@@ -15,7 +15,7 @@ SamplerName = Literal[
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[
-    "ddpm-cifar10", "cifar10-conditional", "quick", "text-digits", "v-cosine", "edm", "flow", "score-vp", "score-ve",
+    "ddpm-cifar10", "cifar10-conditional", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve",
 ]  # fmt: skip
 SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
 
