@@ -16,7 +16,7 @@ def on_cpu(**changes: Any) -> Config:
     recipe: dict[str, Any] = {
         "net": SMALL, "objective": "x0", "schedule": "cosine", "batch_size": 64, "lr": 2e-3, "warmup_steps": 100,
         "lr_decay": "linear-decay", "ema_decay": 0.99, "log_every": 25, "features": "efficientnet_lite0",
-        "eval_samples": 200, "eval_batch_size": 200, "eval_steps": 20, "eval_guidance": 2.5, "grid_samples": 80,
+        "eval_samples": 200, "eval_batch_size": 200, "eval_steps": 20, "eval_guidance": 3.0, "grid_samples": 80,
     }  # fmt: skip
     return Config.of(**recipe, **changes)
 
