@@ -45,8 +45,17 @@ class Config:
         if self.eval.eval_guidance != 1.0 and not self.conditions.any:
             raise UserError(
                 f"--eval-guidance is {self.eval.eval_guidance:g}, but guidance leads to a class or a caption; add "
-                "--conditional or --text, or drop it."
+                "--conditional or --text, or --eval-guidance 1."
             )
+        for flag, used, dropout in (
+            ("label", self.conditions.conditional, self.conditions.label_dropout),
+            ("caption", self.conditions.text != "none", self.conditions.caption_dropout),
+        ):
+            if self.eval.eval_guidance != 1.0 and used and dropout == 0:
+                raise UserError(
+                    f"--{flag}-dropout is 0, so that the network never learns to draw without a {flag}, from which "
+                    f"--eval-guidance leads away; raise it, or add --eval-guidance 1."
+                )
         self._check_decay()
 
     def _check_decay(self) -> None:
@@ -143,14 +152,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
-# the update stays the same up to rounding. Data may have another name or place, as their content is compared. `steps`,
-# `lr_decay` and `decay_fraction` may change the learning rate of later steps, but not of one that was made.
+# the update stays the same up to rounding. Data and captions may have another name or place, as their content is
+# compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of later steps, but not of one made.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "final_eval_samples", "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance",
         "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
         "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
-        "deterministic", "lr_decay", "decay_fraction",
+        "deterministic", "lr_decay", "decay_fraction", "captions",
     }
 )  # fmt: skip

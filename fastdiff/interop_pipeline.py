@@ -1,6 +1,6 @@
 """A diffusers pipeline that draws images of classes. `export --to diffusers` copies this file into its folder.
 
-pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 images = pipeline(class_labels=[3, 3, 5], guidance_scale=2.0).images
 """
 

@@ -123,6 +123,7 @@ class UNetConfig:
         if self.text_encoder != "none":
             expected = "not empty with --text, as texts are read where there is attention"
             require(len(self.attention_resolutions) > 0, "attention_resolutions", self.attention_resolutions, expected)
+            require(self.channels % 4 == 0, "channels", self.channels, "a multiple of 4, the heads that read texts")
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,8 @@ class Guidance:
 
     Args:
         scale: w; 1: not at all.
-        interval: (lo, hi) of sigma / alpha, above 0 to at most infinity; None: at every noise level.
+        interval: (lo, hi) of sigma / alpha, 0 <= lo < hi; None: at every noise level.
+        flag: what stands before `guidance` in the flag's name.
 
     Raises:
         UserError: a scale that is not finite, or an interval the wrong way round.
@@ -329,13 +331,14 @@ class Guidance:
 
     scale: float = 1.0
     interval: tuple[float, float] | None = None
+    flag: str = ""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.scale), "guidance", self.scale, "a finite number; 1: none")
+        require(math.isfinite(self.scale), f"{self.flag}guidance", self.scale, "a finite number; 1: none")
         if self.interval is not None:
             low, high = self.interval
-            expected = "LO HI with 0 <= LO < HI, levels of sigma / alpha; e.g. 0.2 1.5"
-            require(0 <= low < high, "guidance_interval", f"{low:g} {high:g}", expected)
+            expected = "LO HI with 0 <= LO < HI, finite levels of sigma / alpha; e.g. 0.2 1.5"
+            require(0 <= low < high < math.inf, f"{self.flag}guidance_interval", f"{low:g} {high:g}", expected)
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -382,7 +385,7 @@ class EvalConfig:
         for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
             at_least(1, name, getattr(self, name))
         at_least(2, "eval_samples", self.eval_samples)
-        Guidance(self.eval_guidance, self.eval_guidance_interval)
+        Guidance(self.eval_guidance, self.eval_guidance_interval, "eval_")
         if self.final_eval_samples is not None:
             at_least(2, "final_eval_samples", self.final_eval_samples)
         if self.feature_size is not None:

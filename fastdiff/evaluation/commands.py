@@ -50,11 +50,15 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
+    if guide is not None and getattr(flags, "guidance", None) in (1.0, (1.0,)):
+        raise UsageError(f"--guide {guide.path} does nothing at --guidance 1; add --guidance 2, say, or drop it.")
     if guide is not None and guide.task != trained.task:
         raise UsageError(
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
             "checkpoint of the same task, such as an earlier one of the same run."
         )
+    if guide is not None and guide.model.text is not None:
+        raise UsageError("--guide: a guide reads bytes by an encoder of its own, which is not built; drop --guide.")
     machine = trained.config.replace(device=device.type, precision=flags.precision).resolved(device.type).machine
     if machine.warning:
         print(f"warning: {machine.warning}", file=sys.stderr)
@@ -137,6 +141,8 @@ def _prompts(flags: Sample) -> list[str]:
             prompts += flags.prompt_file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompt-file {flags.prompt_file} cannot be read as UTF-8 text ({error}).") from error
+        if not prompts:
+            raise UsageError(f"--prompt-file {flags.prompt_file} holds no prompt; write one a line.")
     for i, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UsageError(f"prompt {i} of {len(prompts)} is empty; say what the picture shows, or remove it.")
@@ -174,9 +180,11 @@ def evaluate(flags: Evaluate) -> None:
     extractor = make_extractor(flags.features, device=generator.device, size=flags.feature_size)
     folder = cache_folder(config.images.data_root)
     distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
+    if classes:
+        _check_classes(trained, reference)
     wished = wishes(config, reference, trained.read)
     asked = wished.of(flags.n) if wished is not None else {}
-    agreement = LabelAgreement(extractor, reference, _test_images(config, flags)) if classes else None
+    agreement = LabelAgreement(extractor, reference, _test_images(config, trained, flags.data)) if classes else None
     about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
     rows = []
     for guidance in guidances:
@@ -193,12 +201,8 @@ def evaluate(flags: Evaluate) -> None:
         rows.append(row)
         _record(trained, row)
         output.put(json.dumps(row))
-    if len(rows) > 1 and trained.run is not None:
-        from fastdiff.reporting import plots
-
-        path = trained.run / "saves" / "guidance.png"
-        plots.plot_guidance(rows, path)
-        print(f"{path}: the distance against guidance", file=sys.stderr)
+    if len(rows) > 1:
+        _record(trained, sweep=rows)
 
 
 def _interval(text: str) -> tuple[float, float] | None:
@@ -208,23 +212,25 @@ def _interval(text: str) -> tuple[float, float] | None:
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise UsageError(f"--interval {text} is not of the form LO,HI, e.g. 0.2,1.5, nor `off`.") from None
+        low, high = 1.0, 0.0
+    if not 0 <= low < high:
+        raise UsageError(f"--interval {text} is not of the form LO,HI with 0 <= LO < HI, e.g. 0.2,1.5, nor `off`.")
     return low, high
 
 
-def _test_images(config: Config, flags: Evaluate) -> ImageSet | None:
-    """The test split of the run's data, if there is one."""
+def _test_images(config: Config, trained: Trained, data: str | None) -> ImageSet | None:
+    """The test split of the data, if there is one apart from what the run was trained on."""
+    if config.images.split == "test":
+        return None
     try:
-        return load_dataset(
-            flags.data or config.images.data, root=config.images.data_root, split="test",
-            image_size=config.net.image_size,
-        )  # fmt: skip
+        return _images(config, trained, data, "test")
     except UserError:
         return None
 
 
-def _record(trained: Trained, row: dict[str, Any]) -> None:
-    """Add an evaluation to the checkpoint's run; a run that cannot be written to, or is in use, stays as it is."""
+def _record(trained: Trained, *rows: dict[str, Any], sweep: Sequence[dict[str, Any]] = ()) -> None:
+    """Add evaluations, or the picture of a sweep of guidance, to the checkpoint's run; a run that cannot be written to,
+    or is in use, stays as it is."""
     from fastdiff.reporting import plots  # with Matplotlib, which the other commands need not wait for
 
     if trained.run is None:
@@ -232,8 +238,12 @@ def _record(trained: Trained, row: dict[str, Any]) -> None:
         return
     try:
         with open_run(trained.run) as run:
-            run.log_eval(row)
-            plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+            for row in rows:
+                run.log_eval(row)
+                plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+            if sweep:
+                plots.plot_guidance(sweep, run.saves / "guidance.png")
+                print(f"{run.saves / 'guidance.png'}: the distance against guidance", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"not recorded in the run: {error}", file=sys.stderr)
 
@@ -284,16 +294,23 @@ def _conditions_of(trained: Trained, images: ImageSet, chosen: np.ndarray, devic
     Raises:
         UserError: they have none, or other classes.
     """
-    names, found = trained.config.conditions.class_names, {}
-    if names:
-        theirs = () if images.labels is None else images.class_names or tuple(map(str, range(images.labels.max() + 1)))
-        if images.labels is None or tuple(theirs) != names:
-            has = f"the classes {', '.join(theirs)}" if theirs else "no classes"
-            raise UserError(f"{images.name} has {has}, but the network was trained on the classes {', '.join(names)}.")
-        found["labels"] = torch.from_numpy(images.labels[chosen])
+    found: dict[str, Tensor] = {}
+    if trained.config.conditions.class_names:
+        found["labels"] = torch.from_numpy(_check_classes(trained, images)[chosen])
     if trained.read is not None and images.captions is not None:
         found |= trained.read([images.captions[i][0] for i in chosen])
     return with_tokens(trained.model.text, {name: v.to(device) for name, v in found.items()})
+
+
+def _check_classes(trained: Trained, images: ImageSet) -> np.ndarray:
+    """The labels of images of the network's classes. Raises UserError if they have none, or others."""
+    names = trained.config.conditions.class_names
+    theirs = () if images.labels is None else images.class_names or tuple(map(str, range(images.labels.max() + 1)))
+    same_data = trained.saved.get("data_sha256") == images.sha256  # a run keeps the names that its data had first
+    if images.labels is None or not (same_data or tuple(theirs) == names):
+        has = f"the classes {', '.join(theirs)}" if theirs else "no classes"
+        raise UserError(f"{images.name} has {has}, but the network was trained on the classes {', '.join(names)}.")
+    return images.labels
 
 
 def export(flags: Export) -> None:

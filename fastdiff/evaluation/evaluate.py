@@ -68,7 +68,8 @@ class Trained:
     @property
     def task(self) -> tuple[str, ...]:
         """What it was trained for, the encoder of its texts, and the classes that it knows."""
-        return self.config.diffusion.task, self.config.conditions.text, *self.config.conditions.class_names
+        told = self.config.conditions
+        return self.config.diffusion.task, told.text_fingerprint or told.text, *told.class_names
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:

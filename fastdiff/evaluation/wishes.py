@@ -131,7 +131,8 @@ class LabelAgreement:
         asked = asked.to(features.device)
         agreed = []
         for part, labels in zip(features.split(1024), asked.split(1024), strict=True):
-            nearest = torch.cdist(part, self.real).topk(self.NEIGHBOURS + itself, largest=False).indices[:, itself:]
+            k = min(self.NEIGHBOURS + itself, len(self.real))
+            nearest = torch.cdist(part, self.real).topk(k, largest=False).indices[:, itself:]
             votes = torch.zeros(len(part), int(self.labels.max()) + 1, device=part.device)
             votes.scatter_add_(1, self.labels[nearest], torch.ones_like(nearest, dtype=votes.dtype))
             agreed.append(votes.argmax(1) == labels)

@@ -73,7 +73,9 @@ def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: PathLike) 
     figure = Figure(figsize=(total / DPI, grid.shape[0] / DPI), dpi=DPI)
     figure.figimage(grid, left, 0, origin="upper")
     for r, name in enumerate(shown):
-        figure.text((left - 8) / total, 1 - (r + 0.5) / len(rows), name, fontsize=9, ha="right", va="center")
+        figure.text(
+            (left - 8) / total, 1 - (r + 0.5) / len(rows), name, fontsize=9, ha="right", va="center", parse_math=False
+        )
     save_figure(figure, path)
 
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fastdiff.config import Config
 from fastdiff.data.datasets import BUILT_IN, ImageSet, load_dataset
 from fastdiff.errors import UserError
@@ -68,19 +70,20 @@ def with_conditions(config: Config, images: ImageSet) -> Config:
     Raises:
         UserError: a conditional run, and data without classes; or a text encoder that cannot be had, or has changed.
     """
+    if config.conditions.captions is not None:
+        config = config.replace(captions=_path(config.conditions.captions))
     return _with_text(_with_classes(config, images))
 
 
 def _with_text(config: Config) -> Config:
-    name, known = config.conditions.text, config.conditions.text_fingerprint
+    name = config.conditions.text
     if name == "none":
         return config
     if name == "bytes":
         return config.replace(text_encoder="bytes")
     encoder = frozen_encoder(name)
-    if known not in ("", encoder.fingerprint):
-        raise UserError(f"--text {name} is another encoder now than the one that the run was trained with; restore it.")
-    return config.replace(text_encoder="frozen", text_width=encoder.width, text_fingerprint=encoder.fingerprint)
+    known = config.conditions.text_fingerprint or encoder.fingerprint  # `text_reader` compares it
+    return config.replace(text_encoder="frozen", text_width=encoder.width, text_fingerprint=known)
 
 
 def _with_classes(config: Config, images: ImageSet) -> Config:
@@ -89,10 +92,15 @@ def _with_classes(config: Config, images: ImageSet) -> Config:
     if images.labels is None:
         raise UserError(
             f"--conditional needs classes, but {images.name} has none; sort the images into one folder for each class, "
-            "or use an .npz with `labels`."
+            "use an .npz with `labels`, or add --no-conditional --eval-guidance 1."
         )
     names = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
-    if len(set(images.labels.tolist())) < 2:
+    counts = np.bincount(images.labels, minlength=len(names))
+    if missing := [name for name, count in zip(names, counts, strict=True) if count == 0]:
+        raise UserError(
+            f"--conditional needs images of each class, but {images.name} has none of {', '.join(missing[:5])}."
+        )
+    if len(names) < 2:
         raise UserError(f"--conditional needs at least 2 classes, but all images of {images.name} are of one.")
     return config.replace(class_names=names, num_classes=len(names))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastdiff.config import Config
+from fastdiff.errors import UserError
 from fastdiff.nets.frozen_text import frozen_encoder, text_table
 from fastdiff.nets.text import POSITIONS, byte_ids
 
@@ -31,7 +32,12 @@ def text_reader(config: Config, cache: Path | None, *, longest: int = POSITIONS)
         return None
     if config.net.text_encoder == "bytes":
         return lambda texts: {"text": byte_ids(texts, longest)}
-    encoder = frozen_encoder(config.conditions.text)
+    encoder, known = frozen_encoder(config.conditions.text), config.conditions.text_fingerprint
+    if known not in ("", encoder.fingerprint):
+        raise UserError(
+            f"--text {config.conditions.text} is another encoder now than the one that the network was trained with; "
+            "restore it."
+        )
 
     def read(texts: list[str]) -> dict[str, Tensor]:
         table = text_table(encoder, texts, cache)

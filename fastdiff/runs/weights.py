@@ -132,9 +132,21 @@ def initial_weights(config: Config) -> InitialWeights | None:
 def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
     """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
 
+    text = ("text_width", "text_blocks")
+    if here.text_encoder != there.text_encoder:
+        told = {"none": "no texts", "bytes": "--text bytes", "frozen": "a frozen text encoder"}
+        raise UserError(
+            f"--init-from {path} holds a network with {told[there.text_encoder]}, but this run has "
+            f"{told[here.text_encoder]}; choose --text as there."
+        )
+
     def fields(net: UNetConfig) -> dict[str, object]:
         values = {**vars(net), "attention_resolutions": tuple(sorted(set(net.attention_resolutions)))}
-        ours = values.keys() - {"dropout", "num_classes"}
+        ours = values.keys() - {
+            "dropout",
+            "num_classes",
+            *(text if here.text_encoder == there.text_encoder == "none" else ()),
+        }
         return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
 
     theirs = fields(there)

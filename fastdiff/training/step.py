@@ -88,6 +88,8 @@ class TrainStep:
         self.parameters = update.parameters
         self.device = self.parameters[0].device
         self.leaves = list(update.weights.values())
+        self.encoder_weights = {n.removeprefix("text."): w for n, w in update.weights.items() if n.startswith("text.")}
+        self.net_weights = {n: w for n, w in update.weights.items() if not n.startswith("text.")}
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
@@ -121,12 +123,11 @@ class TrainStep:
         """The network's arguments: bytes become tokens."""
         if self.encoder is None:
             return cond
-        weights = {name.removeprefix("text."): w for name, w in self.update.weights.items() if name.startswith("text.")}
-        text, mask = functional_call(self.encoder, weights, (cond["text"],))
+        text, mask = functional_call(self.encoder, self.encoder_weights, (cond["text"],))
         return {**cond, "text": text, "text_mask": mask}
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
-        return functional_call(self.model, self.update.weights, (x_t, c_noise), cond)
+        return functional_call(self.model, self.net_weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:
         """Take one step.

@@ -104,13 +104,14 @@ def train(
         saved = ranks.share(saved, "the checkpoint")
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, saved.state if saved is not None else {})
-        ranks.check_equal(**{"--data": image_set.sha256})
+        ranks.check_equal(**{"--data": image_set.sha256, "captions": image_set.captions_sha256})
         asked, config = (with_conditions(each, image_set) for each in (asked, config))
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
         distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
         check_loader(config.images.loader)
+        conditions = _make_conditions(config, image_set, ranks)
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
             run = stack.enter_context(create_run(config.run.run_root, config=_recorded(asked, config)))
         if run is not None:
@@ -121,7 +122,7 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, image_set, ranks, run, progress, stop)
 
-        step, model, ema = _make_step(config, image_set, ranks, initial)
+        step, model, ema = _make_step(config, conditions, ranks, initial)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
@@ -291,8 +292,24 @@ def _recorded(asked: Config, config: Config) -> dict[str, Any]:
     return {**asked.to_dict(), "resolved": ran}
 
 
+def _make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[Table]:
+    """What the network is told about images. Raises UserError for a caption that is too long."""
+    told, conditions = config.conditions, list[Table]()
+    if told.conditional and image_set.labels is not None:
+        conditions.append(
+            Labels(
+                image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
+            )
+        )
+    if image_set.captions is not None:
+        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
+        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
+            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
+    return conditions
+
+
 def _make_step(
-    config: Config, image_set: ImageSet, ranks: Ranks, initial: InitialWeights | None
+    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None
 ) -> tuple[TrainStep, UNet, EMA]:
     """The network, its average, and the step that trains it."""
     optim, machine = config.optim, config.machine
@@ -308,17 +325,6 @@ def _make_step(
         half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
-    told, conditions = config.conditions, list[Table]()
-    if told.conditional and image_set.labels is not None:
-        conditions.append(
-            Labels(
-                image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
-            )
-        )
-    if image_set.captions is not None:
-        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
-        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
-            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
     step = TrainStep(
         network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,

@@ -235,3 +235,22 @@ def test_bad_prompts_are_told_in_one_line(captioned, tmp_path, capsys, prompts, 
 def test_a_run_without_text_says_how_to_get_one(run, capsys):
     assert call("sample", "--checkpoint", run, "--prompt", "a cat") == 2
     assert "this network reads no texts; train one with --text bytes" in capsys.readouterr().err
+
+
+def test_images_of_other_classes_measure_nothing(conditional, tmp_path, capsys):
+    with np.load(tmp_path / "images.npz") as saved:
+        arrays = dict(saved)
+    np.savez(tmp_path / "none.npz", images=arrays["images"])
+    np.savez(tmp_path / "swapped.npz", **{**arrays, "class_names": np.array(["dog", "cat", "3"])})
+    for name, has in (("none", "has no classes"), ("swapped", "has the classes dog, cat, 3")):
+        assert call("likelihood", "--checkpoint", conditional, "--n", 4, "--data", tmp_path / f"{name}.npz") == 1
+        assert has in capsys.readouterr().err
+
+
+def test_a_guide_needs_guidance_and_a_prompt_file_prompts(conditional, captioned, tmp_path, capsys):
+    guide = conditional / "checkpoints" / "step-1"
+    assert call("sample", "--checkpoint", conditional, "--steps", 2, "--guide", guide) == 2
+    assert "does nothing at --guidance 1" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("")
+    assert call("sample", "--checkpoint", captioned, "--steps", 2, "--prompt-file", tmp_path / "empty.txt") == 2
+    assert "holds no prompt" in capsys.readouterr().err

@@ -54,8 +54,8 @@ def test_a_run_with_captions_resumes_bit_for_bit_and_only_with_its_captions(
     templates = tmp_path / "templates.txt"
     templates.write_text("a {}\none more {}\n")
     config = {
-        "text": "bytes", "captions": str(templates), "text_width": 8, "text_blocks": 1, "caption_dropout": 0.3,
-        "data": labelled("cat", "dog"), "eval_every": 20,
+        "text": "bytes", "kernels": "triton", "captions": str(templates), "text_width": 8, "text_blocks": 1,
+        "caption_dropout": 0.3, "data": labelled("cat", "dog"), "eval_every": 20,
     }  # fmt: skip
     assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
     with monkeypatch.context() as patch:
