@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.numerics import assert_as_accurate
@@ -50,6 +51,7 @@ json.dump(curves, sys.stdout)
 """
 
 
+@pytest.mark.slow  # each kernel is interpreted against its contract in any case
 def test_20_steps_with_the_triton_kernels_follow_the_torch_curve(repo):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(repo)}
     done = subprocess.run(

@@ -81,6 +81,7 @@ def test_a_conditional_run_needs_classes(tiny_config, labelled, tmp_path, given,
     assert not (tmp_path / "working").exists()
 
 
+@pytest.mark.slow  # tests/reliability/test_exact_resume.py has it with new processes too
 def test_resuming_in_new_processes_is_bit_equal_too(tiny_config, tmp_path, train_in_new_process):
     assert train(tiny_config(run_root=str(tmp_path / "whole"))) == 0
     train_in_new_process(tiny_config(steps=13))
