@@ -374,7 +374,7 @@ def test_flags_override_the_preset_and_the_run(tmp_path, repo, monkeypatch):
     assert parse([]).config == Config()
     quick = parse(["--preset", "quick", "--lr", "0.5", "--dropout=0.25"]).config
     assert (quick.preset, quick.optim.lr, quick.net.dropout, quick.images.data) == ("quick", 0.5, 0.25, "digits")
-    saved = quick.replace(steps=77)
+    saved = quick.replace(steps=777)
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
     for form in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
         flags = parse([*form, "--log-every", "3"])
