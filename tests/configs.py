@@ -10,6 +10,8 @@ from fastdiff.sections import UNetConfig
 REPO = Path(__file__).resolve().parent.parent
 TINY = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1)
 
+BY_DATA = ("num_classes", "class_names", "text_encoder", "text_fingerprint")  # which no flag sets
+
 
 def small_config(folder: Path, root: Path | str = "working", **changes) -> Config:
     """A run of 30 steps over the 50 smooth images of `folder`, in batches of 8: an epoch ends within the 7th step."""
@@ -29,7 +31,7 @@ def flags_of(config):
     """The flags of `train_cifar.py` that make a config."""
     flags = []
     for name, value in config.flat().items():
-        if name == "preset" or value is None:
+        if name in ("preset", *BY_DATA) or value is None:
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
