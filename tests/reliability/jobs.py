@@ -351,8 +351,8 @@ def after_update(index: int, value: float) -> None:
     """A hook: `value` in a weight after the step `index` (from 0)."""
     real = TrainStep.__call__
 
-    def call(self, images, step):
-        real(self, images, step)
+    def call(self, images, step, of=None):
+        real(self, images, step, of)
         if step == index:
             with torch.no_grad():
                 self.parameters[3].view(-1)[0] = value
