@@ -17,6 +17,8 @@ from fastdiff.training.conditions import UNIFORMS, Table
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
+TEXT = "text."  # before the names of the text encoder's weights
+
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """The 63-bit seed of all randomness in a step, so that a resumed run draws what an unbroken one would have."""
@@ -88,8 +90,6 @@ class TrainStep:
         self.parameters = update.parameters
         self.device = self.parameters[0].device
         self.leaves = list(update.weights.values())
-        self.encoder_weights = {n.removeprefix("text."): w for n, w in update.weights.items() if n.startswith("text.")}
-        self.net_weights = {n: w for n, w in update.weights.items() if not n.startswith("text.")}
         for p in self.parameters:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
@@ -123,11 +123,15 @@ class TrainStep:
         """The network's arguments: bytes become tokens."""
         if self.encoder is None:
             return cond
-        text, mask = functional_call(self.encoder, self.encoder_weights, (cond["text"],))
+        weights = {n.removeprefix(TEXT): w for n, w in self.update.weights.items() if n.startswith(TEXT)}
+        text, mask = functional_call(self.encoder, weights, (cond["text"],))
         return {**cond, "text": text, "text_mask": mask}
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
-        return functional_call(self.model, self.net_weights, (x_t, c_noise), cond)
+        weights = {
+            n: w for n, w in self.update.weights.items() if not n.startswith(TEXT)
+        }  # a fused network has no encoder
+        return functional_call(self.model, weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:
         """Take one step.

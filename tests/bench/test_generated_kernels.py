@@ -15,9 +15,6 @@ from fastdiff.sections import UNetConfig
 from kernels import launch
 from tests import generated
 
-# The count's new fake mode cannot trace these networks yet; see bench/results/LOG.md, Not known.
-pytestmark = pytest.mark.slow
-
 OURS = re.compile(r"async_compile\.triton\('((?:forward|backward)_(?:tile|loop)|merge_kernel)', '''(.*?)'''", re.DOTALL)
 IMAGES = frozenset().union(*(job.wide for job in aot.all_jobs()))
 

@@ -18,9 +18,6 @@ from fastdiff.training.step import normalize
 from kernels import launch
 from tests.numerics import FACTOR, assert_as_accurate
 
-# The count's new fake mode cannot trace these networks yet; see bench/results/LOG.md, Not known.
-pytestmark = pytest.mark.slow
-
 NET = UNetConfig(
     image_size=16, channels=32, channel_mult=(1, 2), blocks_per_level=1, attention_resolutions=(8,), norm_groups=8,
     dropout=0.0,
