@@ -15,6 +15,7 @@ from bench.parts import constant_batch, train_step
 from bench.suite import Size
 from bench.timing import WARM_UP
 from fastdiff.nets import fuse
+from fastdiff.nets import levers as rules
 from fastdiff.runtime import device
 from fastdiff.training.step import TrainStep
 from kernels import launch
@@ -49,6 +50,7 @@ LEVERS: dict[str, Lever] = {
     "PyTorch's operators": Lever(kernels="torch"),
     "no combo_kernels": Lever(partial(mock.patch.object, device, "compile_options", dict)),
     **{f"no {name}": with_rules(*(r for r in fuse.RULES if r is not rule)) for name, rule in LEFT_OUT.items()},
+    **{f"with {name}": with_rules(*fuse.RULES, rule) for name, rule in rules.LEVERS.items()},
 }
 TUNED = "tuned norms"  # no row: its tiles come from a file
 

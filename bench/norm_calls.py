@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
-from fastdiff.sections import UNetConfig
 from kernels import add_group_norm_silu, group_norm_silu, launch
 from kernels.launch import NormTiles
 

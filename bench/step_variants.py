@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import inductor_mock
 from bench.inductor_mock import Call
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
 from fastdiff.nets.unet import UNet
 from fastdiff.runtime.device import compile_options
-from fastdiff.sections import UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep

@@ -17,10 +17,10 @@ from bench.results import Ratio, Results, Row
 from bench.timing import WARM_UP, Samples, Stopwatch, Workload, interleave
 from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
 from fastdiff.runtime.device import environment, set_backends
-from fastdiff.sections import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdiff.checks import check_words, require
 from fastdiff.errors import UserError
-from fastdiff.sections import (
-    ConditionsConfig,
-    DiffusionConfig,
-    EvalConfig,
-    ImagesConfig,
-    MachineConfig,
-    OptimConfig,
-    PresetName,
-    RunConfig,
-    UNetConfig,
-    check_words,
-    require,
-)
+from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, UNetConfig
+from fastdiff.sections import EvalConfig, ImagesConfig, MachineConfig, OptimConfig, PresetName, RunConfig
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from fastdiff.interop_settings import (
     unet_config_from_diffusers,
     unet_config_to_diffusers,
 )
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.unet import UNet
-from fastdiff.sections import UNetConfig
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [

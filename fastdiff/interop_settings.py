@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.sections import UNetConfig, task
+from fastdiff.model_sections import UNetConfig, task
 
 # diffusers' settings that reproduce each of our schedules.
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -3,11 +3,10 @@
 from typing import Any
 
 from fastdiff.config import Config
-from fastdiff.sections import UNetConfig
+from fastdiff.model_sections import UNetConfig
 
 SMALL = UNetConfig(
     image_size=16, channels=16, channel_mult=(1, 4, 4), blocks_per_level=1, attention_resolutions=(8, 4), norm_groups=8,
-    text_width=64, text_blocks=1,  # if --text bytes is asked for
 )  # fmt: skip
 
 
@@ -16,7 +15,7 @@ def on_cpu(**changes: Any) -> Config:
     recipe: dict[str, Any] = {
         "net": SMALL, "objective": "x0", "schedule": "cosine", "batch_size": 64, "lr": 2e-3, "warmup_steps": 100,
         "lr_decay": "linear-decay", "ema_decay": 0.99, "log_every": 25, "features": "efficientnet_lite0",
-        "eval_samples": 200, "eval_batch_size": 200, "eval_steps": 20, "eval_guidance": 3.0, "grid_samples": 80,
+        "eval_samples": 200, "eval_batch_size": 200, "eval_steps": 20, "eval_guidance": 4.0, "grid_samples": 80,
     }  # fmt: skip
     return Config.of(**recipe, **changes)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff.config import Config
-from fastdiff.sections import UNetConfig
+from fastdiff.model_sections import UNetConfig
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1)

@@ -13,13 +13,13 @@ import pytest
 
 KINDS = {
     "lab": (
-        "bench/", "kernels/", "profiles/", "test_interop.py", "evaluation/test_graph_loop.py", "nets/test_levers.py",
+        "bench/", "kernels/", "profiles/", "test_interop", "evaluation/test_graph_loop.py", "nets/test_levers.py",
         "runtime/test_graphs.py", "training/test_captured.py", "training/test_interpreter.py", "nets/test_show.py",
     ),
     "guarantee": (
         "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
-        "evaluation/test_export.py", "runs/test_data.py", "runs/test_weights.py", "training/test_resume.py",
-        "training/test_train.py",
+        "evaluation/test_conditional.py", "evaluation/test_export.py", "runs/test_data.py", "runs/test_weights.py",
+        "training/test_resume.py", "training/test_train.py",
     ),
 }  # fmt: skip
 LONGEST = 3.0  # seconds of processor time: 2, and what a slower machine takes more

@@ -12,8 +12,8 @@ from fastdiff.diffusion.schedules import DISCRETE, SCHEDULES
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.errors import UserError
+from fastdiff.model_sections import AUTO_SCHEDULE, DISCRETE_SCHEDULES, NEEDS_SIGNAL, UNetConfig
 from fastdiff.presets import PRESETS
-from fastdiff.sections import AUTO_SCHEDULE, DISCRETE_SCHEDULES, NEEDS_SIGNAL, UNetConfig
 from fastdiff.training.optim import OPTIMIZERS
 
 

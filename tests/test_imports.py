@@ -13,6 +13,8 @@ LAYERS = [
     ["kernels"],
     ["fastdiff.errors"],
     ["fastdiff._kernels"],
+    ["fastdiff.checks"],
+    ["fastdiff.model_sections"],
     ["fastdiff.sections"],
     ["fastdiff.diffusion", "fastdiff.data"],
     ["fastdiff.config", "fastdiff.flags"],
@@ -97,7 +99,7 @@ def test_files_do_not_import_each_other_in_a_circle():
         visit(name, [])
 
 
-@pytest.mark.parametrize("name", ["config", "sections", "flags", "presets"])
+@pytest.mark.parametrize("name", ["checks", "model_sections", "config", "sections", "flags", "presets"])
 def test_flags_need_the_standard_library_and_tyro_alone(name):
     import sys
 

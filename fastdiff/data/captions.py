@@ -171,7 +171,7 @@ def _text(content: bytes, where: str) -> str:
 
 
 def _caption(text: str, where: str) -> str:
-    """One line of at least one character, all of which UTF-8 can hold."""
+    """The text as one line. Raises UserError if it is empty, or if UTF-8 cannot encode it."""
     text = " ".join(text.split())
     if not text:
         raise UserError(f"{where}: the caption is empty; write one, or remove the image")

@@ -87,7 +87,7 @@ class ImageSet:
             UserError: the set has no classes with names, or the file is not one of templates.
         """
         if self.labels is None or self.class_names is None:
-            raise UserError(f"{self.name} has no class names, of which {path} could make captions; caption its images")
+            raise UserError(f"{self.name} has no class names, which the templates of {path} need; caption its images")
         of_class = caption_templates(_expand(path), self.class_names)
         return replace(self, captions=tuple(of_class[label] for label in self.labels))
 

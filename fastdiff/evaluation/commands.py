@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from fastdiff.evaluation.evaluate import Trained, load_trained
 from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options
-from fastdiff.evaluation.graph_loop import Conditions, with_tokens
+from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
+from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, parse_classes, wishes
 from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
+from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
 from fastdiff.nets.unet import UNet
@@ -34,9 +36,9 @@ from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
 from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
 from fastdiff.runs.run import json_text, open_run
+from fastdiff.runs.texts import text_reader
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
-from fastdiff.sections import Guidance
 
 GRID_LIMIT = 1024
 
@@ -50,8 +52,6 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
-    if guide is not None and getattr(flags, "guidance", None) in (1.0, (1.0,)):
-        raise UsageError(f"--guide {guide.path} does nothing at --guidance 1; add --guidance 2, say, or drop it.")
     if guide is not None and guide.task != trained.task:
         raise UsageError(
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
@@ -87,6 +87,7 @@ def sample(flags: Sample) -> None:
     for path in filter(None, (out, save_npz)):
         check_output(path)
     trained, generator = _trained(flags)
+    generator.check(guidance)
     asked, names, told = _wishes(flags, trained)
     shares = _shares(flags, len(names))
     n, row = sum(shares), np.repeat(np.arange(len(shares)), shares)  # of each image
@@ -117,17 +118,17 @@ def _wishes(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str],
     Nothing for a network without classes and texts, or for one with texts but no prompt.
     """
     names, prompts = trained.config.conditions.class_names, _prompts(flags)
-    if prompts and trained.read is None:
-        raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
     if prompts and flags.classes:
         raise UsageError("--prompt and --classes are both given; drop one of them.")
-    labels = parse_classes(flags.classes, names)
-    if prompts and trained.read is not None:
+    if prompts:
+        read = text_reader(trained.config, None)  # few texts, which no cache need keep
+        if read is None:
+            raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
         try:
-            return trained.read(prompts), prompts, {"prompts": np.array(prompts)}
+            return read(prompts), prompts, {"prompts": np.array(prompts)}
         except UserError as error:
             raise UsageError(f"--prompt: {error}") from error
-    labels = labels or (list(range(len(names))) if trained.read is None else [])
+    labels = parse_classes(flags.classes, names) or (list(range(len(names))) if trained.read is None else [])
     if not labels:
         return {}, (), {}
     return {"labels": torch.tensor(labels)}, [names[label] for label in labels], {"labels": np.array(labels)}
@@ -172,23 +173,23 @@ def evaluate(flags: Evaluate) -> None:
         raise UsageError(f"--n is {flags.n}, but a Frechet distance needs at least 2 samples.")
     guidances = [Guidance(scale, interval) for interval in map(_interval, flags.interval) for scale in flags.guidance]
     trained, generator = _trained(flags)
-    for guidance in guidances:
-        generator.check(guidance)
+    generator.check(*guidances)
     config, classes = _at(trained.config, flags.data_root), trained.config.net.num_classes
     reference = _images(config, trained, flags.data)
+    if classes:
+        _check_classes(trained, reference)
     print(f"data       {reference.describe()}", file=sys.stderr)
     extractor = make_extractor(flags.features, device=generator.device, size=flags.feature_size)
     folder = cache_folder(config.images.data_root)
     distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
-    if classes:
-        _check_classes(trained, reference)
     wished = wishes(config, reference, trained.read)
     asked = wished.of(flags.n) if wished is not None else {}
-    agreement = LabelAgreement(extractor, reference, _test_images(config, trained, flags.data)) if classes else None
+    test = _test_images(config, trained, flags.data) if classes else None
+    agreement = LabelAgreement(extractor, reference, test, folder) if classes else None
     about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
     rows = []
     for guidance in guidances:
-        with kept_features(extractor) as features:
+        with kept_features(extractor) if agreement is not None else nullcontext([]) as features:
             row, _ = measure(
                 generator, distance, n=flags.n, seed=flags.seed, keep=0, conditions=asked, guidance=guidance
             )

@@ -22,6 +22,7 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import NONE, Generator, SamplerSettings
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import nothing
+from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
@@ -29,7 +30,6 @@ from fastdiff.runs.texts import Texts, text_reader
 from fastdiff.runs.weights import read_trained
 from fastdiff.runtime.signals import Stopped
 from fastdiff.runtime.world import Ranks
-from fastdiff.sections import Guidance
 
 
 @dataclass(frozen=True)

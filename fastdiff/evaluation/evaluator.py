@@ -12,10 +12,10 @@ from fastdiff.evaluation.figures import draw_trajectory
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import NONE, Generator
 from fastdiff.evaluation.wishes import Wishes
+from fastdiff.model_sections import Guidance
 from fastdiff.reporting import pictures
 from fastdiff.runs.run import Run
 from fastdiff.runtime.world import Ranks
-from fastdiff.sections import Guidance
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.generate import NONE, Generator
 from fastdiff.evaluation.wishes import Wishes
+from fastdiff.model_sections import Guidance
 from fastdiff.reporting import pictures
-from fastdiff.sections import Guidance
 
 
 def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, *, seed: int) -> None:

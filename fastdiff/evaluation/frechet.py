@@ -161,7 +161,7 @@ class FrechetDistance:
         name = f"frechet-{extractor.name}-{extractor.size}px-{image_set.sha256[:16]}.safetensors"
         path = None if cache_dir is None else cache_dir / name
         key = {
-            "version": _version(extractor),
+            "version": extractor_version(extractor),
             "extractor": extractor.name,
             "size": str(extractor.size),
             "sha256": image_set.sha256,
@@ -182,7 +182,7 @@ class FrechetDistance:
             _write_sums(path, key, (s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples))
 
 
-def _version(extractor: FeatureExtractor) -> str:
+def extractor_version(extractor: FeatureExtractor) -> str:
     """What computes the statistics: our sources, PyTorch, and the packages of network and weights."""
     sources = source_hash(Path(__file__).parent, ["features.py", "frechet.py"])
     return ", ".join([sources, *(f"{package} {_installed(package)}" for package in ("torch", *extractor.packages))])

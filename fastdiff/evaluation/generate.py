@@ -18,10 +18,10 @@ from fastdiff.diffusion.samplers import PLANS, own_options
 from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
-from fastdiff.evaluation.graph_loop import Conditions, GraphLoop, with_tokens
+from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
+from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import half_parameters
 from fastdiff.runtime.device import compiled
-from fastdiff.sections import Guidance
 
 Network = TypeVar("Network", bound=nn.Module)
 NONE = Guidance()
@@ -127,6 +127,19 @@ def _batch_seed(seed: int, batch: int) -> int:
         return seed
     digest = hashlib.blake2b(f"{seed}/{batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@torch.no_grad()
+def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions:
+    """Conditions with the tokens of texts in float32, so that no step of a sampler computes them.
+
+    Args:
+        encoder: turns the bytes of `text` into tokens and their mask; None where `text` is tokens already.
+    """
+    if encoder is None:
+        return {name: v.float() if v.is_floating_point() else v for name, v in conditions.items()}
+    text, mask = encoder(conditions["text"])
+    return {**conditions, "text": text, "text_mask": mask}
 
 
 def _padded(nothing: Tensor, given: Tensor | None) -> Tensor:
@@ -240,6 +253,7 @@ class Generator:
         """
         if n < 1:
             raise UsageError(f"cannot draw {n} images; there must be at least 1.")
+        self.check(guidance)
         self._take_weights()
         size = min(self.batch_size, n)
         for start in range(rank * size, n, ranks * size):
@@ -295,17 +309,19 @@ class Generator:
         if self.net is not self.network:
             self.net.load_state_dict(self.network.state_dict())
 
-    def check(self, guidance: Guidance) -> None:
-        """Raise UsageError where the network has nothing that guidance could lead away from."""
-        if guidance.scale != 1 and self.guide is None and not self.nothing:
+    def check(self, *guidances: Guidance) -> None:
+        """Raise UsageError where the network has nothing that guidance could lead away from, or a guide for nothing."""
+        scale = next((guidance.scale for guidance in guidances if guidance.scale != 1), 1)
+        if scale != 1 and self.guide is None and not self.nothing:
             raise UsageError(
-                f"--guidance is {guidance.scale:g}, but the network knows no classes to be led to; add --guide and an "
-                "earlier checkpoint to lead away from, or drop it."
+                f"--guidance is {scale:g}, but the network knows no classes to be led to; add --guide and an earlier "
+                "checkpoint to lead away from, or drop it."
             )
+        if scale == 1 and self.guide is not None:
+            raise UsageError("--guide does nothing at --guidance 1; add --guidance 2, say, or drop it.")
 
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
         """What the denoiser is told about n images."""
-        self.check(guidance)
         given = {name: v.to(self.device) for name, v in given.items()}
         nothing = {name: _padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
         given, nothing = with_tokens(self.encoder, nothing | given), with_tokens(self.encoder, nothing)

@@ -3,21 +3,12 @@
 from collections.abc import Callable, Hashable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.diffusion.plan import OnStep, Plan, Rows, noise_like
 from fastdiff.runtime.graphs import Captured
 
 Conditions = Mapping[str, Tensor]  # by the names of the network's arguments, each (N, ...)
-
-
-@torch.no_grad()
-def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions:
-    """Conditions with the tokens of texts, which no step of a sampler need compute again."""
-    if encoder is None:
-        return {name: v.float() if v.is_floating_point() else v for name, v in conditions.items()}
-    text, mask = encoder(conditions["text"])
-    return {**conditions, "text": text, "text_mask": mask}
 
 
 class GraphLoop:

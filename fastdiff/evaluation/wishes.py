@@ -1,18 +1,22 @@
 """What samples are to show: as users say it, as a network is told it, and whether they do show it."""
 
+import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.config import Config
+from fastdiff.data.cache import Arrays, cached_arrays
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.features import FeatureExtractor
+from fastdiff.evaluation.frechet import extractor_version
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.reporting.progress import track
 from fastdiff.runs.texts import Texts
@@ -106,6 +110,7 @@ class LabelAgreement:
         real: images with labels; of more than MOST a part is drawn at random.
         test: other real images of the same classes, for the ceiling; without them each image of `real` is compared with
             the others of `real`.
+        cache: folder of features computed before, by the images' content and what computes them.
 
     Attributes:
         ceiling: the share for real images.
@@ -114,8 +119,10 @@ class LabelAgreement:
     MOST = 10_000  # images; each sample is compared with all of them
     NEIGHBOURS = 5  # real images that vote for each sample; the least label wins a tie
 
-    def __init__(self, extractor: FeatureExtractor, real: ImageSet, test: ImageSet | None) -> None:
-        self.extractor = extractor
+    def __init__(
+        self, extractor: FeatureExtractor, real: ImageSet, test: ImageSet | None, cache: Path | None = None
+    ) -> None:
+        self.extractor, self.cache = extractor, cache
         self.real, self.labels = self._features(real)
         if test is not None and test.class_names == real.class_names:
             self.ceiling = self(*self._features(test))
@@ -143,8 +150,16 @@ class LabelAgreement:
         assert images.labels is not None
         device = next(self.extractor.parameters()).device
         chosen = images.draw(min(self.MOST, len(images.images)), seed=0)
-        features = [
-            self.extractor(torch.from_numpy(images.images[part]).to(device).permute(0, 3, 1, 2))
-            for part in track(np.array_split(chosen, -(-len(chosen) // 64)), f"features of {images.name} by label")
-        ]
-        return torch.cat(features), torch.from_numpy(images.labels[chosen]).to(device)
+
+        def build() -> Arrays:
+            parts = track(np.array_split(chosen, -(-len(chosen) // 64)), f"features of {images.name} by label")
+            batches = (torch.from_numpy(images.images[part]).to(device).permute(0, 3, 1, 2) for part in parts)
+            return {"features": torch.cat([self.extractor(batch) for batch in batches]).cpu().numpy()}
+
+        path = None
+        if self.cache is not None:
+            made_by = hashlib.sha256(extractor_version(self.extractor).encode()).hexdigest()[:8]
+            name = f"{self.extractor.name}-{self.extractor.size}px-{images.sha256[:16]}-{made_by}"
+            path = self.cache / f"features-{name}.npz"
+        features = cached_arrays(path, build)["features"]
+        return torch.from_numpy(features).to(device), torch.from_numpy(images.labels[chosen]).to(device)

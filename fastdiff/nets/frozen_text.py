@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,29 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.data.cache import Arrays, cached_arrays
 from fastdiff.errors import UserError
-from fastdiff.nets.text import POSITIONS, TextEncoder, check_length, check_unicode
+from fastdiff.nets.text import POSITIONS, check_length, check_unicode
 
 MODELS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}  # of transformers
+
+
+class TextEncoder(Protocol):
+    """What turns texts into tokens.
+
+    Attributes:
+        width: D, of each token.
+        fingerprint: equal where equal texts give equal tokens.
+    """
+
+    width: int
+    fingerprint: str
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (N, L, D), floating point, and mask (N, L), bool; L suffices for the longest.
+
+        Raises:
+            UserError: a text is too long, or UTF-8 cannot hold it.
+        """
+        ...
 
 
 def frozen_encoder(name: str) -> TextEncoder:

@@ -1,52 +1,20 @@
-"""Text for a network: an encoder of bytes that is trained with it, and the attention that reads its tokens.
+"""Text for a network: the encoder of bytes that is trained with it, and what every encoder checks.
 
-Every encoder turns N texts into tokens (N, L, D) and a mask (N, L), true where a token is one. The empty text is the
-null caption of classifier-free guidance; it has tokens too, so that no row of an attention is without a key.
+An encoder turns N texts into tokens (N, L, D) and a mask (N, L), true where a token is one. The empty text is the null
+caption of classifier-free guidance; it has tokens too, so that no row of an attention is without a key.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.errors import UsageError, UserError
+from fastdiff.errors import UserError
 from fastdiff.nets.layers import merge_heads, split_heads
 
 POSITIONS = 64  # of the byte encoder: begin, at most 62 bytes, end
 BEGIN, END, PAD = 256, 257, 258
-
-
-class TextEncoder(Protocol):
-    """What turns texts into tokens.
-
-    Attributes:
-        width: D, of each token.
-        fingerprint: equal where equal texts give equal tokens; of a trained encoder, equal for equal shapes.
-    """
-
-    width: int
-    fingerprint: str
-
-    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (N, L, D), floating point, and mask (N, L), bool; L suffices for the longest.
-
-        Raises:
-            UserError: a text is too long, or UTF-8 cannot hold it.
-        """
-        ...
-
-
-def check_prompts(prompts: Sequence[str], encoder: TextEncoder) -> None:
-    """Raise UsageError, naming the prompt, if one is empty, too long, or not Unicode."""
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise UsageError(f"prompt {i} is empty; say what the picture shows")
-    try:
-        encoder.encode(list(prompts))
-    except UserError as error:
-        raise UsageError(str(error)) from error
 
 
 def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
@@ -89,7 +57,6 @@ class ByteEncoder(nn.Module):
 
     def __init__(self, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.width, self.fingerprint = width, f"bytes-{width}-{blocks}-{heads}"
         self.byte = nn.Embedding(PAD + 1, width)
         self.position = nn.Embedding(POSITIONS, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
@@ -104,10 +71,6 @@ class ByteEncoder(nn.Module):
         for block in self.blocks:
             h = block(h, mask)
         return self.norm(h) * mask[..., None], mask
-
-    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """See TextEncoder."""
-        return self(byte_ids(texts).to(self.byte.weight.device))
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.layers import (
     Downsample,
     LabelEmbedding,
@@ -16,7 +17,6 @@ from fastdiff.nets.layers import (
     zeroed,
 )
 from fastdiff.nets.text import ByteEncoder
-from fastdiff.sections import UNetConfig
 
 Text = tuple[Tensor | None, Tensor | None]  # tokens and mask
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
+from fastdiff.model_sections import UNetConfig
 from fastdiff.runs import checkpoint
-from fastdiff.sections import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fastdiff.evaluation.figures import draw_forward_noising
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.evaluation.wishes import nothing, wishes
+from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.text import POSITIONS
 from fastdiff.nets.unet import UNet
@@ -44,7 +45,6 @@ from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
-from fastdiff.sections import Guidance
 from fastdiff.training.conditions import CaptionTable, Labels, Table
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from bench import aot, inductor_mock, step_variants
 from bench.compiled_code import access_widths, resources
-from fastdiff.sections import UNetConfig
+from fastdiff.model_sections import UNetConfig
 from kernels import launch
 from tests import generated
 

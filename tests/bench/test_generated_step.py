@@ -11,9 +11,9 @@ import torch
 
 from bench import inductor_mock, step_variants
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
-from fastdiff.sections import UNetConfig
 from fastdiff.training.step import normalize
 from kernels import launch
 from tests.numerics import FACTOR, assert_as_accurate

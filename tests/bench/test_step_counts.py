@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import inductor_mock, step_counts, step_variants
+from bench.bars import COUNTED
 from fastdiff.errors import UserError
 from fastdiff.nets.layers import ResidualBlock
 from fastdiff.nets.unet import UNet
@@ -102,7 +103,7 @@ def test_a_cast_of_activations_is_caught(monkeypatch, ours):
 def test_no_bar_has_regressed(committed):
     counts = {v: step_variants.Counts(**c) for v, c in committed["counts"]["0.0"].items()}
     assert set(counts) == set(step_counts.VARIANTS)
-    assert set(committed["bars"]) == set(step_counts.BARS)
+    assert set(committed["bars"]) == set(step_counts.WHAT)
     values = step_counts.ratios(counts)
     assert values == pytest.approx(committed["bars"], rel=1e-3)
     # What was reached, less 1% or up to the bar.
@@ -115,9 +116,9 @@ def test_the_committed_table_is_of_the_committed_counts(repo, committed):
 
 
 def test_a_missed_bar_is_called_missed():
-    bytes_, launches = step_counts.BARS["1"], step_counts.BARS["3"]
-    assert [bytes_.verdict(v) for v in (1.0, 1.5, 1.7)] == ["aim", "at least", "missed"]
-    assert [launches.verdict(v) for v in (8.0, 5.0, 4.9)] == ["aim", "at least", "missed"]
+    bytes_, launches = COUNTED["1"], COUNTED["3"]
+    assert [bytes_.holds(v) for v in (1.0, 1.5, 1.7)] == ["aim", "met", "missed"]
+    assert [launches.holds(v) for v in (8.0, 5.0, 4.9)] == ["aim", "met", "missed"]
 
 
 def test_an_unknown_torch_is_refused(monkeypatch):

@@ -18,7 +18,7 @@ from bench.parts import constant_batch, train_step, training_work
 from bench.results import Results
 from bench.suite import Against, Bench, Comparison, make_size, network_flops
 from bench.timing import Stopwatch, Workload, interleave, rotations
-from fastdiff.sections import UNetConfig
+from fastdiff.model_sections import UNetConfig
 from kernels import REGISTRY
 
 CPU = torch.device("cpu")

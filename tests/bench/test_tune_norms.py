@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import tune_norms
 from bench.norm_calls import GROUPS, all_tasks, norm_calls
-from fastdiff.sections import UNetConfig
+from fastdiff.model_sections import UNetConfig
 from kernels import launch, tuned
 
 TASKS = all_tasks()

@@ -12,7 +12,7 @@ from fastdiff.diffusion.objectives import make_objective
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.evaluation.wishes import LabelAgreement, balanced, kept_features, parse_classes
-from fastdiff.sections import Guidance
+from fastdiff.model_sections import Guidance
 from tests.evaluation.commands import CLASSES, call
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100)

@@ -7,10 +7,10 @@ import torch
 
 from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.model_sections import UNetConfig
 from fastdiff.reporting.profiling import analyse, read_trace
 from fastdiff.reporting.recording import LEAD, StepRecorder, choose_begin, steps_needed
 from fastdiff.runs import checkpoint
-from fastdiff.sections import UNetConfig
 from fastdiff.training.train import train
 
 
