@@ -9,6 +9,7 @@ is known to work with the versions in TORCH alone and refuses others.
 """
 
 import contextlib
+import math
 import re
 import sys
 import types
@@ -18,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._decomp
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 import triton.runtime.driver
@@ -166,6 +168,9 @@ def h100() -> Generator[None]:
             patch(sys.modules[f"kernels.{name}"], "runs_triton", answer(True))
         # PyTorch indexes the seeds, which would start the driver.
         patch(torch.ops.prims.inductor_lookup_seed.default, "prim_meta_impl", lambda seeds, _: seeds.new_empty(()))
+        # An embedding's gradient, whose decomposition would start the driver too; Inductor has a lowering for it.
+        adds = torch.ops.aten._unsafe_masked_index_put_accumulate.default
+        stack.enter_context(mock.patch.dict(torch._decomp.decomposition_table, {adds: lambda x, *_: x.clone()}))
         patch(scheduler, "has_triton", answer(True))  # cached, perhaps from before
         patch(decomposition, "is_gpu", answer(True))  # there, a bias's gradient is a sum apart from the convolution's
         patch(torch._C, "_conv_determine_backend_memory_format", channels_last_if_either)
@@ -180,7 +185,8 @@ def h100() -> Generator[None]:
 class _AsOnCuda(TorchFunctionMode):
     """Make operators on fake CPU tensors dispatch as they would on CUDA, where the two differ in this project's code.
 
-    CUDA autocast runs group_norm in float32; attention takes the flash kernel; dropout is one fused operator.
+    CUDA autocast runs group_norm in float32; attention takes the flash kernel, or with a mask the efficient one;
+    dropout is one fused operator.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,7 +194,11 @@ class _AsOnCuda(TorchFunctionMode):
         if func is F.group_norm and torch.is_autocast_enabled("cpu"):
             args, kwargs = pytree.tree_map_only(Tensor, lambda v: v.float(), (args, kwargs))
         if func is F.scaled_dot_product_attention:
-            q, k, v = (v.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else v for v in args)
+            q, k, v = (v.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else v for v in args[:3])
+            if args[3:]:  # a mask, which flash attention does not take
+                bias = torch.zeros_like(args[3], dtype=q.dtype).masked_fill(~args[3], -math.inf)
+                bias = bias.expand(*q.shape[:3], k.shape[2])
+                return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **kwargs)[0]
         if func is F.dropout:
             p = kwargs["p"]

@@ -2,6 +2,7 @@
 
     python bench/step_counts.py             the CIFAR-10 U-Net at batch 128, minutes; writes bench/results/step_counts.*
     python bench/step_counts.py --dropout 0.1 --variants stock ours --no-write
+    python bench/step_counts.py --told labels --variants ours     what ten classes cost, or text; writes nothing
 
 Checked are bars 1 to 3: bytes of the norms over their floor, bytes of the step and its Triton launches over ours. Exits
 1 if one is missed. Counts are what the code asks for; caches and the clock are not in them.
@@ -12,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `kernels` must be this repository's
 
@@ -125,12 +126,22 @@ class Options:
     """Images of a step."""
     dropout: float = 0.0
     """Dropout probability in the network; counts at 0 and at this one stand side by side in the file."""
+    told: Literal["nothing", "labels", "text"] = "nothing"
+    """What the network is told: ten classes, or text by an encoder of bytes, 256 wide with 4 blocks. These counts are
+    printed only."""
     small: bool = False
     """Count the small network of the tests instead."""
     verbose: bool = False
     """Print each variant's largest contributors."""
     write: bool = True
     """Add to bench/results/step_counts.json and .md as each variant is done."""
+
+
+TOLD: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "labels": {"num_classes": 10},
+    "text": {"text_encoder": "bytes", "text_width": 256, "text_blocks": 4},
+}
 
 
 def save(document: dict[str, Any], path: Path) -> None:
@@ -142,14 +153,14 @@ def save(document: dict[str, Any], path: Path) -> None:
 def main(options: Options) -> int:
     """Count, print, write; 1 if a bar is missed."""
     inductor_mock.check_version()
-    config = replace(SMALL if options.small else UNetConfig(), dropout=options.dropout)
+    config = replace(SMALL if options.small else UNetConfig(), dropout=options.dropout, **TOLD[options.told])
     path = REPO / "bench" / "results" / "step_counts.json"
     key, sources = str(options.dropout), source_hash(REPO, SOURCES)
     document: dict[str, Any] = {"torch": torch.__version__, "sources": sources, "batch": options.batch, "bars": {},
                                 "counts": {}, "small": {}}  # fmt: skip
     if path.exists() and (old := json.loads(path.read_text()))["sources"] == sources and old["batch"] == options.batch:
         document = old
-    write = options.write and not options.small
+    write = options.write and not options.small and options.told == "nothing"
     counts: dict[Variant, Counts] = {}
     for variant in options.variants:
         start = time.monotonic()

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -19,6 +19,7 @@ from bench.inductor_mock import Call
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
+from fastdiff.nets.text import byte_ids
 from fastdiff.nets.unet import UNet
 from fastdiff.runtime.device import compile_options
 from fastdiff.training.ema import EMA
@@ -108,7 +109,10 @@ def make_step(variant: Variant, config: UNetConfig, rules: Sequence[Rule] = RULE
     update = make_update(
         "triton" if ours else "torch", model, EMA(model, 0.9999), weight_decay=0.0, half=half_parameters(network)
     )
-    return TrainStep(network, objective, update, lr=LearningRate(2e-4), grad_clip=1.0, seed=0, bf16=True, compile=False)
+    return TrainStep(
+        network, objective, update, lr=LearningRate(2e-4), grad_clip=1.0, seed=0, bf16=True, compile=False,
+        encoder=model.text,
+    )  # fmt: skip
 
 
 def graphs_of(
@@ -127,13 +131,20 @@ def graphs_of(
         eps = eps.contiguous()
     t = torch.ones(batch, dtype=torch.int64)
 
+    told: dict[str, Tensor] = {}
+    if config.num_classes:
+        told["labels"] = torch.zeros(batch, dtype=torch.int64)
+    if config.text_encoder == "bytes":
+        told["text"] = byte_ids(["a"] * batch)
+
     def loss(*args: Tensor) -> Tensor:
         step.update.weights = dict(zip(names, args[:n], strict=True))
-        mean, _ = step.loss(*args[n:])
+        mean, _ = step.loss(*args[n : n + 3], **dict(zip(told, args[n + 3 :], strict=True)))
         return mean
 
+    inputs = [*weights, images, t, eps, *told.values()]
     with norms_of(variant):
-        return inductor_mock.count(loss, [*weights, images, t, eps], compile_options() if variant == "ours" else None)
+        return inductor_mock.count(loss, inputs, compile_options() if variant == "ours" else None)
 
 
 def norm_shapes(config: UNetConfig) -> Counter[tuple[int, int, bool, bool]]:
@@ -147,7 +158,7 @@ def norm_shapes(config: UNetConfig) -> Counter[tuple[int, int, bool, bool]]:
                 seen[len(args[1]), args[0].shape[2], kwargs["activation"] == "silu", shifted] += 1
             return super().call_function(target, args, kwargs)
 
-    norms = Norms(fuse(UNet(config)))
+    norms = Norms(fuse(UNet(replace(config, num_classes=0, text_encoder="none"))))
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, config.image_channels, config.image_size, config.image_size)
         norms.run(x.to(memory_format=torch.channels_last), torch.empty(1), None)

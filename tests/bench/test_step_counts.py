@@ -1,6 +1,7 @@
 """Bytes and launches of the generated code: the counter sees what it must, and the committed counts hold their bars."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,16 @@ def test_the_updates_bytes_a_parameter():
 @known
 def test_the_small_network_counts_as_committed(committed, ours):
     assert ours == committed["small"]["ours"], "the step changed: run python bench/step_counts.py and look at the bars"
+
+
+@known
+def test_labels_cost_no_launch(ours):
+    """Their look-up is fused into what reads it, its gradient into what makes it."""
+    labels = replace(step_variants.SMALL, num_classes=10)
+    graphs = step_variants.graphs_of("ours", labels, 128)
+    assert sum(g.triton for g in graphs) == ours["triton"]
+    assert sum(g.triton + g.extern for g in graphs) == ours["calls"]
+    assert 0 < sum(g.bytes for g in graphs) - ours["bytes"] < 0.01 * ours["bytes"]
 
 
 @known
