@@ -82,6 +82,9 @@ def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "center_input_sample": False,
         "mid_block_scale_factor": 1,
         "time_embedding_type": "positional",
+        "resnet_time_scale_shift": "scale_shift" if config.norm_conditioning else "default",
+        # Without it the middle's attention has no norm there, where norms are adaptive.
+        "attn_norm_num_groups": config.norm_groups if config.norm_conditioning else None,
         "add_attention": True,
         "num_class_embeds": config.num_classes + 1 if config.num_classes else None,
     }
@@ -112,6 +115,7 @@ def unet_config_from_diffusers(settings: Mapping[str, Any], *, image_size: int |
             norm_groups=operator.index(theirs["norm_num_groups"]),
             norm_eps=theirs["norm_eps"],
             dropout=theirs["dropout"],
+            norm_conditioning=theirs["resnet_time_scale_shift"] == "scale_shift",
             num_classes=max(0, operator.index(theirs["num_class_embeds"] or 0) - 1),  # the last means no class
         )
     except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
@@ -143,7 +147,7 @@ def _in_one_spelling(settings: Mapping[str, Any], image_size: int | None) -> dic
         s[name] = [kind.removeprefix("UNetRes") for kind in s[name]]
     if s["act_fn"] == "swish":
         s["act_fn"] = "silu"
-    if s["attn_norm_num_groups"] == s["norm_num_groups"]:
+    if s["attn_norm_num_groups"] == s["norm_num_groups"] and s["resnet_time_scale_shift"] == "default":
         s["attn_norm_num_groups"] = None
     widths = s["block_out_channels"]
     if s["time_embedding_dim"] == 4 * widths[0]:

@@ -49,6 +49,8 @@ class UNetConfig:
     """Groups of each GroupNorm."""
     norm_eps: float = 1e-6
     """Added to the variance in each GroupNorm."""
+    norm_conditioning: bool = False
+    """Time and conditions scale and shift what the residual blocks normalise (AdaGN), instead of being added before."""
     num_classes: tyro.conf.Fixed[int] = 0
     """Classes that the network can be told; 0: none. With --conditional, those of the data."""
     text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"

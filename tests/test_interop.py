@@ -35,7 +35,10 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [SMALL, UNetConfig()], ids=["small", "ddpm-cifar10"])
+ADAPTIVE = dataclasses.replace(SMALL, norm_conditioning=True)
+
+
+@pytest.mark.parametrize("config", [SMALL, ADAPTIVE, UNetConfig()], ids=["small", "adaptive norms", "ddpm-cifar10"])
 def test_outputs_agree_with_diffusers_both_ways(config):
     ours = randomize(UNet(config))
     theirs = unet_to_diffusers(ours).eval()

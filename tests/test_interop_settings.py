@@ -104,7 +104,7 @@ def test_one_head_by_its_width_is_read(tmp_path):
 
 REFUSED = [
     {"attn_norm_num_groups": 2}, {"attention_head_dim": 8}, {"flip_sin_to_cos": True}, {"freq_shift": 0},
-    {"downsample_padding": 1}, {"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet"},
+    {"downsample_padding": 1}, {"resnet_time_scale_shift": "ada_group"}, {"downsample_type": "resnet"},
     {"upsample_type": "resnet"}, {"add_attention": False}, {"mid_block_type": None}, {"mid_block_scale_factor": 2},
     {"class_embed_type": "timestep"}, {"time_embedding_type": "fourier"},
     {"time_embedding_dim": 32}, {"center_input_sample": True}, {"act_fn": "gelu"}, {"out_channels": 6},

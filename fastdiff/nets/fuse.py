@@ -7,7 +7,7 @@ shows what it runs, and fastdiff/nets/README.md says what each rule is worth.
     drop_identities     identities and unused dropout are removed
     merge_upsampling    nearest upsampling and its 3x3 convolution become one, with 4/9 of the products
     merge_qkv           the gradients of q, k and v are merged by one kernel
-    fold_into_norms     a norm forms the sum that it reads, and does SiLU and dropout
+    fold_into_norms     a norm forms the sum that it reads, is scaled and shifted, and does SiLU and dropout
     merge_projections   linear layers that read one vector become one product
 """
 
@@ -127,13 +127,17 @@ def fold_into_norms(gm: fx.GraphModule) -> None:
             early = any(order[user] < order[node] for user in others)  # they need the sum before the norm can form it
             images, vectors, skip = ([total], [], None) if early else _terms(gm, total)
             shift = gm.graph.call_function(add_vectors, tuple(vectors)) if len(vectors) > 1 else None
-            silu = _silu_of(gm, node)
-            last = node if silu is None else silu
             args = (images[0], *parameters_of(gm, node), norm.num_groups, norm.eps)
-            options: dict[str, Any] = {
-                "shift": shift or next(iter(vectors), None), "activation": "none" if silu is None else "silu",
-            }  # fmt: skip
-            if len(images) > 1 or skip is not None or (others and images != [total]):
+            options: dict[str, Any] = {"shift": shift or next(iter(vectors), None)}
+            summed = len(images) > 1 or skip is not None or bool(others and images != [total])
+            last = node
+            adapted = None if summed else _adapted(node)
+            if adapted is not None and all(order[vector] < order[node] for vector in adapted[1:]):
+                last, options["scale"], options["offset"] = adapted
+            silu = _silu_of(gm, last)
+            options["activation"] = "none" if silu is None else "silu"
+            last = last if silu is None else silu
+            if summed:
                 options |= {"residual": images[1] if len(images) > 1 else None, "skip": skip}
                 call = gm.graph.call_function(kernels.add_group_norm_silu, args, options)
                 y, *sums = (gm.graph.call_function(operator.getitem, (call, i)) for i in range(3))
@@ -148,29 +152,50 @@ def fold_into_norms(gm: fx.GraphModule) -> None:
 
 
 def merge_projections(gm: fx.GraphModule) -> None:
-    """linear(x) + bias, linear'(x) + bias', ... become one product, then split; a convolution's biases, say."""
-    found = defaultdict(list)  # x -> what reads it: the linear layer, its sum with a bias, the bias
+    """linear(x) + bias, linear'(x) + bias', ... become one product, then split; so do linear(x).chunk(2, 1), ..."""
+    found = defaultdict(list)  # x, and whether biases are added -> the linear layer, what to replace, the bias
     for node in gm.graph.nodes:
-        linear, total = layer(gm, node, nn.Linear), only_user(node)
-        if linear is not None and linear.bias is not None and calls(total, add_vectors) and len(total.args) == 2:
-            bias = total.args[total.args[0] is node]
+        linear, user = layer(gm, node, nn.Linear), only_user(node)
+        if linear is None or linear.bias is None:
+            continue
+        if calls(user, add_vectors) and len(user.args) == 2:
+            bias = user.args[user.args[0] is node]
             if bias.op == "get_attr":
-                found[node.args[0]].append((node, total, bias.target))
-    for x, group in found.items():
+                found[node.args[0], True].append((node, user, bias.target))
+        elif calls_method(user, "chunk", 2, 1):
+            found[node.args[0], False].append((node, node, None))
+    for (x, biased), group in found.items():
         if len(group) == 1:
             continue
         with gm.graph.inserting_before(after(x)):
             weights, biases = zip(*(parameters_of(gm, node) for node, _, _ in group), strict=True)
-            added = [gm.graph.get_attr(name) for _, _, name in group]
+            added = [gm.graph.get_attr(name) for _, _, name in group] if biased else []
             product = gm.graph.call_function(project, (x, list(weights), list(biases), added))
-            for i, (_, total, _) in enumerate(group):
-                total.replace_all_uses_with(gm.graph.call_function(operator.getitem, (product, i)))
+            for i, (_, replaced, _) in enumerate(group):
+                replaced.replace_all_uses_with(gm.graph.call_function(operator.getitem, (product, i)))
 
 
 RULES: tuple[Rule, ...] = (drop_identities, merge_upsampling, merge_qkv, fold_into_norms, merge_projections)
 
 
 # The sum that a norm reads, and what follows the norm
+
+
+def _adapted(norm: Node) -> tuple[Node, Node, Node] | None:
+    """norm * (1 + scale[:, :, None, None]) + offset[:, :, None, None]: this sum, scale and offset; else None."""
+    product: Node = only_user(norm)
+    total: Node = only_user(product) if calls(product, operator.mul) else None
+    if not calls(total, operator.add):
+        return None
+    factor, offset = product.args[product.args[0] is norm], _vector(total.args[total.args[0] is product])
+    scale = _vector(factor.args[factor.args[0] == 1]) if calls(factor, operator.add) and 1 in factor.args else None
+    return None if scale is None or offset is None else (total, scale, offset)
+
+
+def _vector(node: Node) -> Node:
+    """v of v[:, :, None, None]; else None."""
+    spread = calls(node, operator.getitem) and node.args[1] == (slice(None), slice(None), None, None)
+    return node.args[0] if spread else None
 
 
 def _silu_of(gm: fx.GraphModule, norm: Node) -> Node:
@@ -197,10 +222,8 @@ def _terms(gm: fx.GraphModule, total: Node) -> tuple[list[Node], list[Node], Nod
         inner, skip = total.args[0]
     images, vectors = [], []
     for term in _addends(inner, total):
-        if calls(term, operator.getitem) and term.args[1] == (slice(None), slice(None), None, None):
-            vectors.append(term.args[0])
-        else:
-            images.append(term)
+        vector = _vector(term)
+        (images if vector is None else vectors).append(term if vector is None else vector)
     if len(images) not in (1, 2):
         return [inner], [], skip
     return [_without_bias(gm, v, vectors) if _free(v, total) else v for v in images], vectors, skip
@@ -264,8 +287,8 @@ class _Add(torch.autograd.Function):
 
 
 def project(x: Tensor, weights: list[Tensor], biases: list[Tensor], added: list[Tensor]) -> tuple[Tensor, ...]:
-    """x (N, E) -> linear(x, weight, bias) + added, (N, C) each, by one product."""
-    bias = add_vectors(torch.cat(biases), torch.cat(added))
+    """x (N, E) -> linear(x, weight, bias) + added, if anything is, (N, C) each, by one product."""
+    bias = add_vectors(torch.cat(biases), torch.cat(added)) if added else torch.cat(biases)
     return F.linear(x, torch.cat(weights), bias).split([len(b) for b in biases], -1)
 
 

@@ -83,13 +83,25 @@ class ResidualBlock(nn.Module):
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
         c_embedding: width of the embedding of time and conditions.
         dropout: probability, in [0, 1).
+        adaptive: the embedding gives the second norm's scale and offset instead (AdaGN; Dhariwal and Nichol 2021).
     """
 
-    def __init__(self, c_in: int, c_out: int, c_embedding: int, *, groups: int, eps: float, dropout: float) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        c_embedding: int,
+        *,
+        groups: int,
+        eps: float,
+        dropout: float,
+        adaptive: bool = False,
+    ) -> None:
         super().__init__()
+        self.adaptive = adaptive
         self.norm_1 = nn.GroupNorm(groups, c_in, eps)
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.embedding = nn.Linear(c_embedding, c_out)
+        self.embedding = nn.Linear(c_embedding, 2 * c_out if adaptive else c_out)
         self.norm_2 = nn.GroupNorm(groups, c_out, eps)
         self.dropout = Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
@@ -98,8 +110,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
         """x (N, c_in, H, W), embedding (N, c_embedding) -> (N, c_out, H, W)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
-        h = h + self.embedding(embedding)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h)), dropout_seed))
+        if self.adaptive:
+            scale, offset = self.embedding(embedding).chunk(2, 1)
+            h = self.norm_2(h) * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
+        else:
+            h = self.norm_2(h + self.embedding(embedding)[:, :, None, None])
+        h = self.conv_2(self.dropout(F.silu(h), dropout_seed))
         return self.shortcut(x) + h
 
 

@@ -78,7 +78,10 @@ class UNet(nn.Module):
         widths = [config.channels * m for m in config.channel_mult]
 
         def block(c_in: int, c_out: int) -> nn.Module:
-            return ResidualBlock(c_in, c_out, 4 * config.channels, groups=groups, eps=eps, dropout=dropout)
+            return ResidualBlock(
+                c_in, c_out, 4 * config.channels, groups=groups, eps=eps, dropout=dropout,
+                adaptive=config.norm_conditioning,
+            )  # fmt: skip
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.image_size // 2**level in config.attention_resolutions:

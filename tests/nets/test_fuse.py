@@ -58,6 +58,7 @@ NETS = {
     "odd widths": (UNet, dataclasses.replace(SMALL, channels=12, image_channels=1, norm_groups=3)),
     "another network": (Bottleneck, SMALL),
     "five classes": (UNet, dataclasses.replace(SMALL, num_classes=5)),
+    "adaptive norms": (UNet, dataclasses.replace(SMALL, norm_conditioning=True, dropout=0.0)),
 }
 EACH = [pytest.param(*net, id=name) for name, net in NETS.items()]
 
@@ -131,6 +132,15 @@ def test_no_norm_is_left_and_names_are_the_networks(kind, config):
 def test_the_smallest_networks_program():
     """A golden text: read the difference when it changes."""
     assert program(fuse(UNet(SMALLEST))) == PROGRAM
+
+
+def test_adaptive_norms_are_one_kernel_and_one_product():
+    text = program(fuse(UNet(dataclasses.replace(SMALLEST, norm_conditioning=True))))
+    assert text.count("project(") == 1
+    assert " mul(" not in text
+    adapted = [line for line in text.splitlines() if "scale=" in line]
+    assert len(adapted) == 5
+    assert all("group_norm_silu(" in line and "shift=" in line and "dropout_p=" in line for line in adapted)
 
 
 def test_it_follows_its_networks_weights_and_a_copy_does_not():
