@@ -191,11 +191,14 @@ class DiffusionConfig:
     """Largest weight of --weighting min-snr."""
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for objective and weighting edm."""
+    time_scale: float = 1.0
+    """Factor of the number, about 0..1000, that tells the network its noise level; 0.01, say, makes its output vary
+    less from one level to the next."""
 
     def __post_init__(self) -> None:
         check_words(self)
         at_least(1, "timesteps", self.timesteps)
-        positive(self, "min_snr_gamma", "sigma_data")
+        positive(self, "min_snr_gamma", "sigma_data", "time_scale")
         schedule, auto = self.resolved_schedule, " (auto)" if self.schedule == "auto" else ""
         if self.zero_terminal_snr and not self.discrete:
             raise UserError(
@@ -231,7 +234,8 @@ class DiffusionConfig:
         words = task(
             self.objective, self.resolved_schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr
         )
-        return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
+        words += f", sigma_data {self.sigma_data:g}" if self.objective == "edm" else ""
+        return words + (f", time scale {self.time_scale:g}" if self.time_scale != 1 else "")
 
     @property
     def arguments(self) -> dict[str, Any]:

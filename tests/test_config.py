@@ -109,6 +109,15 @@ def test_a_config_survives_json(config):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_config_from_before_the_time_scale_is_read_and_tells_it_only_where_it_is_set():
+    values = Config.of(objective="edm").to_dict()
+    del values["diffusion"]["time_scale"]
+    config = Config.from_dict(values)
+    assert config == Config.of(objective="edm")
+    assert config.diffusion.task == "edm on edm, sigma_data 0.5"
+    assert config.replace(time_scale=0.01).diffusion.task == "edm on edm, sigma_data 0.5, time scale 0.01"
+
+
 def test_an_unknown_field_is_named():
     with pytest.raises(UserError, match="does not know: colour"):
         Config.from_dict({**Config().to_dict(), "colour": 1})
@@ -129,7 +138,7 @@ BAD = [
     ("eval_steps", 0), ("eval_steps", 1001), ("final_eval_samples", 1),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
-    ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+    ("sigma_data", -0.5), ("time_scale", 0.0), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
     ("optimizer", "sgd"),
     ("lr_decay", "cosine"), ("decay_fraction", 0.0), ("decay_fraction", 1.5), ("decay_fraction", float("nan")),
 ]  # fmt: skip

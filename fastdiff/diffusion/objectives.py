@@ -41,6 +41,7 @@ class Objective(ABC):
         time_sampling: a name in TIME_SAMPLINGS, or `auto`: the schedule's own.
         min_snr_gamma: the largest weight of `min-snr`.
         sigma_data: standard deviation of the data, for the objective `edm` and the weighting `edm`.
+        time_scale: factor of c_noise. Below 1 the network's output varies less between neighbouring times.
 
     Raises:
         UserError: an unknown weighting or time sampling, or a schedule that this kind or the time sampling cannot have.
@@ -56,6 +57,7 @@ class Objective(ABC):
         time_sampling: str = "auto",
         min_snr_gamma: float = 5.0,
         sigma_data: float = 0.5,
+        time_scale: float = 1.0,
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise UserError(f"weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}.")
@@ -66,7 +68,7 @@ class Objective(ABC):
             )
         sample_t(schedule, 1, time_sampling, generator=torch.Generator())  # a bad choice is refused here
         self.schedule, self.time_sampling = schedule, time_sampling
-        self.sigma_data, self.min_snr_gamma = sigma_data, min_snr_gamma
+        self.sigma_data, self.min_snr_gamma, self.time_scale = sigma_data, min_snr_gamma, time_scale
         self.log_weight = WEIGHTINGS[weighting]
 
     @property
@@ -82,7 +84,11 @@ class Objective(ABC):
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""
-        return per_image(self.schedule.c_in(t), x_t) * x_t, self.schedule.c_noise(t)
+        return per_image(self.schedule.c_in(t), x_t) * x_t, self.c_noise(t)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        """The number that the network is given for t: the schedule's, scaled."""
+        return self.time_scale * self.schedule.c_noise(t)
 
     @abstractmethod
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -252,7 +258,7 @@ class EDMObjective(Objective):
         x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise)
         c_skip = alpha sigma_data^2 / d^2,   c_out = sigma sigma_data / d,   c_in = 1 / d
 
-    c_noise is the schedule's. `uniform` is the weighting of the paper, 1 / c_out^2 on the error of x0_hat.
+    c_noise is as for every objective. `uniform` is the weighting of the paper, 1 / c_out^2 on the error of x0_hat.
     """
 
     def _d(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -260,7 +266,7 @@ class EDMObjective(Objective):
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_in x_t and c_noise."""
-        return x_t / self._d(*self._alpha_sigma(t, x_t)), self.schedule.c_noise(t)
+        return x_t / self._d(*self._alpha_sigma(t, x_t)), self.c_noise(t)
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """(x0 - c_skip x_t) / c_out (eq. 8), written out without the division by sigma."""
@@ -299,6 +305,7 @@ def make_objective(
     time_sampling: str = "auto",
     min_snr_gamma: float = 5.0,
     sigma_data: float = 0.5,
+    time_scale: float = 1.0,
 ) -> Objective:
     """Build an objective from the names of its parts: see `make_schedule` and `Objective`.
 
@@ -313,4 +320,5 @@ def make_objective(
         time_sampling=time_sampling,
         min_snr_gamma=min_snr_gamma,
         sigma_data=sigma_data,
+        time_scale=time_scale,
     )

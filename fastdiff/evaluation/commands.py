@@ -325,7 +325,7 @@ def export(flags: Export) -> None:
         if flags.to == "diffusers":
             save_diffusers_pipeline(
                 trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
-                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr,
+                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr, time_scale=process.time_scale,
             )  # fmt: skip
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}

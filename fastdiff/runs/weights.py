@@ -105,7 +105,7 @@ def initial_weights(config: Config) -> InitialWeights | None:
     """What `--init-from` names, if anything.
 
     Raises:
-        UserError: it cannot be read, or is of another shape than the run's network.
+        UserError: it cannot be read, or its network has another shape or time scale than the run's.
     """
     if config.optim.init_from is None:
         return None
@@ -113,11 +113,17 @@ def initial_weights(config: Config) -> InitialWeights | None:
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
-        names = trained.config.conditions.class_names
+        names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
         source = f"{trained.path}, step {trained.step:,}"
     else:
         network = read_diffusers(path, image_size=config.net.image_size)
-        net, state, task, source, names = network.config, network.state, network.task, str(path), ()
+        net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
+    if config.diffusion.time_scale != scale:
+        raise UserError(
+            f"--init-from {path} was trained with --time-scale {scale:g}, but this run has "
+            f"{config.diffusion.time_scale:g}, by which its network would take each noise level for another; add "
+            f"--time-scale {scale:g}."
+        )
     _check_net(path, config.net, net)
     state, named = _with_labels(path, config, net, state, theirs=names)
     source += named

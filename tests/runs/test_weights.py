@@ -105,6 +105,15 @@ def test_another_task_is_told_and_trained(source, tiny_config, capsys):
     ) in out
 
 
+def test_another_time_scale_is_refused(source, tiny_config, tmp_path):
+    run, _ = source
+    with pytest.raises(UserError, match=r"with --time-scale 1, but this run has 0\.01.*; add --time-scale 1"):
+        initial_weights(tiny_config(init_from=str(run), time_scale=0.01))
+    diffusers_folder(tmp_path / "unet")
+    with pytest.raises(UserError, match="add --time-scale 1"):
+        initial_weights(tiny_config(init_from=str(tmp_path / "unet"), time_scale=0.01))
+
+
 def test_another_dropout_is_no_other_shape(source, tiny_config):
     run, weights = source
     config = tiny_config(init_from=str(run), net=dataclasses.replace(TINY, dropout=0.0))
