@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdiff.checks import check_words, require
 from fastdiff.errors import UserError
-from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, UNetConfig
+from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, TuningConfig, UNetConfig
 from fastdiff.sections import EvalConfig, ImagesConfig, MachineConfig, OptimConfig, PresetName, RunConfig
 
 
@@ -21,6 +21,7 @@ class Config:
     net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -47,6 +48,22 @@ class Config:
                     f"--eval-guidance leads away; raise it, or add --eval-guidance 1."
                 )
         self._check_decay()
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Raises UserError where two estimates would differ by rounding more than by the step between them."""
+        if self.tuning.few_step == "none":
+            return
+        seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
+        gap, precision = self.tuning.at(seen), self.machine.precision
+        least = SMALLEST_GAP["fp32" if precision == "auto" else precision]
+        if gap < least:
+            words = "--precision bf16" if precision == "bf16" else "float32"
+            raise UserError(
+                f"--few-step {self.tuning.few_step} would compare estimates at noise levels (t - r) / t = {gap:.2g} "
+                f"apart, but in {words} rounding drowns steps below {least:g}; lower --q or --stages"
+                + (", or drop --precision bf16." if precision == "bf16" else ".")
+            )
 
     def _check_decay(self) -> None:
         """Raises UserError where the learning rate has no steps to fall over."""
@@ -86,7 +103,8 @@ class Config:
         """
         cuda = device == "cuda"
         auto = {
-            "device": device, "precision": "bf16" if cuda else "fp32", "compile": "on" if cuda else "off",
+            "device": device, "precision": "bf16" if cuda and self.tuning.few_step == "none" else "fp32",
+            "compile": "on" if cuda else "off",
             "kernels": "triton" if cuda else "torch", "loader": "dali" if cuda else "resident",
             "schedule": self.diffusion.resolved_schedule, "flip": "on" if self.images.flips else "off",
         }  # fmt: skip
@@ -140,6 +158,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     if dataclasses.is_dataclass(section)
 }
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
+
+# Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates.
+SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.001}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
 # the update stays the same up to rounding. Data and captions may have another name or place, as their content is

@@ -180,8 +180,11 @@ class DiffusionConfig:
     weighting: Literal["uniform", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
     """How the error of the estimated image at each noise level is weighted, the same for every objective; but
     `uniform`: the plain error of what the network predicts."""
-    time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "logit-normal"] = "auto"
-    """Which noise levels training sees; `auto`: log-normal for schedule edm, else uniform (of log sigma for ve-sde)."""
+    time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "wide-log-normal", "logit-normal"] = (
+        "auto"
+    )
+    """Which noise levels training sees; `auto`: log-normal for schedule edm, else uniform (of log sigma for ve-sde);
+    with --few-step its own."""
     timesteps: int = 1000
     """T, the number of noise levels of ddpm-linear and cosine; other schedules are continuous. The betas of ddpm-linear
     are meant for 1000: with far fewer, x_T is not pure noise, and sampling needs --zero-terminal-snr or cosine."""
@@ -242,3 +245,31 @@ class DiffusionConfig:
         """The keyword arguments of `make_objective`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"kind": values.pop("objective"), **values, "schedule": self.resolved_schedule}
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How a network is trained for one and two steps, after --init-from has given it what it knows."""
+
+    few_step: Literal["none", "consistency"] = "none"
+    """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
+    (ECT); each step compares those at a noise level t and an earlier r."""
+    q: float = 256.0
+    """Compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times less."""
+    stages: int = 1
+    """How many stages there are."""
+    stage_images: int = 3_200_000
+    """Training images of each stage but the last."""
+    huber_c: float = 0.00054
+    """Differences of pixel values below which the distance is quadratic; above it is linear."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
+        at_least(1, "stages", self.stages)
+        at_least(1, "stage_images", self.stage_images)
+        positive(self, "huber_c")
+
+    def at(self, images: int) -> float:
+        """(t - r) / t after so many images, which decides it alone: a resumed run goes on in its stage."""
+        return self.q ** -(1 + min(images // self.stage_images, self.stages - 1))

@@ -177,7 +177,7 @@ class MachineConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
+    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU and with --few-step."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
     graphs: bool = True

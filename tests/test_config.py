@@ -100,6 +100,35 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         Config().replace(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"precision": "bf16", "steps": 10},
+            r"= 0\.0039 apart, but in --precision bf16 rounding .* below 0\.3",
+        ),
+        ({"q": 2000.0}, r"= 0\.0005 apart, but in float32 rounding drowns steps below 0\.001; lower --q or --stages"),
+        ({"q": 2.0, "stages": 10}, r"= 0\.00098 apart"),
+        ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
+        ({"huber_c": 0.0}, "--huber-c is 0.0"),
+        ({"stages": 0}, "--stages is 0"),
+    ],
+)
+def test_steps_that_rounding_drowns_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Config.of(few_step="consistency", objective="edm", **changes)
+
+
+def test_coarse_precision_is_for_the_stages_with_large_steps():
+    stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 8, "stage_images": 1280}
+    assert Config.of(precision="bf16", steps=10, **stages).tuning.at(1279) == 0.5
+    with pytest.raises(UserError, match=r"= 0\.25 apart"):
+        Config.of(precision="bf16", steps=11, **stages)
+    assert Config.of(**stages).resolved("cuda").machine.precision == "fp32"
+    assert Config.of().resolved("cuda").machine.precision == "bf16"
+    assert [Config.of(**stages).tuning.at(n) for n in (1280, 1280 * 7, 10**9)] == [0.25, 2.0**-8, 2.0**-8]
+
+
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():
     assert Config().replace(objective="flow", eval_steps=2000).eval.eval_steps == 2000
 

@@ -48,6 +48,7 @@ class Objective(ABC):
     """
 
     needs_signal = False  # True if x0 cannot be recovered from the prediction where alpha = 0
+    shares_dropout = False  # True if `loss` evaluates the network more than once, with one `dropout_seed` (1,) in cond
 
     def __init__(
         self,
@@ -81,6 +82,9 @@ class Objective(ABC):
     ) -> Tensor:
         """n training times (n,) on `device`; see `times.sample_t`."""
         return sample_t(self.schedule, n, self.time_sampling, generator=generator, device=device)
+
+    def advance(self, images: int) -> None:  # noqa: B027
+        """Told on the host, before each step, how many images the run has seen."""
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""

@@ -21,7 +21,6 @@ from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader, make_loader
-from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
 from fastdiff.evaluation.evaluator import Evaluator
@@ -53,6 +52,7 @@ from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep, step_seed
+from fastdiff.training.tuning import objective_of
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
@@ -326,7 +326,7 @@ def _make_step(
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
-        network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
+        network, objective_of(config, ranks.device), update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
         encoder=model.text,

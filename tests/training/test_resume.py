@@ -29,6 +29,18 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, mo
     assert_same_run(tmp_path / "whole" / "1", run)
 
 
+def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_path, monkeypatch):
+    config = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 3, "stage_images": 80}
+    assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train(tiny_config(**config)) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    assert train(tiny_config(**config), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    assert [row["gap"] for row in rows_of(run) if row["kind"] == "train"] == [0.5, 0.25, 0.125]
+
+
 def test_a_conditional_run_resumes_bit_for_bit_under_its_classes_first_names(
     tiny_config, labelled, tmp_path, monkeypatch
 ):
