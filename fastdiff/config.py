@@ -47,6 +47,16 @@ class Config:
                     f"--{flag}-dropout is 0, so that the network never learns to draw without a {flag}, from which "
                     f"--eval-guidance leads away; raise it, or add --eval-guidance 1."
                 )
+        if self.tuning.teacher_guidance != 1 and not self.conditions.any:
+            raise UserError(
+                f"--teacher-guidance is {self.tuning.teacher_guidance:g}, but guidance leads to a class or a caption; "
+                "add --conditional or --text, or drop it."
+            )
+        if self.tuning.teacher is not None and self.conditions.text == "bytes":
+            raise UserError(
+                "--teacher with --text bytes is not built: teacher and student would each read by an encoder of their "
+                "own; use a frozen encoder, or consistency training without --teacher."
+            )
         self._check_decay()
         self._check_precision()
 
@@ -163,14 +173,14 @@ SECTION_OF = {name: section for section, names in SECTIONS.items() for name in n
 SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.001}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
-# the update stays the same up to rounding. Data and captions may have another name or place, as their content is
-# compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of later steps, but not of one made.
+# the update stays the same up to rounding. Data, captions and teacher may have another name or place, as their content
+# is compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of later steps, not of one made.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "final_eval_samples", "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance",
         "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
         "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
-        "deterministic", "lr_decay", "decay_fraction", "captions",
+        "deterministic", "lr_decay", "decay_fraction", "captions", "teacher",
     }
 )  # fmt: skip

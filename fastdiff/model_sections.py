@@ -262,6 +262,13 @@ class TuningConfig:
     """Training images of each stage but the last."""
     huber_c: float = 0.00054
     """Differences of pixel values below which the distance is quadratic; above it is linear."""
+    teacher: str | None = None
+    """consistency: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
+    trajectories in place of the data (consistency distillation); also where --init-from is not given."""
+    teacher_solver: Literal["euler", "heun"] = "euler"
+    """How the teacher goes from t to r: `euler` asks it once, `heun` twice."""
+    teacher_guidance: float = 1.0
+    """Guidance scale w of the teacher, which its student then has built in; 1: none."""
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -269,6 +276,11 @@ class TuningConfig:
         at_least(1, "stages", self.stages)
         at_least(1, "stage_images", self.stage_images)
         positive(self, "huber_c")
+        check_guidance(self.teacher_guidance, None, "teacher_")
+        if self.teacher is not None and self.few_step != "consistency":
+            raise UserError(f"--teacher {self.teacher} would teach nothing; add --few-step consistency, or drop it.")
+        if self.teacher_guidance != 1 and self.teacher is None:
+            raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
 
     def at(self, images: int) -> float:
         """(t - r) / t after so many images, which decides it alone: a resumed run goes on in its stage."""

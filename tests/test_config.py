@@ -112,11 +112,15 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
         ({"stages": 0}, "--stages is 0"),
+        ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency"),
+        ({"teacher_guidance": 2.0, "conditional": True}, "--teacher-guidance is 2, but there is no --teacher"),
+        ({"teacher": "x", "teacher_guidance": 2.0}, "--teacher-guidance is 2, but guidance leads to a class"),
+        ({"teacher": "x", "text": "bytes"}, "--teacher with --text bytes is not built"),
     ],
 )
-def test_steps_that_rounding_drowns_are_refused(changes, message):
+def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Config.of(few_step="consistency", objective="edm", **changes)
+        Config.of(**{"few_step": "consistency", "objective": "edm", **changes})
 
 
 def test_coarse_precision_is_for_the_stages_with_large_steps():

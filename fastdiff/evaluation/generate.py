@@ -142,7 +142,7 @@ def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions
     return {**conditions, "text": text, "text_mask": mask}
 
 
-def _padded(nothing: Tensor, given: Tensor | None) -> Tensor:
+def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
     """The tokens, or mask, of the empty text with as many positions as those of a text (N, L, ...) have."""
     if given is None or nothing.ndim == 0:
         return nothing
@@ -323,7 +323,7 @@ class Generator:
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
         """What the denoiser is told about n images."""
         given = {name: v.to(self.device) for name, v in given.items()}
-        nothing = {name: _padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
+        nothing = {name: padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
         given, nothing = with_tokens(self.encoder, nothing | given), with_tokens(self.encoder, nothing)
         if guidance.scale == 1:
             return given

@@ -34,6 +34,8 @@ def facts(
     graphs = machine.graphs and device.type == "cuda"
     few_step = config.tuning.few_step
     learning = f"weighting {diffusion.weighting}" if few_step == "none" else few_step
+    if config.tuning.teacher is not None:
+        learning += f" by the teacher {config.tuning.teacher}"
     return {
         "ranks": f"{size}, each with {batch // size} of {batch} images",
         "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",

@@ -39,7 +39,7 @@ from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data, with_conditions
 from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.texts import text_reader
-from fastdiff.runs.weights import InitialWeights, initial_weights
+from fastdiff.runs.weights import InitialWeights, TeacherWeights, initial_weights, teacher_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
@@ -109,6 +109,9 @@ def train(
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
+        learned = saved.state if saved is not None else {}
+        teacher = ranks.share(teacher_weights(config, learned) if ranks.is_main else None, "the teacher")
+        data |= teacher.saved if teacher is not None else {}
         distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
         check_loader(config.images.loader)
         conditions = _make_conditions(config, image_set, ranks)
@@ -122,7 +125,7 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, image_set, ranks, run, progress, stop)
 
-        step, model, ema = _make_step(config, conditions, ranks, initial)
+        step, model, ema = _make_step(config, conditions, ranks, initial, teacher)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
@@ -309,9 +312,12 @@ def _make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[
 
 
 def _make_step(
-    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None
-) -> tuple[TrainStep, UNet, EMA]:
+    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None,
+    teacher: TeacherWeights | None,
+) -> tuple[TrainStep, UNet, EMA]:  # fmt: skip
     """The network, its average, and the step that trains it."""
+    read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
+    objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     optim, machine = config.optim, config.machine
     bf16, compile = machine.precision == "bf16", machine.compile == "on"
     torch.manual_seed(config.run.seed)
@@ -326,7 +332,7 @@ def _make_step(
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
-        network, objective_of(config, ranks.device), update, lr=LearningRate.of(config),
+        network, objective, update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
         encoder=model.text,

@@ -41,6 +41,39 @@ def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_
     assert [row["gap"] for row in rows_of(run) if row["kind"] == "train"] == [0.5, 0.25, 0.125]
 
 
+def test_a_student_resumes_bit_for_bit_and_only_with_its_teacher(tiny_config, labelled, tmp_path, monkeypatch):
+    data = {"conditional": True, "data": labelled("cat", "dog"), "objective": "edm"}
+    assert train(tiny_config(**data, steps=10, run_root=str(tmp_path / "teacher"))) == 0
+    teacher = tmp_path / "teacher" / "1"
+    before = checkpoint.load_latest(teacher / "checkpoints").state["ema"]
+    config = tiny_config(
+        **data, few_step="consistency", q=8.0, teacher=str(teacher), teacher_solver="heun", teacher_guidance=2.0,
+        steps=14, optimizer="radam",
+    )  # fmt: skip
+    assert train(config.replace(run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(config) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    moved = teacher.rename(tmp_path / "moved")
+    config = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"])
+    with pytest.raises(UserError, match="teacher/1"):
+        train(config, resume=run)
+    assert train(config.replace(teacher=str(moved)), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    after = checkpoint.load_latest(moved / "checkpoints").state["ema"]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    saved = checkpoint.load_latest(run / "checkpoints").state
+    assert len(saved["teacher_sha256"]) == 64
+    assert saved["model"].keys() == before.keys()
+    for changes, message in (
+        ({"teacher": str(run)}, "holds other weights than those that the run has learned from"),
+        ({"teacher": None, "teacher_guidance": 1.0}, "cannot"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config.replace(steps=16, **changes), resume=run)
+
+
 def test_a_conditional_run_resumes_bit_for_bit_under_its_classes_first_names(
     tiny_config, labelled, tmp_path, monkeypatch
 ):
