@@ -269,13 +269,16 @@ class TuningConfig:
     """How the teacher goes from t to r: `euler` asks it once, `heun` twice."""
     teacher_guidance: float = 1.0
     """Guidance scale w of the teacher, which its student then has built in; 1: none."""
+    last_level: float = 0.821
+    """sigma / alpha at which the last of several steps of the sampler consistency starts; other data have another best
+    one, such as 3 for digits."""
 
     def __post_init__(self) -> None:
         check_words(self)
         require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
         at_least(1, "stages", self.stages)
         at_least(1, "stage_images", self.stage_images)
-        positive(self, "huber_c")
+        positive(self, "huber_c", "last_level")
         check_guidance(self.teacher_guidance, None, "teacher_")
         if self.teacher is not None and self.few_step != "consistency":
             raise UserError(f"--teacher {self.teacher} would teach nothing; add --few-step consistency, or drop it.")

@@ -12,13 +12,13 @@ from fastdiff.model_sections import check_guidance
 
 SamplerName = Literal[
     "ddpm", "ddim", "euler", "heun", "euler-ancestral", "euler-maruyama", "predictor-corrector", "dpmpp-2m", "dpmpp-3m",
-    "dpmpp-2m-sde", "unipc",
+    "dpmpp-2m-sde", "unipc", "consistency",
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[
     "ddpm-cifar10", "cifar10-conditional", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve",
 ]  # fmt: skip
-SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
+SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr", "few-step"]
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ def ddim(schedule: Schedule, ts: Tensor, *, eta: float = 0.0) -> Plan:
     return linear(ts, from_x_t, [alpha_s - alpha_t * from_x_t], std)
 
 
+def consistency(schedule: Schedule, ts: Tensor) -> Plan:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): the estimate of x0, then fresh noise up to s.
+
+    For a consistency model every estimate is a sample, and those after the first mend it. `Schedule.grid` has a spacing
+    for it, `few-step`. Of other networks each estimate is a blurred mean. A single step is ddim's.
+    """
+    _, sigma_t, alpha_s, sigma_s = step_ends(schedule, ts)
+    return linear(ts, torch.zeros_like(sigma_t), [alpha_s], sigma_s)
+
+
 def euler_ancestral(schedule: Schedule, ts: Tensor, *, eta: float = 1.0) -> Plan:
     """An Euler step to a noise level below s's own, then fresh noise up to it (k-diffusion's euler_ancestral).
 
@@ -251,6 +261,7 @@ def _reverse(
 PLANS: dict[str, Callable[..., Plan]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "consistency": consistency,
     "euler": euler,
     "heun": heun,
     "euler-ancestral": euler_ancestral,

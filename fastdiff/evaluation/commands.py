@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
+    last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
+    settings = replace(settings, last_level=last_level)
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
     if guide is not None and guide.task != trained.task:
         raise UsageError(
@@ -59,7 +62,8 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
         )
     if guide is not None and guide.model.text is not None:
         raise UsageError("--guide: a guide reads bytes by an encoder of its own, which is not built; drop --guide.")
-    machine = trained.config.replace(device=device.type, precision=flags.precision).resolved(device.type).machine
+    machine = Config.of(machine=trained.config.machine, device=device.type, precision=flags.precision)
+    machine = machine.resolved(device.type).machine
     if machine.warning:
         print(f"warning: {machine.warning}", file=sys.stderr)
     generator = trained.generator(

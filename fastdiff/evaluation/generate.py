@@ -15,7 +15,7 @@ from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.plan import OnStep, Plan
 from fastdiff.diffusion.samplers import PLANS, own_options
-from fastdiff.diffusion.schedule import Schedule
+from fastdiff.diffusion.schedule import FEW_STEP_LEVEL, Schedule
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
@@ -36,8 +36,9 @@ class SamplerSettings:
         steps: steps of the sampler, each from one time of the grid to the next; most samplers evaluate the network
             once in each (see `plan.evaluations`).
         eta: of ddim, in [0, 1]; 0 for samplers without it.
-        spacing: of the grid, see `Schedule.grid`; `auto` is the schedule's own.
+        spacing: of the grid, see `Schedule.grid`; `auto` is the schedule's own, but few-step for consistency.
         extra: the sampler's other options, by their names in its function.
+        last_level: of spacing few-step.
 
     Raises:
         UsageError: an unknown sampler, no step, or an option or eta that it does not have.
@@ -48,6 +49,7 @@ class SamplerSettings:
     eta: float = 0.0
     spacing: str = "auto"
     extra: Mapping[str, float | int | str] = field(default_factory=dict)
+    last_level: float = FEW_STEP_LEVEL
 
     def __post_init__(self) -> None:
         if self.name not in PLANS:
@@ -63,7 +65,11 @@ class SamplerSettings:
 
     def times(self, schedule: Schedule) -> Tensor:
         """The grid (steps + 1,) float64. Raises UserError where the schedule has no such grid."""
-        return schedule.grid(self.steps, spacing=self.spacing)
+        return schedule.grid(self.steps, spacing=self._spacing, last_level=self.last_level)
+
+    @property
+    def _spacing(self) -> str:
+        return "few-step" if (self.name, self.spacing) == ("consistency", "auto") else self.spacing
 
     def plan(self, schedule: Schedule) -> Plan:
         """The sampler's steps on the schedule. Raises UserError for a grid or an option that it does not have."""
@@ -74,6 +80,8 @@ class SamplerSettings:
     def label(self) -> str:
         """The sampler's name, and what differs from its defaults: unipc (log-snr, order=2)."""
         parts = [self.spacing] if self.spacing != "auto" else []
+        if self._spacing == "few-step" and self.last_level != FEW_STEP_LEVEL:
+            parts.append(f"last_level={self.last_level:g}")
         parts += [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.extra.items()
         ]

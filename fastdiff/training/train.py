@@ -342,10 +342,11 @@ def _make_step(
 
 def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
     config, net, machine = session.config.eval, session.config.net, session.config.machine
+    level = session.config.tuning.last_level
     read = text_reader(session.config, cache_folder(session.config.images.data_root))
     generator = Generator(
         fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
-        SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
+        SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level), batch_size=config.eval_batch_size,
         image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
         compile=machine.compile == "on", graphs=machine.graphs, nothing=nothing(session.config, read),
         encoder=ema.model.text if isinstance(ema.model, UNet) else None,
