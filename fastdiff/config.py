@@ -182,6 +182,6 @@ RESUMABLE_CHANGES = frozenset(
         "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
         "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
         "deterministic", "lr_decay", "decay_fraction", "captions", "teacher",
-        "last_level",
+        "last_level", "eval_few_steps",
     }
 )  # fmt: skip

@@ -261,7 +261,6 @@ def _reverse(
 PLANS: dict[str, Callable[..., Plan]] = {
     "ddpm": ddpm,
     "ddim": ddim,
-    "consistency": consistency,
     "euler": euler,
     "heun": heun,
     "euler-ancestral": euler_ancestral,
@@ -271,6 +270,7 @@ PLANS: dict[str, Callable[..., Plan]] = {
     "dpmpp-3m": multistep.dpmpp_3m,
     "dpmpp-2m-sde": multistep.dpmpp_2m_sde,
     "unipc": multistep.unipc,
+    "consistency": consistency,
 }
 
 

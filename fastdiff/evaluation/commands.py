@@ -246,6 +246,7 @@ def _record(trained: Trained, *rows: dict[str, Any], sweep: Sequence[dict[str, A
             for row in rows:
                 run.log_eval(row)
                 plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+                plots.plot_few_steps(run.eval_rows(), run.saves / "few-step.png")
             if sweep:
                 plots.plot_guidance(sweep, run.saves / "guidance.png")
                 print(f"{run.saves / 'guidance.png'}: the distance against guidance", file=sys.stderr)

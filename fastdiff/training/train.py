@@ -344,18 +344,20 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
     config, net, machine = session.config.eval, session.config.net, session.config.machine
     level = session.config.tuning.last_level
     read = text_reader(session.config, cache_folder(session.config.images.data_root))
-    generator = Generator(
-        fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
-        SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level), batch_size=config.eval_batch_size,
-        image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
-        compile=machine.compile == "on", graphs=machine.graphs, nothing=nothing(session.config, read),
-        encoder=ema.model.text if isinstance(ema.model, UNet) else None,
+    draws = partial(
+        Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
+        batch_size=config.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
+        device=session.ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
+        nothing=nothing(session.config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
+    generator = draws(SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level))
+    few = [draws(SamplerSettings("consistency", n, last_level=level)) for n in config.eval_few_steps]
     guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
     return Evaluator(
         generator, distance, session.ranks, session.run, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
         wishes=wishes(session.config, session.image_set, read), guidance=guidance,
+        few_steps=few,
     )  # fmt: skip
 
 
