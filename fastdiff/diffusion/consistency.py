@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.objectives import LARGEST_LOG_SNR, Model, Objective, per_image
+from fastdiff.diffusion.objectives import Model, Objective, per_image
+from fastdiff.diffusion.schedule import FEW_STEP_TOP
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 
 Teacher = Callable[..., Tensor]  # teacher(x_t, t, **cond) -> x0_hat, without gradients
@@ -63,7 +64,8 @@ class Consistency(Tuned):
         rho_r = rho_t (1 - gap (1 + K sigmoid(-B rho_t))), at least 0      (ECT's mapping)
 
     In training x_r is x0 with the noise of x_t; in distillation it is where a step of the teacher's flow leads from
-    x_t. Both evaluations have one dropout mask. All is written in rho = sigma / alpha, and so for every schedule.
+    x_t. Both evaluations have one dropout mask. All is written in rho = sigma / alpha, and so for every schedule; rho
+    above 80, where hardly any signal is left, counts as 80.
 
     Args:
         kind: the objective that the network was trained by.
@@ -95,7 +97,7 @@ class Consistency(Tuned):
 
     def loss(self, model: Model, x0: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
         """The distance of the two estimates of each image over the step between them, (N,); see `Objective.loss`."""
-        rho = (-0.5 * self.schedule.log_snr(t.double()).clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)).exp()
+        rho = (-0.5 * self.schedule.log_snr(t.double())).exp().clamp(max=FEW_STEP_TOP)
         r, rho_r = self.earlier(rho)
         x_t = self.add_noise(x0, t, eps)
         estimate = self.denoise(model, x_t, t, **cond)

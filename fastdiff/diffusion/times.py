@@ -4,13 +4,13 @@ Each entry of TIME_SAMPLINGS is `f(schedule, n, generator, device) -> t`, (n,) o
 A schedule turns fractions of its time axis into times by `time_at`, and log-SNRs by `t_of_log_snr`.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.schedule import Schedule
+from fastdiff.diffusion.schedule import FEW_STEP_TOP, Schedule
 from fastdiff.errors import UserError
 
 P_MEAN, P_STD = -1.2, 1.2  # of log sigma; Karras et al. 2022, table 1
@@ -43,6 +43,14 @@ def log_normal(
     return schedule.t_of_log_snr(-2.0 * log_ratio).clamp(schedule.t_min, schedule.t_max)
 
 
+def wide_log_normal(
+    schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str
+) -> Tensor:
+    """ln(sigma / alpha) ~ N(-1.1, 2^2) (Geng et al. 2024); levels above 80 are t_max, where a single step starts."""
+    t = log_normal(schedule, n, generator, device, mean=WIDE_MEAN, std=WIDE_STD)
+    return torch.where(schedule.log_snr(t) < -2.0 * math.log(FEW_STEP_TOP), schedule.t_max, t)
+
+
 def logit_normal(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """t = sigmoid(z), z ~ N(0, 1): more of the middle (Esser et al. 2024, eq. 19), as a fraction of the time axis.
 
@@ -62,7 +70,7 @@ TIME_SAMPLINGS: dict[str, Callable[[Schedule, int, torch.Generator | None, torch
     "uniform": uniform,
     "low-discrepancy": low_discrepancy,
     "log-normal": log_normal,
-    "wide-log-normal": partial(log_normal, mean=WIDE_MEAN, std=WIDE_STD),
+    "wide-log-normal": wide_log_normal,
     "logit-normal": logit_normal,
 }
 
