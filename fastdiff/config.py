@@ -60,6 +60,16 @@ class Config:
         self._check_decay()
         self._check_precision()
 
+    @property
+    def unprepared(self) -> str | None:
+        """A warning where few steps are learned from random weights."""
+        if self.tuning.few_step == "none" or self.optim.init_from or self.tuning.teacher:
+            return None
+        return (
+            f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; --init-from a "
+            "run of the same objective, or --teacher, begins with what it knows."
+        )
+
     def _check_precision(self) -> None:
         """Raises UserError where two estimates would differ by rounding more than by the step between them."""
         if self.tuning.few_step == "none":

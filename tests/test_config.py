@@ -123,6 +123,12 @@ def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):
         Config.of(**{"few_step": "consistency", "objective": "edm", **changes})
 
 
+def test_few_steps_from_random_weights_are_warned_of():
+    config = Config.of(few_step="consistency")
+    assert "--few-step consistency begins with random weights" in config.unprepared
+    assert [c.unprepared for c in (Config(), config.replace(init_from="x"), config.replace(teacher="x"))] == [None] * 3
+
+
 def test_coarse_precision_is_for_the_stages_with_large_steps():
     stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 8, "stage_images": 1280}
     assert Config.of(precision="bf16", steps=10, **stages).tuning.at(1279) == 0.5

@@ -141,7 +141,8 @@ def train(
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
             for warning in (
-                initial and initial.warning, unnoised_end(step.objective.schedule), config.machine.warning,
+                initial.warning if initial else config.unprepared, unnoised_end(step.objective.schedule),
+                config.machine.warning,
             ):  # fmt: skip
                 if warning:
                     progress.print(f"{'warning':<10} {warning}")
