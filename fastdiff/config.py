@@ -63,7 +63,7 @@ class Config:
     @property
     def unprepared(self) -> str | None:
         """A warning where few steps are learned from random weights."""
-        if self.tuning.few_step == "none" or self.optim.init_from or self.tuning.teacher:
+        if self.tuning.few_step in ("none", "flow-map") or self.optim.init_from or self.tuning.teacher:
             return None
         return (
             f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; --init-from a "
@@ -74,6 +74,12 @@ class Config:
         """Raises UserError where two estimates would differ by rounding more than by the step between them."""
         if self.tuning.few_step == "none":
             return
+        flow = (self.diffusion.objective, self.diffusion.resolved_schedule) == ("flow", "flow")
+        if self.tuning.few_step == "flow-map" and not flow:
+            raise UserError(
+                f"--few-step flow-map averages the velocity of --objective flow on --schedule flow, but this is "
+                f"{self.diffusion.task}; choose these."
+            )
         seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
         gap, precision = self.tuning.at(seen), self.machine.precision
         least = SMALLEST_GAP["fp32" if precision == "auto" else precision]
@@ -180,7 +186,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
 # Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates.
-SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.001}
+SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.0003}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
 # the update stays the same up to rounding. Data, captions and teacher may have another name or place, as their content

@@ -51,6 +51,8 @@ class UNetConfig:
     """Added to the variance in each GroupNorm."""
     num_classes: tyro.conf.Fixed[int] = 0
     """Classes that the network can be told; 0: none. With --conditional, those of the data."""
+    two_times: tyro.conf.Fixed[bool] = False
+    """Whether the network is told a second time, to which its output leads; by --few-step flow-map."""
     text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"
     """What gives the tokens of texts; by --text."""
     text_width: int = 128
@@ -251,15 +253,17 @@ class DiffusionConfig:
 class TuningConfig:
     """How a network is trained for one and two steps, after --init-from has given it what it knows."""
 
-    few_step: Literal["none", "consistency"] = "none"
+    few_step: Literal["none", "consistency", "flow-map"] = "none"
     """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
-    (ECT); each step compares those at a noise level t and an earlier r."""
+    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: for --objective flow, the network
+    learns the average velocity from any t to any r, from that of a first part a of the way and the rest (SoFlow)."""
     q: float = 256.0
-    """Compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times less."""
+    """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
+    less. flow-map: a falls from 1 evenly, by q in each stage."""
     stages: int = 1
     """How many stages there are."""
     stage_images: int = 3_200_000
-    """Training images of each stage but the last."""
+    """Training images of each stage; consistency stays in the last, flow-map at its end."""
     huber_c: float = 0.00054
     """Differences of pixel values below which the distance is quadratic; above it is linear."""
     teacher: str | None = None
@@ -286,5 +290,7 @@ class TuningConfig:
             raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
 
     def at(self, images: int) -> float:
-        """(t - r) / t after so many images, which decides it alone: a resumed run goes on in its stage."""
+        """(t - r) / t, or a, after so many images, which decides it alone: a resumed run goes on in its stage."""
+        if self.few_step == "flow-map":
+            return self.q ** -min(images / self.stage_images, self.stages)
         return self.q ** -(1 + min(images // self.stage_images, self.stages - 1))

@@ -12,7 +12,7 @@ from fastdiff.model_sections import check_guidance
 
 SamplerName = Literal[
     "ddpm", "ddim", "euler", "heun", "euler-ancestral", "euler-maruyama", "predictor-corrector", "dpmpp-2m", "dpmpp-3m",
-    "dpmpp-2m-sde", "unipc", "consistency",
+    "dpmpp-2m-sde", "unipc", "consistency", "flow-map",
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[

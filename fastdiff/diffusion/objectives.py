@@ -136,12 +136,13 @@ class Objective(ABC):
         error = (prediction.to(x0.dtype) - self.target(x0, t, eps)).square().flatten(1).mean(1)
         return self.weight(t).to(error.dtype) * error
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
         """The model's estimate of x0, (N, C, H, W), in the dtype of x_t.
 
         Args:
             x_t: (N, C, H, W).
             t: one time for all images (0-dim) or one for each (N,); above 0.
+            r: the time to which a sampler steps; of interest to flow maps alone.
         """
         t = t.expand(len(x_t))
         x_in, c_noise = self.precondition(x_t, t)

@@ -69,7 +69,7 @@ class SamplerSettings:
 
     @property
     def _spacing(self) -> str:
-        return "few-step" if (self.name, self.spacing) == ("consistency", "auto") else self.spacing
+        return "few-step" if self.name == "consistency" and self.spacing == "auto" else self.spacing
 
     def plan(self, schedule: Schedule) -> Plan:
         """The sampler's steps on the schedule. Raises UserError for a grid or an option that it does not have."""
@@ -211,15 +211,15 @@ class Generator:
         self.few_loop = GraphLoop(self._denoiser(self.net, self.guide), device)  # not worth compiling
 
     def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        def denoise(x_t: Tensor, t: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, t: Tensor, *r: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
             x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 if guidance is None:
-                    return x0_hat(model, x_t, t, **conditions).clamp(-1.0, 1.0)
+                    return x0_hat(model, x_t, t, *r, **conditions).clamp(-1.0, 1.0)
                 if other is None:  # the conditions have 2 N rows: what is asked for, then nothing
-                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, **conditions).chunk(2)
+                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, *r, **conditions).chunk(2)
                 else:
-                    asked, rest = x0_hat(model, x_t, t, **conditions), x0_hat(other, x_t, t, **conditions)
+                    asked, rest = (x0_hat(net, x_t, t, *r, **conditions) for net in (model, other))
                 weight = guidance_weight(self.objective.schedule, t, guidance)
                 return guide(asked, rest, weight).clamp(-1.0, 1.0)
 
@@ -356,7 +356,7 @@ class Generator:
             if self.graphs:
                 return loop.run(self.plan, x_T, conditions=conditions, on_step=on_step)
 
-            def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-                return loop.denoise(x_t, t, **conditions)
+            def denoise(x_t: Tensor, *t: Tensor) -> Tensor:
+                return loop.denoise(x_t, *t, **conditions)
 
             return plan.run(self.plan, denoise, x_T, generator=loop.generator, on_step=on_step)

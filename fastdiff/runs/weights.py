@@ -200,6 +200,7 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
         ours = values.keys() - {
             "dropout",
             "num_classes",
+            *(("two_times",) if here.two_times else ()),  # which begins without effect
             *(text if here.text_encoder == there.text_encoder == "none" else ()),
         }
         return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}

@@ -211,8 +211,8 @@ class TrainStep:
         self.account(t, image_losses, loss, grad_norm)
 
     def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
-        """Add a step to the sums: t and losses (N,) of all its images, their mean loss and gradient norm (0-dim)."""
-        self.noise_levels.update(self.objective.schedule.log_snr(t), losses)
+        """Add a step to the sums: t (N,) or (N, 2) and losses (N,) of all its images; their mean and gradient norm."""
+        self.noise_levels.update(self.objective.schedule.log_snr(t if t.ndim == 1 else t[:, 0]), losses)
         self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
 
     def times(self, n: int, step: int) -> Tensor:

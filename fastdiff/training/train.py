@@ -324,7 +324,7 @@ def _make_step(
     torch.manual_seed(config.run.seed)
     model = UNet(config.net).to(ranks.device)
     if initial is not None:
-        model.load_state_dict(initial.state)
+        model.load_state_dict(model.state_dict() | initial.state)  # which may lack the second time
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(

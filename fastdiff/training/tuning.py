@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdiff.config import Config
 from fastdiff.diffusion.consistency import Consistency
+from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.evaluation.generate import padded
@@ -30,6 +31,8 @@ def objective_of(
     objective, tuning = make_objective(**config.diffusion.arguments), config.tuning
     if tuning.few_step == "none":
         return objective
+    if tuning.few_step == "flow-map":
+        return FlowMap(objective, tuning.at, device=device)
     led = None if teacher is None else _frozen(config, objective, teacher, device, nothing or {})
     heun = tuning.teacher_solver == "heun"
     return Consistency(objective, tuning.at, huber_c=tuning.huber_c, teacher=led, heun=heun, device=device)

@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.runs import checkpoint
 from fastdiff.training.train import train
 from tests.training.runs import assert_same_run, rows_of, stop_at
@@ -39,6 +40,31 @@ def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_
     assert train(tiny_config(**config), resume=run) == 0
     assert_same_run(tmp_path / "whole" / "1", run)
     assert [row["gap"] for row in rows_of(run) if row["kind"] == "train"] == [0.5, 0.25, 0.125]
+
+
+def test_a_flow_map_begins_as_its_teacher_and_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):
+    flow = {"objective": "flow", "schedule": "flow"}
+    assert train(tiny_config(**flow, steps=5, run_root=str(tmp_path / "teacher"))) == 0
+    teacher = str(tmp_path / "teacher" / "1")
+    config = tiny_config(
+        **flow, few_step="flow-map", q=4.0, stage_images=100, init_from=teacher, eval_sampler="flow-map"
+    )
+    assert train(config.replace(steps=1, lr=1e-30, run_root=str(tmp_path / "first"))) == 0
+    cpu = torch.device("cpu")
+    old, new = (load_trained(path, device=cpu) for path in (teacher, tmp_path / "first" / "1"))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(0.7).double()
+    for r in (0.7, 0.1):
+        one, other = (each.objective.denoise(each.model, x, t, t.new_tensor(r)) for each in (old, new))
+        assert torch.equal(one, other)
+    assert train(config.replace(run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train(config) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    config = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"])
+    assert train(config, resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    assert checkpoint.load_latest(run / "checkpoints").state["model"]["span.linear_2.weight"].abs().max() > 0
 
 
 def test_a_student_resumes_bit_for_bit_and_only_with_its_teacher(tiny_config, labelled, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastdiff.diffusion.consistency import Consistency
+from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.model_sections import TuningConfig
 from fastdiff.nets.fuse import fuse, half_parameters
@@ -135,6 +136,11 @@ def consistency(**options):
     """Stages of 48 images, 3 steps of `batch`."""
     tuning = TuningConfig(few_step="consistency", q=2.0, stages=3, stage_images=48)
     return Consistency(make_objective("edm", schedule="edm"), tuning.at, **options)
+
+
+def flow_map():
+    tuning = TuningConfig(few_step="flow-map", q=2.0, stages=4, stage_images=48)
+    return FlowMap(make_objective("flow", schedule="flow"), tuning.at)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
