@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdiff.checks import check_words, require
 from fastdiff.errors import UserError
-from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, UNetConfig
+from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, TuningConfig, UNetConfig
 from fastdiff.sections import EvalConfig, ImagesConfig, MachineConfig, OptimConfig, PresetName, RunConfig
 
 
@@ -21,6 +21,7 @@ class Config:
     net: UNetConfig = field(default_factory=lambda: UNetConfig(dropout=0.1))
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -46,7 +47,49 @@ class Config:
                     f"--{flag}-dropout is 0, so that the network never learns to draw without a {flag}, from which "
                     f"--eval-guidance leads away; raise it, or add --eval-guidance 1."
                 )
+        if self.tuning.teacher_guidance != 1 and not self.conditions.any:
+            raise UserError(
+                f"--teacher-guidance is {self.tuning.teacher_guidance:g}, but guidance leads to a class or a caption; "
+                "add --conditional or --text, or drop it."
+            )
+        if self.tuning.teacher is not None and self.conditions.text == "bytes":
+            raise UserError(
+                "--teacher with --text bytes is not built: teacher and student would each read by an encoder of their "
+                "own; use a frozen encoder, or consistency training without --teacher."
+            )
         self._check_decay()
+        self._check_precision()
+
+    @property
+    def unprepared(self) -> str | None:
+        """A warning where few steps are learned from random weights."""
+        if self.tuning.few_step in ("none", "flow-map") or self.optim.init_from or self.tuning.teacher:
+            return None
+        return (
+            f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; --init-from a "
+            "run of the same objective, or --teacher, begins with what it knows."
+        )
+
+    def _check_precision(self) -> None:
+        """Raises UserError where two estimates would differ by rounding more than by the step between them."""
+        if self.tuning.few_step == "none":
+            return
+        flow = (self.diffusion.objective, self.diffusion.resolved_schedule) == ("flow", "flow")
+        if self.tuning.few_step == "flow-map" and not flow:
+            raise UserError(
+                f"--few-step flow-map averages the velocity of --objective flow on --schedule flow, but this is "
+                f"{self.diffusion.task}; choose these."
+            )
+        seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
+        gap, precision = self.tuning.at(seen), self.machine.precision
+        least = SMALLEST_GAP["fp32" if precision == "auto" else precision]
+        if gap < least:
+            words = "--precision bf16" if precision == "bf16" else "float32"
+            raise UserError(
+                f"--few-step {self.tuning.few_step} would compare estimates at noise levels (t - r) / t = {gap:.2g} "
+                f"apart, but in {words} rounding drowns steps below {least:g}; lower --q or --stages"
+                + (", or drop --precision bf16." if precision == "bf16" else ".")
+            )
 
     def _check_decay(self) -> None:
         """Raises UserError where the learning rate has no steps to fall over."""
@@ -86,7 +129,8 @@ class Config:
         """
         cuda = device == "cuda"
         auto = {
-            "device": device, "precision": "bf16" if cuda else "fp32", "compile": "on" if cuda else "off",
+            "device": device, "precision": "bf16" if cuda and self.tuning.few_step == "none" else "fp32",
+            "compile": "on" if cuda else "off",
             "kernels": "triton" if cuda else "torch", "loader": "dali" if cuda else "resident",
             "schedule": self.diffusion.resolved_schedule, "flip": "on" if self.images.flips else "off",
         }  # fmt: skip
@@ -141,15 +185,19 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
+# Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates.
+SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.0003}
+
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
-# the update stays the same up to rounding. Data and captions may have another name or place, as their content is
-# compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of later steps, but not of one made.
+# the update stays the same up to rounding. Data, captions and teacher may have another name or place, as their content
+# is compared. `steps`, `lr_decay` and `decay_fraction` may change the learning rate of later steps, not of one made.
 RESUMABLE_CHANGES = frozenset(
     {
         "steps", "log_every", "save_every", "eval_every", "keep_last", "eval_at_start", "eval_samples",
         "final_eval_samples", "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance",
         "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
         "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
-        "deterministic", "lr_decay", "decay_fraction", "captions",
+        "deterministic", "lr_decay", "decay_fraction", "captions", "teacher",
+        "last_level", "eval_few_steps",
     }
 )  # fmt: skip

@@ -23,8 +23,10 @@ class Sampling:
     eta: float = 0.0
     """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
     spacing: SpacingName = "auto"
-    """Where the steps lie: `trailing`, `leading` or `uniform` in time, `karras` (rho = 7), `log-snr`; `auto`: the
-    schedule's own."""
+    """Where the steps lie: `trailing`, `leading` or `uniform` in time, `karras` (rho = 7), `log-snr`, `few-step`;
+    `auto`: the schedule's own, but few-step for sampler consistency."""
+    last_level: float | None = None
+    """sigma / alpha at which the last step of spacing few-step starts; default: the run's."""
     options: tuple[str, ...] = ()
     """Other options of the sampler as NAME=VALUE: unipc order; euler and heun S_churn, S_tmin, S_tmax, S_noise;
     euler-ancestral eta; predictor-corrector snr, corrector_steps; ddpm variance."""

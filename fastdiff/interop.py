@@ -203,8 +203,9 @@ def unet_to_diffusers(model: UNet) -> Any:
 
 
 def save_diffusers_pipeline(
-    model: UNet, folder: Path, *, schedule: str, timesteps: int, objective: str = "eps", zero_terminal_snr: bool = False
-) -> None:
+    model: UNet, folder: Path, *, schedule: str, timesteps: int, objective: str = "eps",
+    zero_terminal_snr: bool = False, time_scale: float = 1.0,
+) -> None:  # fmt: skip
     """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that draws as our `ddpm` does.
 
     `DDIMPipeline.from_pretrained` loads it as well, and draws as our `ddim` with use_clipped_model_output=True.
@@ -218,8 +219,9 @@ def save_diffusers_pipeline(
         UserError: diffusers has no counterpart; nothing is written.
     """
     scheduler = scheduler_to_diffusers(
-        objective=objective, schedule=schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr
-    )
+        objective=objective, schedule=schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr,
+        time_scale=time_scale,
+    )  # fmt: skip
     if model.config.text_encoder != "none":
         raise UserError("a network that reads texts cannot be exported, as UNet2DModel has none; use --to safetensors.")
     index = {

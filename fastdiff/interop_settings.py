@@ -159,7 +159,7 @@ def _in_one_spelling(settings: Mapping[str, Any], image_size: int | None) -> dic
 
 
 def scheduler_to_diffusers(
-    *, objective: str, schedule: str, timesteps: int, zero_terminal_snr: bool = False
+    *, objective: str, schedule: str, timesteps: int, zero_terminal_snr: bool = False, time_scale: float = 1.0
 ) -> dict[str, Any]:
     """The settings of a `DDPMScheduler` that draws as our `ddpm` does.
 
@@ -167,7 +167,7 @@ def scheduler_to_diffusers(
     others come out differently.
 
     Raises:
-        UserError: an objective, a schedule or a T that diffusers has no counterpart for.
+        UserError: an objective, a schedule, a T or a time scale that diffusers has no counterpart for.
     """
     for what, name, known in (("schedule", schedule, SCHEDULES), ("objective", objective, PREDICTION_TYPES)):
         if name not in known:
@@ -179,6 +179,11 @@ def scheduler_to_diffusers(
         raise UserError(
             f"{timesteps} timesteps cannot be exported: this network is given numbers up to 1000, and diffusers' would "
             "be given the step's own; use --to safetensors."
+        )
+    if time_scale != 1:
+        raise UserError(
+            f"time scale {time_scale:g} cannot be exported: diffusers would give this network the step's own number; "
+            "use --to safetensors."
         )
     if zero_terminal_snr and timesteps == 1:
         raise UserError("zero terminal SNR cannot be exported with 1 timestep: diffusers makes NaN of it.")

@@ -53,6 +53,8 @@ class UNetConfig:
     """Time and conditions scale and shift what the residual blocks normalise (AdaGN), instead of being added before."""
     num_classes: tyro.conf.Fixed[int] = 0
     """Classes that the network can be told; 0: none. With --conditional, those of the data."""
+    two_times: tyro.conf.Fixed[bool] = False
+    """Whether the network is told a second time, to which its output leads; by --few-step flow-map."""
     text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"
     """What gives the tokens of texts; by --text."""
     text_width: int = 128
@@ -182,8 +184,11 @@ class DiffusionConfig:
     weighting: Literal["uniform", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
     """How the error of the estimated image at each noise level is weighted, the same for every objective; but
     `uniform`: the plain error of what the network predicts."""
-    time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "logit-normal"] = "auto"
-    """Which noise levels training sees; `auto`: log-normal for schedule edm, else uniform (of log sigma for ve-sde)."""
+    time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "wide-log-normal", "logit-normal"] = (
+        "auto"
+    )
+    """Which noise levels training sees; `auto`: log-normal for schedule edm, else uniform (of log sigma for ve-sde);
+    with --few-step its own."""
     timesteps: int = 1000
     """T, the number of noise levels of ddpm-linear and cosine; other schedules are continuous. The betas of ddpm-linear
     are meant for 1000: with far fewer, x_T is not pure noise, and sampling needs --zero-terminal-snr or cosine."""
@@ -193,11 +198,14 @@ class DiffusionConfig:
     """Largest weight of --weighting min-snr."""
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for objective and weighting edm."""
+    time_scale: float = 1.0
+    """Factor of the number, about 0..1000, that tells the network its noise level; 0.01, say, makes its output vary
+    less from one level to the next."""
 
     def __post_init__(self) -> None:
         check_words(self)
         at_least(1, "timesteps", self.timesteps)
-        positive(self, "min_snr_gamma", "sigma_data")
+        positive(self, "min_snr_gamma", "sigma_data", "time_scale")
         schedule, auto = self.resolved_schedule, " (auto)" if self.schedule == "auto" else ""
         if self.zero_terminal_snr and not self.discrete:
             raise UserError(
@@ -233,10 +241,58 @@ class DiffusionConfig:
         words = task(
             self.objective, self.resolved_schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr
         )
-        return f"{words}, sigma_data {self.sigma_data:g}" if self.objective == "edm" else words
+        words += f", sigma_data {self.sigma_data:g}" if self.objective == "edm" else ""
+        return words + (f", time scale {self.time_scale:g}" if self.time_scale != 1 else "")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `make_objective`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"kind": values.pop("objective"), **values, "schedule": self.resolved_schedule}
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How a network is trained for one and two steps, after --init-from has given it what it knows."""
+
+    few_step: Literal["none", "consistency", "flow-map"] = "none"
+    """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
+    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: for --objective flow, the network
+    learns the average velocity from any t to any r, from that of a first part a of the way and the rest (SoFlow)."""
+    q: float = 256.0
+    """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
+    less. flow-map: a falls from 1 evenly, by q in each stage."""
+    stages: int = 1
+    """How many stages there are."""
+    stage_images: int = 3_200_000
+    """Training images of each stage; consistency stays in the last, flow-map at its end."""
+    huber_c: float = 0.00054
+    """Differences of pixel values below which the distance is quadratic; above it is linear."""
+    teacher: str | None = None
+    """consistency: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
+    trajectories in place of the data (consistency distillation); also where --init-from is not given."""
+    teacher_solver: Literal["euler", "heun"] = "euler"
+    """How the teacher goes from t to r: `euler` asks it once, `heun` twice."""
+    teacher_guidance: float = 1.0
+    """Guidance scale w of the teacher, which its student then has built in; 1: none."""
+    last_level: float = 0.821
+    """sigma / alpha at which the last of several steps of the sampler consistency starts; other data have another best
+    one, such as 3 for digits."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
+        at_least(1, "stages", self.stages)
+        at_least(1, "stage_images", self.stage_images)
+        positive(self, "huber_c", "last_level")
+        check_guidance(self.teacher_guidance, None, "teacher_")
+        if self.teacher is not None and self.few_step != "consistency":
+            raise UserError(f"--teacher {self.teacher} would teach nothing; add --few-step consistency, or drop it.")
+        if self.teacher_guidance != 1 and self.teacher is None:
+            raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
+
+    def at(self, images: int) -> float:
+        """(t - r) / t, or a, after so many images, which decides it alone: a resumed run goes on in its stage."""
+        if self.few_step == "flow-map":
+            return self.q ** -min(images / self.stage_images, self.stages)
+        return self.q ** -(1 + min(images // self.stage_images, self.stages - 1))

@@ -12,13 +12,13 @@ from fastdiff.model_sections import check_guidance
 
 SamplerName = Literal[
     "ddpm", "ddim", "euler", "heun", "euler-ancestral", "euler-maruyama", "predictor-corrector", "dpmpp-2m", "dpmpp-3m",
-    "dpmpp-2m-sde", "unipc",
+    "dpmpp-2m-sde", "unipc", "consistency", "flow-map",
 ]  # fmt: skip
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[
     "ddpm-cifar10", "cifar10-conditional", "quick", "v-cosine", "edm", "flow", "score-vp", "score-ve",
 ]  # fmt: skip
-SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr"]
+SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr", "few-step"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class EvalConfig:
     """Sampler of evaluations (ddim with eta = 0)."""
     eval_steps: int = 50
     """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
+    eval_few_steps: tuple[int, ...] = ()
+    """Also measure the sampler consistency in each of these numbers of steps, such as 1 2 4, without guidance."""
     eval_guidance: float = 1.0
     """Guidance scale w of evaluations, see `python -m fastdiff sample --help`; 1: none. With --conditional."""
     eval_guidance_interval: tuple[float, float] | None = None
@@ -136,6 +138,8 @@ class EvalConfig:
         for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
             at_least(1, name, getattr(self, name))
         at_least(2, "eval_samples", self.eval_samples)
+        for steps in self.eval_few_steps:
+            at_least(1, "eval_few_steps", steps)
         check_guidance(self.eval_guidance, self.eval_guidance_interval, "eval_")
         if self.final_eval_samples is not None:
             at_least(2, "final_eval_samples", self.final_eval_samples)
@@ -177,7 +181,7 @@ class MachineConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: cuda if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU."""
+    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU and with --few-step."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
     graphs: bool = True

@@ -100,6 +100,49 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         Config().replace(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"precision": "bf16", "steps": 10},
+            r"= 0\.0039 apart, but in --precision bf16 rounding .* below 0\.3",
+        ),
+        ({"q": 5000.0}, r"= 0\.0002 apart, but in float32 rounding drowns steps below 0\.0003; lower --q or --stages"),
+        ({"q": 2.0, "stages": 12}, r"= 0\.00024 apart"),
+        (
+            {"few_step": "flow-map"},
+            "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
+        ),
+        ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
+        ({"huber_c": 0.0}, "--huber-c is 0.0"),
+        ({"stages": 0}, "--stages is 0"),
+        ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency"),
+        ({"teacher_guidance": 2.0, "conditional": True}, "--teacher-guidance is 2, but there is no --teacher"),
+        ({"teacher": "x", "teacher_guidance": 2.0}, "--teacher-guidance is 2, but guidance leads to a class"),
+        ({"teacher": "x", "text": "bytes"}, "--teacher with --text bytes is not built"),
+    ],
+)
+def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Config.of(**{"few_step": "consistency", "objective": "edm", **changes})
+
+
+def test_few_steps_from_random_weights_are_warned_of():
+    config = Config.of(few_step="consistency")
+    assert "--few-step consistency begins with random weights" in config.unprepared
+    assert [c.unprepared for c in (Config(), config.replace(init_from="x"), config.replace(teacher="x"))] == [None] * 3
+
+
+def test_coarse_precision_is_for_the_stages_with_large_steps():
+    stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 8, "stage_images": 1280}
+    assert Config.of(precision="bf16", steps=10, **stages).tuning.at(1279) == 0.5
+    with pytest.raises(UserError, match=r"= 0\.25 apart"):
+        Config.of(precision="bf16", steps=11, **stages)
+    assert Config.of(**stages).resolved("cuda").machine.precision == "fp32"
+    assert Config.of().resolved("cuda").machine.precision == "bf16"
+    assert [Config.of(**stages).tuning.at(n) for n in (1280, 1280 * 7, 10**9)] == [0.25, 2.0**-8, 2.0**-8]
+
+
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():
     assert Config().replace(objective="flow", eval_steps=2000).eval.eval_steps == 2000
 
@@ -107,6 +150,15 @@ def test_continuous_schedules_have_no_number_of_steps_to_exceed():
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_a_config_survives_json(config):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_from_before_the_time_scale_is_read_and_tells_it_only_where_it_is_set():
+    values = Config.of(objective="edm").to_dict()
+    del values["diffusion"]["time_scale"]
+    config = Config.from_dict(values)
+    assert config == Config.of(objective="edm")
+    assert config.diffusion.task == "edm on edm, sigma_data 0.5"
+    assert config.replace(time_scale=0.01).diffusion.task == "edm on edm, sigma_data 0.5, time scale 0.01"
 
 
 def test_an_unknown_field_is_named():
@@ -129,7 +181,7 @@ BAD = [
     ("eval_steps", 0), ("eval_steps", 1001), ("final_eval_samples", 1),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
-    ("sigma_data", -0.5), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
+    ("sigma_data", -0.5), ("time_scale", 0.0), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
     ("optimizer", "sgd"),
     ("lr_decay", "cosine"), ("decay_fraction", 0.0), ("decay_fraction", 1.5), ("decay_fraction", float("nan")),
 ]  # fmt: skip

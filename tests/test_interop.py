@@ -216,6 +216,7 @@ def test_both_grids_agree_where_the_steps_divide_the_timesteps(timesteps):
         ({"objective": "score"}, "objective 'score' cannot be exported"),
         ({"timesteps": 1001}, "1001 timesteps cannot be exported"),
         ({"timesteps": 1, "zero_terminal_snr": True}, "zero terminal SNR cannot be exported"),
+        ({"time_scale": 0.01}, "time scale 0.01 cannot be exported"),
     ],
 )
 def test_what_diffusers_cannot_draw_is_not_exported(tmp_path, changes, message):

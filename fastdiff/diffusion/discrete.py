@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.diffusion.schedule import Schedule
+from fastdiff.diffusion.schedule import FEW_STEP_LEVEL, Schedule
 from fastdiff.errors import UserError
 
 
@@ -101,11 +101,11 @@ class DiscreteSchedule(Schedule):
         self._table(t.device)  # here, outside of what is compiled or captured
         return t.round().long() if t.is_floating_point() else t
 
-    def grid(self, n: int, *, spacing: str = "auto") -> Tensor:
+    def grid(self, n: int, *, spacing: str = "auto", last_level: float = FEW_STEP_LEVEL) -> Tensor:
         """See `Schedule.grid`. `trailing` and `leading` give whole times, at most T of them; others lie between."""
         spacing = self.default_spacing if spacing == "auto" else spacing
         if spacing not in ("trailing", "leading"):
-            return super().grid(n, spacing=spacing)
+            return super().grid(n, spacing=spacing, last_level=last_level)
         if not 1 <= n <= self.T:
             raise UserError(
                 f"{n} sampling steps were asked for, but spacing {spacing} of {self.name} allows 1 to {self.T}."

@@ -35,9 +35,9 @@ def guided(
     """
     numbers = Guidance(scale, interval).numbers
 
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+    def denoise(x_t: Tensor, t: Tensor, *r: Tensor) -> Tensor:
         weight = guidance_weight(schedule, t, torch.tensor([numbers], dtype=torch.float64, device=x_t.device))
-        return guide(denoise_cond(x_t, t), denoise_other(x_t, t), weight)
+        return guide(denoise_cond(x_t, t, *r), denoise_other(x_t, t, *r), weight)
 
     return denoise
 

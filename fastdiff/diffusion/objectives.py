@@ -41,12 +41,14 @@ class Objective(ABC):
         time_sampling: a name in TIME_SAMPLINGS, or `auto`: the schedule's own.
         min_snr_gamma: the largest weight of `min-snr`.
         sigma_data: standard deviation of the data, for the objective `edm` and the weighting `edm`.
+        time_scale: factor of c_noise. Below 1 the network's output varies less between neighbouring times.
 
     Raises:
         UserError: an unknown weighting or time sampling, or a schedule that this kind or the time sampling cannot have.
     """
 
     needs_signal = False  # True if x0 cannot be recovered from the prediction where alpha = 0
+    shares_dropout = False  # True if `loss` evaluates the network more than once, with one `dropout_seed` (1,) in cond
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Objective(ABC):
         time_sampling: str = "auto",
         min_snr_gamma: float = 5.0,
         sigma_data: float = 0.5,
+        time_scale: float = 1.0,
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise UserError(f"weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}.")
@@ -66,7 +69,7 @@ class Objective(ABC):
             )
         sample_t(schedule, 1, time_sampling, generator=torch.Generator())  # a bad choice is refused here
         self.schedule, self.time_sampling = schedule, time_sampling
-        self.sigma_data, self.min_snr_gamma = sigma_data, min_snr_gamma
+        self.sigma_data, self.min_snr_gamma, self.time_scale = sigma_data, min_snr_gamma, time_scale
         self.log_weight = WEIGHTINGS[weighting]
 
     @property
@@ -80,9 +83,16 @@ class Objective(ABC):
         """n training times (n,) on `device`; see `times.sample_t`."""
         return sample_t(self.schedule, n, self.time_sampling, generator=generator, device=device)
 
+    def advance(self, images: int) -> None:  # noqa: B027
+        """Told on the host, before each step, how many images the run has seen."""
+
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""
-        return per_image(self.schedule.c_in(t), x_t) * x_t, self.schedule.c_noise(t)
+        return per_image(self.schedule.c_in(t), x_t) * x_t, self.c_noise(t)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        """The number that the network is given for t: the schedule's, scaled."""
+        return self.time_scale * self.schedule.c_noise(t)
 
     @abstractmethod
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -126,12 +136,13 @@ class Objective(ABC):
         error = (prediction.to(x0.dtype) - self.target(x0, t, eps)).square().flatten(1).mean(1)
         return self.weight(t).to(error.dtype) * error
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
         """The model's estimate of x0, (N, C, H, W), in the dtype of x_t.
 
         Args:
             x_t: (N, C, H, W).
             t: one time for all images (0-dim) or one for each (N,); above 0.
+            r: the time to which a sampler steps; of interest to flow maps alone.
         """
         t = t.expand(len(x_t))
         x_in, c_noise = self.precondition(x_t, t)
@@ -252,7 +263,7 @@ class EDMObjective(Objective):
         x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise)
         c_skip = alpha sigma_data^2 / d^2,   c_out = sigma sigma_data / d,   c_in = 1 / d
 
-    c_noise is the schedule's. `uniform` is the weighting of the paper, 1 / c_out^2 on the error of x0_hat.
+    c_noise is as for every objective. `uniform` is the weighting of the paper, 1 / c_out^2 on the error of x0_hat.
     """
 
     def _d(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -260,7 +271,7 @@ class EDMObjective(Objective):
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_in x_t and c_noise."""
-        return x_t / self._d(*self._alpha_sigma(t, x_t)), self.schedule.c_noise(t)
+        return x_t / self._d(*self._alpha_sigma(t, x_t)), self.c_noise(t)
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """(x0 - c_skip x_t) / c_out (eq. 8), written out without the division by sigma."""
@@ -299,6 +310,7 @@ def make_objective(
     time_sampling: str = "auto",
     min_snr_gamma: float = 5.0,
     sigma_data: float = 0.5,
+    time_scale: float = 1.0,
 ) -> Objective:
     """Build an objective from the names of its parts: see `make_schedule` and `Objective`.
 
@@ -313,4 +325,5 @@ def make_objective(
         time_sampling=time_sampling,
         min_snr_gamma=min_snr_gamma,
         sigma_data=sigma_data,
+        time_scale=time_scale,
     )

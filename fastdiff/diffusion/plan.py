@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t (N, C, H, W), t 0-dim float64) -> x0_hat (N, C, H, W)
+Denoise = Callable[..., Tensor]  # (x_t (N, C, H, W), t 0-dim float64, perhaps r) -> x0_hat (N, C, H, W)
 Noise = Callable[[Tensor], Tensor]  # like (N, C, H, W) -> standard normal, of its shape
 OnStep = Callable[[int, Tensor, Tensor], object]  # (i, x before step i, x0_hat of step i)
 # What a step carries to the next, x first. Every member keeps its shape, dtype and device.

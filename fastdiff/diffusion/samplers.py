@@ -4,7 +4,7 @@ Each function here (and in multistep.py) turns a schedule and a grid into a plan
 `SAMPLERS` holds them in their public form `f(denoise, schedule, x_T, ts, *, clip_x0=False, generator=None,
 on_step=None, **options) -> x_0`:
 
-    denoise    `denoise(x_t, t) -> x0_hat`, (N, C, H, W) for a 0-dim float64 t
+    denoise    `denoise(x_t, t) -> x0_hat`, (N, C, H, W) for a 0-dim float64 t; consistency and flow-map pass r as well
     x_T        (N, C, H, W), `schedule.prior_std` times standard normal noise; the result has its dtype and device
     ts         (n + 1,) float64 descending times, ts[-1] = 0 for clean images: `schedule.grid(n)`
     clip_x0    clamp each x0_hat to [-1, 1]; scores and noise estimates follow from the clamped value
@@ -70,6 +70,46 @@ def ddim(schedule: Schedule, ts: Tensor, *, eta: float = 0.0) -> Plan:
     # x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z, with eps = (x_t - alpha_t x0) / sigma_t.
     from_x_t = (sigma_s**2 - std**2).clamp(min=0.0).sqrt() / sigma_t
     return linear(ts, from_x_t, [alpha_s - alpha_t * from_x_t], std)
+
+
+def consistency(schedule: Schedule, ts: Tensor) -> Plan:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): the estimate of x0, then fresh noise up to s.
+
+    For a consistency model every estimate is a sample, and those after the first mend it. `Schedule.grid` has a spacing
+    for it, `few-step`. Of other networks each estimate is a blurred mean. A single step is ddim's.
+    """
+    return flow_map(schedule, ts, gamma=1.0)
+
+
+def flow_map(schedule: Schedule, ts: Tensor, *, gamma: float = 0.0) -> Plan:
+    """Steps of a flow map: from t down to r, then noise up to s (Kim et al. 2024, algorithm 2).
+
+    The denoiser is told r. With gamma = 0 the step ends at s, with 1 at the data. By one that heeds no r it is ddim.
+
+    Args:
+        gamma: share of the noise at s that is drawn afresh, in [0, 1]: rho_r = sqrt(1 - gamma^2) rho_s.
+    """
+    if not 0.0 <= gamma <= 1.0:
+        raise UserError(f"gamma is {gamma}, but must lie in [0, 1] (0: deterministic, 1: as the sampler consistency).")
+    alpha_t, sigma_t, alpha_s, sigma_s = step_ends(schedule, ts)
+    s = check_grid(schedule, ts)[1:]
+    r = schedule.t_of_log_snr(schedule.log_snr(s) - math.log1p(-(gamma**2))) if gamma < 1 else torch.zeros_like(s)
+    r = torch.where(s > 0, s if gamma == 0 else r, 0.0)
+    alpha_r, sigma_r = schedule.alpha(r), schedule.sigma(r)
+    keep, rescale = sigma_r / sigma_t, alpha_s / alpha_r
+    std = (sigma_s**2 - (rescale * sigma_r) ** 2).clamp(min=0.0).sqrt() if gamma > 0 else torch.zeros_like(s)
+    noisy = [std] if bool((std > 0).any()) else []
+    table = torch.stack([rescale * keep, rescale * (alpha_r - alpha_t * keep), r, *noisy], 1)
+    return [Rows(mapped_step, ts.double().cpu()[:-1, None], table)]
+
+
+def mapped_step(denoise: Denoise, noise: Noise, t: Tensor, row: Tensor, state: State) -> tuple[State, Tensor]:
+    """A row: weights of x_t and of x0_hat; r; and the weight of noise, if there is any."""
+    (x,) = state
+    a, b, r, *std = row.unbind()
+    x0 = denoise(x, t[0], r.to(t.dtype))
+    x = a * x + b * x0
+    return (x + std[0] * noise(x) if std else x,), x0
 
 
 def euler_ancestral(schedule: Schedule, ts: Tensor, *, eta: float = 1.0) -> Plan:
@@ -260,6 +300,8 @@ PLANS: dict[str, Callable[..., Plan]] = {
     "dpmpp-3m": multistep.dpmpp_3m,
     "dpmpp-2m-sde": multistep.dpmpp_2m_sde,
     "unipc": multistep.unipc,
+    "consistency": consistency,
+    "flow-map": flow_map,
 }
 
 
@@ -282,7 +324,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {name: _sampler(make) for name, mak
 
 def clipping(denoise: Denoise) -> Denoise:
     """`denoise`, its estimates clamped to [-1, 1]."""
-    return lambda x_t, t: denoise(x_t, t).clamp(-1.0, 1.0)
+    return lambda x_t, *t: denoise(x_t, *t).clamp(-1.0, 1.0)
 
 
 def own_options(name: str) -> dict[str, float | int | str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.errors import UserError
 
 KARRAS_RHO = 7.0  # Karras et al. 2022, table 1
+FEW_STEP_LEVEL, FEW_STEP_TOP = 0.821, 80.0  # sigma / alpha: Geng et al. 2024; EDM's noisiest
 
 
 class Schedule(ABC):
@@ -125,7 +126,7 @@ class Schedule(ABC):
         """The nearest times that training uses: t itself; on discrete schedules whole times, int64."""
         return t
 
-    def grid(self, n: int, *, spacing: str = "auto") -> Tensor:
+    def grid(self, n: int, *, spacing: str = "auto", last_level: float = FEW_STEP_LEVEL) -> Tensor:
         """The times of an n-step sampler: (n + 1,) float64, descending from t_max (`leading`: from below it) to 0.
 
         Args:
@@ -137,10 +138,14 @@ class Schedule(ABC):
                 `uniform`: from t_max to t_min, evenly in t.
                 `karras`: from t_max to t_min, evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
                 `log-snr`: from t_max to t_min, evenly in log-SNR (Lu et al. 2022, section 3.3).
+                `few-step`: from t_max to sigma / alpha = last_level, evenly in (sigma / alpha)^(1/7); where t_max lies
+                    above 80 the others are as from 80.
                 `auto`: `default_spacing`.
+            last_level: sigma / alpha at the start of the last step, of spacing few-step; n = 1 has only t_max.
 
         Raises:
-            UserError: n below 1, an unknown spacing, or one that this schedule does not have.
+            UserError: n below 1, an unknown spacing, or one that this schedule does not have; or a last_level that is
+                not above 0 and below the noisiest level.
         """
         spacing = self.default_spacing if spacing == "auto" else spacing
         if n < 1:
@@ -151,12 +156,27 @@ class Schedule(ABC):
             times = torch.linspace(self.t_max, self.t_min, n, dtype=torch.float64)
         elif spacing in ("karras", "log-snr"):
             times = self._grid_in_log_snr(n, spacing)
+        elif spacing == "few-step":
+            times = self._few_step_grid(n, last_level)
         elif spacing == "leading":
             raise UserError(f"spacing leading is for discrete schedules; with {self.name} choose trailing or uniform.")
         else:
-            raise UserError(f"spacing {spacing!r} is unknown; choose trailing, leading, uniform, karras or log-snr.")
+            raise UserError(
+                f"spacing {spacing!r} is unknown; choose trailing, leading, uniform, karras, log-snr or few-step."
+            )
         times[0] = self.t_max  # exactly, whatever rounding did
         return torch.cat([times, times.new_zeros(1)])
+
+    def _few_step_grid(self, n: int, last_level: float) -> Tensor:
+        """n times from t_max, at most sigma / alpha = FEW_STEP_TOP in the spacing, to last_level."""
+        noisiest = (-0.5 * self._log_snr(torch.tensor(self.t_max, dtype=torch.float64))).exp().item()
+        top = min(noisiest, FEW_STEP_TOP)
+        if not 0 < last_level < top:
+            raise UserError(
+                f"--last-level is {last_level:g}, but must lie above 0 and below {top:.3g}, a level of sigma / alpha."
+            )
+        roots = torch.linspace(top ** (1 / KARRAS_RHO), last_level ** (1 / KARRAS_RHO), n, dtype=torch.float64)
+        return self.t_of_log_snr(-2 * KARRAS_RHO * roots.log())
 
     def _grid_in_log_snr(self, n: int, spacing: str) -> Tensor:
         """n times from t_max to t_min. Raises UserError where the log-SNR at t_max is infinite."""

@@ -4,15 +4,17 @@ Each entry of TIME_SAMPLINGS is `f(schedule, n, generator, device) -> t`, (n,) o
 A schedule turns fractions of its time axis into times by `time_at`, and log-SNRs by `t_of_log_snr`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.schedule import Schedule
+from fastdiff.diffusion.schedule import FEW_STEP_TOP, Schedule
 from fastdiff.errors import UserError
 
 P_MEAN, P_STD = -1.2, 1.2  # of log sigma; Karras et al. 2022, table 1
+WIDE_MEAN, WIDE_STD = -1.1, 2.0  # Geng et al. 2024, which trains one step from the noisiest time as well
 
 
 def uniform(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -32,10 +34,21 @@ def low_discrepancy(
     return schedule.time_at((offset + torch.arange(n, device=device, dtype=torch.float64) / n) % 1.0)
 
 
-def log_normal(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """ln(sigma / alpha) ~ N(-1.2, 1.2^2) (Karras et al. 2022, table 1), clamped to [t_min, t_max]."""
-    log_ratio = P_MEAN + P_STD * torch.randn(n, generator=generator, device=device, dtype=torch.float64)
+def log_normal(
+    schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str,
+    *, mean: float = P_MEAN, std: float = P_STD,
+) -> Tensor:  # fmt: skip
+    """ln(sigma / alpha) ~ N(mean, std^2) (Karras et al. 2022, table 1), clamped to [t_min, t_max]."""
+    log_ratio = mean + std * torch.randn(n, generator=generator, device=device, dtype=torch.float64)
     return schedule.t_of_log_snr(-2.0 * log_ratio).clamp(schedule.t_min, schedule.t_max)
+
+
+def wide_log_normal(
+    schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str
+) -> Tensor:
+    """ln(sigma / alpha) ~ N(-1.1, 2^2) (Geng et al. 2024); levels above 80 are t_max, where a single step starts."""
+    t = log_normal(schedule, n, generator, device, mean=WIDE_MEAN, std=WIDE_STD)
+    return torch.where(schedule.log_snr(t) < -2.0 * math.log(FEW_STEP_TOP), schedule.t_max, t)
 
 
 def logit_normal(schedule: Schedule, n: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -57,6 +70,7 @@ TIME_SAMPLINGS: dict[str, Callable[[Schedule, int, torch.Generator | None, torch
     "uniform": uniform,
     "low-discrepancy": low_discrepancy,
     "log-normal": log_normal,
+    "wide-log-normal": wide_log_normal,
     "logit-normal": logit_normal,
 }
 

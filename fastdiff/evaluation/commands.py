@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
+    last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
+    settings = replace(settings, last_level=last_level)
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
     if guide is not None and guide.task != trained.task:
         raise UsageError(
@@ -59,7 +62,8 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
         )
     if guide is not None and guide.model.text is not None:
         raise UsageError("--guide: a guide reads bytes by an encoder of its own, which is not built; drop --guide.")
-    machine = trained.config.replace(device=device.type, precision=flags.precision).resolved(device.type).machine
+    machine = Config.of(machine=trained.config.machine, device=device.type, precision=flags.precision)
+    machine = machine.resolved(device.type).machine
     if machine.warning:
         print(f"warning: {machine.warning}", file=sys.stderr)
     generator = trained.generator(
@@ -242,6 +246,7 @@ def _record(trained: Trained, *rows: dict[str, Any], sweep: Sequence[dict[str, A
             for row in rows:
                 run.log_eval(row)
                 plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
+                plots.plot_few_steps(run.eval_rows(), run.saves / "few-step.png")
             if sweep:
                 plots.plot_guidance(sweep, run.saves / "guidance.png")
                 print(f"{run.saves / 'guidance.png'}: the distance against guidance", file=sys.stderr)
@@ -325,7 +330,7 @@ def export(flags: Export) -> None:
         if flags.to == "diffusers":
             save_diffusers_pipeline(
                 trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
-                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr,
+                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr, time_scale=process.time_scale,
             )  # fmt: skip
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}

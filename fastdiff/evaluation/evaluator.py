@@ -1,6 +1,6 @@
 """Evaluations while a run trains: samples, their distance to the training images, and pictures in the run directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ class Evaluator:
         guidance: to it.
         seed: of the noise, the same at every evaluation, so that the pictures of a run can be compared.
         say: prints a line.
+        few_steps: draw from the same network in few steps; each is a row in the metrics and in the picture few-step.
     """
 
     generator: Generator
@@ -42,6 +43,7 @@ class Evaluator:
     say: Callable[[str], None]
     wishes: Wishes | None = None
     guidance: Guidance = NONE
+    few_steps: Sequence[Generator] = ()
 
     def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
         """Evaluate; every rank must call it.
@@ -55,16 +57,23 @@ class Evaluator:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
         draw = partial(evaluate, self.generator, seed=self.seed, check=check, ranks=self.ranks, guidance=self.guidance)
-        columns, row = None, {}
+        columns, row, few = None, {}, []
+        asked = self.wishes.of(samples) if self.wishes is not None else None
+        for generator in self.few_steps if self.distance is not None else ():
+            measured, _ = evaluate(
+                generator, self.distance, n=samples, keep=0, seed=self.seed, check=check, ranks=self.ranks,
+                conditions=asked,
+            )  # fmt: skip
+            few.append(measured)
         if self.wishes is None:
             row, grid = draw(self.distance, n=samples, keep=self.grid)
         else:
             if self.distance is not None:
-                row, _ = draw(self.distance, n=samples, keep=0, conditions=self.wishes.of(samples))
+                row, _ = draw(self.distance, n=samples, keep=0, conditions=asked)
             shown = min(len(self.wishes.names), self.grid)
             columns = self.grid // shown
-            asked = {name: v[:shown].repeat_interleave(columns, 0) for name, v in self.wishes.rows.items()}
-            _, grid = draw(None, n=columns * shown, keep=columns * shown, conditions=asked, columns=columns)
+            rows = {name: v[:shown].repeat_interleave(columns, 0) for name, v in self.wishes.rows.items()}
+            _, grid = draw(None, n=columns * shown, keep=columns * shown, conditions=rows, columns=columns)
         if self.run is None:
             return None
         with self.run.spared(self.say):
@@ -80,10 +89,9 @@ class Evaluator:
         self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:
             return None
-        row |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}
-        self.run.log_eval(row)
-        self.say(
-            f"step {step:,}: {row['metric']} {row['value']:.3f} "
-            f"({row['samples']:,} samples, {row['sampler']} {row['sampler_steps']} steps, {row['seconds']:.0f} s)"
-        )
+        for each in (*few, row):
+            each |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}
+            self.run.log_eval(each)
+            drawn = f"{each['samples']:,} samples, {each['sampler']} {each['sampler_steps']} steps"
+            self.say(f"step {step:,}: {each['metric']} {each['value']:.3f} ({drawn}, {each['seconds']:.0f} s)")
         return row

@@ -15,7 +15,7 @@ from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.plan import OnStep, Plan
 from fastdiff.diffusion.samplers import PLANS, own_options
-from fastdiff.diffusion.schedule import Schedule
+from fastdiff.diffusion.schedule import FEW_STEP_LEVEL, Schedule
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
@@ -36,8 +36,9 @@ class SamplerSettings:
         steps: steps of the sampler, each from one time of the grid to the next; most samplers evaluate the network
             once in each (see `plan.evaluations`).
         eta: of ddim, in [0, 1]; 0 for samplers without it.
-        spacing: of the grid, see `Schedule.grid`; `auto` is the schedule's own.
+        spacing: of the grid, see `Schedule.grid`; `auto` is the schedule's own, but few-step for consistency.
         extra: the sampler's other options, by their names in its function.
+        last_level: of spacing few-step.
 
     Raises:
         UsageError: an unknown sampler, no step, or an option or eta that it does not have.
@@ -48,6 +49,7 @@ class SamplerSettings:
     eta: float = 0.0
     spacing: str = "auto"
     extra: Mapping[str, float | int | str] = field(default_factory=dict)
+    last_level: float = FEW_STEP_LEVEL
 
     def __post_init__(self) -> None:
         if self.name not in PLANS:
@@ -63,7 +65,11 @@ class SamplerSettings:
 
     def times(self, schedule: Schedule) -> Tensor:
         """The grid (steps + 1,) float64. Raises UserError where the schedule has no such grid."""
-        return schedule.grid(self.steps, spacing=self.spacing)
+        return schedule.grid(self.steps, spacing=self._spacing, last_level=self.last_level)
+
+    @property
+    def _spacing(self) -> str:
+        return "few-step" if self.name == "consistency" and self.spacing == "auto" else self.spacing
 
     def plan(self, schedule: Schedule) -> Plan:
         """The sampler's steps on the schedule. Raises UserError for a grid or an option that it does not have."""
@@ -74,6 +80,8 @@ class SamplerSettings:
     def label(self) -> str:
         """The sampler's name, and what differs from its defaults: unipc (log-snr, order=2)."""
         parts = [self.spacing] if self.spacing != "auto" else []
+        if self._spacing == "few-step" and self.last_level != FEW_STEP_LEVEL:
+            parts.append(f"last_level={self.last_level:g}")
         parts += [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.extra.items()
         ]
@@ -142,7 +150,7 @@ def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions
     return {**conditions, "text": text, "text_mask": mask}
 
 
-def _padded(nothing: Tensor, given: Tensor | None) -> Tensor:
+def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
     """The tokens, or mask, of the empty text with as many positions as those of a text (N, L, ...) have."""
     if given is None or nothing.ndim == 0:
         return nothing
@@ -203,15 +211,15 @@ class Generator:
         self.few_loop = GraphLoop(self._denoiser(self.net, self.guide), device)  # not worth compiling
 
     def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        def denoise(x_t: Tensor, t: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, t: Tensor, *r: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
             x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 if guidance is None:
-                    return x0_hat(model, x_t, t, **conditions).clamp(-1.0, 1.0)
+                    return x0_hat(model, x_t, t, *r, **conditions).clamp(-1.0, 1.0)
                 if other is None:  # the conditions have 2 N rows: what is asked for, then nothing
-                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, **conditions).chunk(2)
+                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, *r, **conditions).chunk(2)
                 else:
-                    asked, rest = x0_hat(model, x_t, t, **conditions), x0_hat(other, x_t, t, **conditions)
+                    asked, rest = (x0_hat(net, x_t, t, *r, **conditions) for net in (model, other))
                 weight = guidance_weight(self.objective.schedule, t, guidance)
                 return guide(asked, rest, weight).clamp(-1.0, 1.0)
 
@@ -323,7 +331,7 @@ class Generator:
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
         """What the denoiser is told about n images."""
         given = {name: v.to(self.device) for name, v in given.items()}
-        nothing = {name: _padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
+        nothing = {name: padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
         given, nothing = with_tokens(self.encoder, nothing | given), with_tokens(self.encoder, nothing)
         if guidance.scale == 1:
             return given
@@ -348,7 +356,7 @@ class Generator:
             if self.graphs:
                 return loop.run(self.plan, x_T, conditions=conditions, on_step=on_step)
 
-            def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-                return loop.denoise(x_t, t, **conditions)
+            def denoise(x_t: Tensor, *t: Tensor) -> Tensor:
+                return loop.denoise(x_t, *t, **conditions)
 
             return plan.run(self.plan, denoise, x_T, generator=loop.generator, on_step=on_step)

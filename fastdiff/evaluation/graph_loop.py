@@ -74,7 +74,7 @@ class _FixedStep:
     def _body(self) -> None:
         t, row = self.times.index_select(0, self.index)[0], self.table.index_select(0, self.index)[0]
         state, x0 = self.step(
-            lambda x_t, t: self.loop.denoise(x_t, t, **self.conditions),
+            lambda x_t, *t: self.loop.denoise(x_t, *t, **self.conditions),
             lambda like: noise_like(like, self.loop.generator), t, row, self.state,
         )  # fmt: skip
         self.x0.copy_(x0)

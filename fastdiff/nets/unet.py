@@ -90,6 +90,9 @@ class UNet(nn.Module):
 
         self.text = ByteEncoder(config.text_width, config.text_blocks) if config.text_encoder == "bytes" else None
         self.time = TimeEmbedding(config.channels)
+        self.span = TimeEmbedding(config.channels) if config.two_times else None
+        if self.span is not None:
+            zeroed(self.span.linear_2)
         self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
 
@@ -122,7 +125,7 @@ class UNet(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, dropout_seed: Tensor | None = None, *, labels: Tensor | None = None,
-        text: Tensor | None = None, text_mask: Tensor | None = None,
+        text: Tensor | None = None, text_mask: Tensor | None = None, span: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Predict from noised images.
 
@@ -133,11 +136,14 @@ class UNet(nn.Module):
             labels: (N,) int64 in 0..num_classes, of which the last means no class; only if the network has classes.
             text, text_mask: tokens (N, L, text_width), and which of them count, (N, L) bool, at least one in each row;
                 only if the network has a text encoder.
+            span: (N,) how far its output leads in time, 0 or more, in units of t; only if the network has two times.
 
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
         embedding = self.time(t)
+        if self.span is not None:
+            embedding = embedding + self.span(span)
         if self.label is not None:
             embedding = embedding + self.label(labels)
         embedding = F.silu(embedding)

@@ -21,10 +21,11 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, LIGHT = "#2563eb", "#d97706", "#059669", "#7c
 
 
 def plot_run(train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Sequence[Row], folder: Path) -> None:
-    """All curves of a run: loss.png, throughput.png, fid.png, loss-by-noise.png; each where there are rows for it."""
+    """All curves of a run, a PNG each: loss, throughput, fid, few-step, loss-by-noise; none without rows for it."""
     plot_loss(train_rows, folder / "loss.png")
     plot_throughput(train_rows, folder / "throughput.png")
     plot_distance(eval_rows, folder / "fid.png")
+    plot_few_steps(eval_rows, folder / "few-step.png")
     plot_loss_by_noise(noise_rows, folder / "loss-by-noise.png")
 
 
@@ -87,6 +88,37 @@ def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
         axes.margins(y=0.15)  # room for the label below the lowest point
         _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
         axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_few_steps(rows: Sequence[Row], path: PathLike) -> None:
+    """The Frechet distance against the sampler's steps, from the newest evaluation of each, without guidance.
+
+    No file unless some sampler was measured in more than one number of steps.
+    """
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:  # a later one takes an earlier one's place
+        if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
+            how = f"{row['sampler']}, {row['samples']:,} samples"
+            curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
+    if all(len(curve) < 2 for curve in curves.values()):
+        return
+    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
+    axes: Axes = figure.subplots()
+    axes.set_title(
+        "Frechet distance against sampling steps (lower is better)", fontsize=11, fontweight="bold", loc="left"
+    )
+    axes.set_xlabel("steps")
+    axes.set_ylabel(next(iter(curves))[0])
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for ((_, how), curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        steps = sorted(curve)
+        axes.plot(steps, [curve[n] for n in steps], "o-", color=colour, linewidth=1.8, markersize=4.5, label=how)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
+    axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

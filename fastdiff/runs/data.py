@@ -63,7 +63,7 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
 
 
 def with_conditions(config: Config, images: ImageSet) -> Config:
-    """The config with what its data say: the classes, and which text encoder it is.
+    """The config with what its data say, the classes and which text encoder it is; and the network's second time.
 
     A run keeps the names of its classes, and its encoder.
 
@@ -72,6 +72,7 @@ def with_conditions(config: Config, images: ImageSet) -> Config:
     """
     if config.conditions.captions is not None:
         config = config.replace(captions=_path(config.conditions.captions))
+    config = config.replace(two_times=config.tuning.few_step == "flow-map")
     return _with_text(_with_classes(config, images))
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
-TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds", "skipped")
+TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds", "skipped", "gap")
 EVAL_COLUMNS = (
     *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
     *("features", "feature_size", "reference", "seconds", "checkpoint"),

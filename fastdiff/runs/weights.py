@@ -1,6 +1,8 @@
 """Averaged weights as they were saved: in a run, one checkpoint, a folder of `export`, or by diffusers."""
 
+import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,25 +104,32 @@ class InitialWeights:
 
 
 def initial_weights(config: Config) -> InitialWeights | None:
-    """What `--init-from` names, if anything.
+    """What `--init-from` names, or else `--teacher`, if anything.
 
     Raises:
-        UserError: it cannot be read, or is of another shape than the run's network.
+        UserError: it cannot be read, or its network has another shape or time scale than the run's.
     """
-    if config.optim.init_from is None:
+    named = config.optim.init_from or config.tuning.teacher
+    if named is None:
         return None
-    path = Path(config.optim.init_from).expanduser()
+    path = Path(named).expanduser()
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
-        names = trained.config.conditions.class_names
+        names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
         source = f"{trained.path}, step {trained.step:,}"
     else:
         network = read_diffusers(path, image_size=config.net.image_size)
-        net, state, task, source, names = network.config, network.state, network.task, str(path), ()
-    _check_net(path, config.net, net)
-    state, named = _with_labels(path, config, net, state, theirs=names)
-    source += named
+        net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
+    if config.diffusion.time_scale != scale:
+        raise UserError(
+            f"--init-from {path} was trained with --time-scale {scale:g}, but this run has "
+            f"{config.diffusion.time_scale:g}, by which its network would take each noise level for another; add "
+            f"--time-scale {scale:g}."
+        )
+    _check_net(f"--init-from {path}", config.net, net)
+    state, labels = _with_labels(path, config, net, state, theirs=names)
+    source += labels
     source += f", trained as {task}" if task is not None else ""
     other = task is not None and task != config.diffusion.task
     warning = (
@@ -129,14 +138,60 @@ def initial_weights(config: Config) -> InitialWeights | None:
     return InitialWeights(state, source, warning)
 
 
-def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
+@dataclass(frozen=True)
+class TeacherWeights:
+    """Averaged weights that a run learns from, on the CPU; where they lie, and what they are."""
+
+    state: dict[str, Tensor]
+    path: str
+    sha256: str
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """What a checkpoint keeps of them."""
+        return {"teacher_path": self.path, "teacher_sha256": self.sha256}
+
+
+def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights | None:
+    """What `--teacher` names, if anything.
+
+    Args:
+        saved: the state of the checkpoint to go on from, which knows the teacher by its content; {} for a new run.
+
+    Raises:
+        UserError: it cannot be read, was trained for something else, or is another one than before.
+    """
+    named, known = config.tuning.teacher, saved.get("teacher_sha256")
+    if saved and (named is None) != (known is None):
+        raise UserError("--resume cannot add or drop a --teacher, which would change what is trained.")
+    if named is None:
+        return None
+    if saved and named == Config.from_dict(saved["config"]).tuning.teacher:
+        named = saved["teacher_path"]
+    trained, flag = read_trained(Path(named).expanduser()), f"--teacher {named}"
+    ours, theirs = ((c.diffusion.task, *c.conditions.class_names) for c in (config, trained.config))
+    if ours != theirs:
+        raise UserError(
+            f"{flag} was trained as {', '.join(theirs)}, but this run trains {', '.join(ours)}; a teacher has the same "
+            "objective, schedule and classes."
+        )
+    _check_net(flag, config.net, trained.config.net)
+    digest = hashlib.sha256()
+    for name, value in sorted(trained.state.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    if known not in (None, digest.hexdigest()):
+        raise UserError(f"{flag} holds other weights than those that the run has learned from; restore them.")
+    return TeacherWeights(trained.state, str(trained.path.resolve()), digest.hexdigest())
+
+
+def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
     """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
 
     text = ("text_width", "text_blocks")
     if here.text_encoder != there.text_encoder:
         told = {"none": "no texts", "bytes": "--text bytes", "frozen": "a frozen text encoder"}
         raise UserError(
-            f"--init-from {path} holds a network with {told[there.text_encoder]}, but this run has "
+            f"{flag} holds a network with {told[there.text_encoder]}, but this run has "
             f"{told[here.text_encoder]}; choose --text as there."
         )
 
@@ -145,6 +200,7 @@ def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
         ours = values.keys() - {
             "dropout",
             "num_classes",
+            *(("two_times",) if here.two_times else ()),  # which begins without effect
             *(text if here.text_encoder == there.text_encoder == "none" else ()),
         }
         return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
@@ -154,7 +210,7 @@ def _check_net(path: Path, here: UNetConfig, there: UNetConfig) -> None:
     if wrong:
         listed = "; ".join(f"{flag} is {value} here, {theirs[flag]} there" for flag, value in wrong.items())
         raise UserError(
-            f"--init-from {path} holds a network of another shape: {listed}. Add "
+            f"{flag} holds a network of another shape: {listed}. Add "
             f"{' '.join(_as_flag(flag, theirs[flag]) for flag in wrong)}."
         )
 

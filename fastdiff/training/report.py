@@ -32,6 +32,10 @@ def facts(
     device, size, machine, diffusion = ranks.device, ranks.size, config.machine, config.diffusion
     batch, deterministic = config.optim.batch_size, ", deterministic" if machine.deterministic else ""
     graphs = machine.graphs and device.type == "cuda"
+    few_step = config.tuning.few_step
+    learning = f"weighting {diffusion.weighting}" if few_step == "none" else few_step
+    if config.tuning.teacher is not None:
+        learning += f" by the teacher {config.tuning.teacher}"
     return {
         "ranks": f"{size}, each with {batch // size} of {batch} images",
         "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -43,7 +47,7 @@ def facts(
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g}, {LearningRate.of(config)}",
         "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
-        "objective": f"{diffusion.objective} on {diffusion.schedule}, weighting {diffusion.weighting}",
+        "objective": f"{diffusion.objective} on {diffusion.schedule}, {learning}",
         "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",
         **({"weights": f"from {initial.source}"} if initial is not None else {}),
         "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
@@ -69,13 +73,14 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
     A partial window at the end of a run is logged but not reset, so that resuming with a larger --steps reproduces the
     unbroken run.
     """
-    config, step = state.config, state.step
+    config, step, tuning = state.config, state.step, state.config.tuning
     last_step, last_seconds = state.last_log
     whole = step % config.run.log_every == 0
     row = {
         "step": step,
         "images": state.images,
         **state.metrics.means(reset=whole),
+        **({} if tuning.few_step == "none" else {"gap": tuning.at(state.images - config.optim.batch_size)}),
         "lr": LearningRate.of(config)(step - 1),
         "images_per_second": (step - last_step) * config.optim.batch_size / (state.seconds - last_seconds),
         "seconds": state.seconds,

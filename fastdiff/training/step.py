@@ -115,6 +115,8 @@ class TrainStep:
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = normalize(images)
+        if self.objective.shares_dropout:
+            cond["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.objective.loss(self._network, x0, t, eps, **self._read(cond))
             return losses.mean(), losses.detach()
@@ -155,6 +157,7 @@ class TrainStep:
         if self.noise is not None:
             self.noise.manual_seed(step_seed(self.seed, step))
         self.number.fill_(step)
+        self.objective.advance(step * len(images) * self.size)
         self.update.begin(lr=self.lr(step))
         self.run()
         self.metrics.step()
@@ -208,8 +211,8 @@ class TrainStep:
         self.account(t, image_losses, loss, grad_norm)
 
     def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
-        """Add a step to the sums: t and losses (N,) of all its images, their mean loss and gradient norm (0-dim)."""
-        self.noise_levels.update(self.objective.schedule.log_snr(t), losses)
+        """Add a step to the sums: t (N,) or (N, 2) and losses (N,) of all its images; their mean and gradient norm."""
+        self.noise_levels.update(self.objective.schedule.log_snr(t if t.ndim == 1 else t[:, 0]), losses)
         self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
 
     def times(self, n: int, step: int) -> Tensor:

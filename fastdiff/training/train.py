@@ -21,7 +21,6 @@ from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader, make_loader
-from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
 from fastdiff.evaluation.evaluator import Evaluator
@@ -40,7 +39,7 @@ from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data, with_conditions
 from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.texts import text_reader
-from fastdiff.runs.weights import InitialWeights, initial_weights
+from fastdiff.runs.weights import InitialWeights, TeacherWeights, initial_weights, teacher_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
@@ -53,6 +52,7 @@ from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep, step_seed
+from fastdiff.training.tuning import objective_of
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
@@ -109,6 +109,9 @@ def train(
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
+        learned = saved.state if saved is not None else {}
+        teacher = ranks.share(teacher_weights(config, learned) if ranks.is_main else None, "the teacher")
+        data |= teacher.saved if teacher is not None else {}
         distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
         check_loader(config.images.loader)
         conditions = _make_conditions(config, image_set, ranks)
@@ -122,7 +125,7 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, image_set, ranks, run, progress, stop)
 
-        step, model, ema = _make_step(config, conditions, ranks, initial)
+        step, model, ema = _make_step(config, conditions, ranks, initial, teacher)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
@@ -138,7 +141,8 @@ def train(
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
             for warning in (
-                initial and initial.warning, unnoised_end(step.objective.schedule), config.machine.warning,
+                initial.warning if initial else config.unprepared, unnoised_end(step.objective.schedule),
+                config.machine.warning,
             ):  # fmt: skip
                 if warning:
                     progress.print(f"{'warning':<10} {warning}")
@@ -309,15 +313,18 @@ def _make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[
 
 
 def _make_step(
-    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None
-) -> tuple[TrainStep, UNet, EMA]:
+    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None,
+    teacher: TeacherWeights | None,
+) -> tuple[TrainStep, UNet, EMA]:  # fmt: skip
     """The network, its average, and the step that trains it."""
+    read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
+    objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     optim, machine = config.optim, config.machine
     bf16, compile = machine.precision == "bf16", machine.compile == "on"
     torch.manual_seed(config.run.seed)
     model = UNet(config.net).to(ranks.device)
     if initial is not None:
-        model.load_state_dict(initial.state)
+        model.load_state_dict(model.state_dict() | initial.state)  # which may lack the second time
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(
@@ -326,7 +333,7 @@ def _make_step(
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
-        network, make_objective(**config.diffusion.arguments), update, lr=LearningRate.of(config),
+        network, objective, update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
         encoder=model.text,
@@ -336,19 +343,22 @@ def _make_step(
 
 def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
     config, net, machine = session.config.eval, session.config.net, session.config.machine
+    level = session.config.tuning.last_level
     read = text_reader(session.config, cache_folder(session.config.images.data_root))
-    generator = Generator(
-        fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
-        SamplerSettings(config.eval_sampler, config.eval_steps), batch_size=config.eval_batch_size,
-        image_shape=(net.image_channels, net.image_size, net.image_size), device=session.ranks.device, bf16=step.bf16,
-        compile=machine.compile == "on", graphs=machine.graphs, nothing=nothing(session.config, read),
-        encoder=ema.model.text if isinstance(ema.model, UNet) else None,
+    draws = partial(
+        Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
+        batch_size=config.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
+        device=session.ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
+        nothing=nothing(session.config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
+    generator = draws(SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level))
+    few = [draws(SamplerSettings("consistency", n, last_level=level)) for n in config.eval_few_steps]
     guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
     return Evaluator(
         generator, distance, session.ranks, session.run, grid=config.grid_samples,
         seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
         wishes=wishes(session.config, session.image_set, read), guidance=guidance,
+        few_steps=few,
     )  # fmt: skip
 
 

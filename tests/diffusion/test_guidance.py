@@ -17,7 +17,7 @@ S_C, S_U = 0.4, 0.9  # standard deviations of the class and of all data
 def gaussian(mean, std, schedule=VE):
     """E[x0 | x_t] for x0 ~ N(mean, std^2)."""
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         a, s = schedule.alpha(t), schedule.sigma(t)
         return mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
 

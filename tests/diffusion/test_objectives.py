@@ -152,6 +152,16 @@ def test_edm_s_network_has_input_and_target_of_unit_variance(name):
     assert (objective.target(x0, t, eps).var((1, 2, 3)) - 1).abs().max() < limit
 
 
+@pytest.mark.parametrize(("kind", "name"), [("x0", "cosine"), ("edm", "edm")])
+def test_the_time_scale_multiplies_the_number_that_the_network_is_given_alone(kind, name):
+    scaled, plain = build(kind, name, time_scale=0.01), build(kind, name)
+    x, _ = draw()
+    t = levels(plain.schedule)
+    (x_in, c_noise), (plain_x_in, plain_c_noise) = scaled.precondition(x, t), plain.precondition(x, t)
+    assert torch.equal(x_in, plain_x_in)
+    assert torch.equal(c_noise, 0.01 * plain_c_noise)
+
+
 def test_edm_is_the_paper_s_preconditioning():
     """Karras et al. 2022, table 1, where alpha = 1."""
     objective = build("edm", "edm", weighting="edm")

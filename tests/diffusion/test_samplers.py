@@ -10,12 +10,12 @@ from tests.diffusion.truths import ALL, gaussian_denoise, time
 
 LINEAR = ALL["ddpm-linear"]
 SHAPE = (2, 3, 4, 4)
-DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc")
+DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc", "flow-map")
 # Every sampler, and its options that change the steps.
 CASES = [(name, {}) for name in sorted(SAMPLERS)] + [
     ("ddpm", {"variance": "fixed-large"}), ("ddim", {"eta": 1.0}), ("euler", {"S_churn": 5.0}),
     ("heun", {"S_churn": 5.0, "S_tmin": 0.05, "S_tmax": 50.0, "S_noise": 1.003}), ("unipc", {"order": 1}),
-    ("unipc", {"order": 2}), ("predictor-corrector", {"corrector_steps": 2}),
+    ("unipc", {"order": 2}), ("flow-map", {"gamma": 0.5}), ("predictor-corrector", {"corrector_steps": 2}),
 ]  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def noise(schedule=LINEAR, dtype=torch.float64):
 def denoiser(schedule):
     """A smooth stand-in for a network, far from linear in x and in the time; refuses the clean end."""
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         assert t.shape == ()
         assert t.dtype == torch.float64
         assert 0 < t <= schedule.t_max
@@ -130,7 +130,7 @@ def test_guidance_moves_the_samples_to_where_it_points(name, options):
 def test_estimates_are_clipped_on_request(name):
     seen = []
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         return 3.0 * torch.ones_like(x)
 
     for clip in (False, True):
@@ -146,7 +146,7 @@ def test_estimates_are_clipped_on_request(name):
 def test_evaluations_are_counted(name, n):
     calls = []
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         calls.append(t)
         return denoiser(LINEAR)(x, t)
 
@@ -204,6 +204,7 @@ def test_bad_grids_are_named(name, ts, message):
         *[("unipc", {"order": order}, "order is") for order in (0, 4, 1.5)],
         *[(name, {"S_churn": -1.0}, "S_churn is -1.0") for name in ("euler", "heun")],
         ("heun", {"S_noise": float("nan")}, "S_noise is nan"),
+        *[("flow-map", {"gamma": gamma}, "gamma is") for gamma in (-0.1, 1.1, float("nan"))],
         *[("predictor-corrector", {"snr": snr}, "snr is") for snr in (0.0, -1.0, float("inf"), float("nan"))],
         *[("predictor-corrector", {"corrector_steps": m}, "corrector_steps is") for m in (0, 1.5)],
     ],

@@ -23,7 +23,7 @@ from tests.diffusion.truths import (
 
 # UniPC-p is of order p + 1 (Zhao et al. 2023, theorem 3.1): the corrector adds one to the predictor's p.
 ORDERS = [
-    ("ddim", {}, 1), ("euler", {}, 1), ("heun", {}, 2), ("dpmpp-2m", {}, 2), ("dpmpp-3m", {}, 3),
+    ("ddim", {}, 1), ("flow-map", {}, 1), ("euler", {}, 1), ("heun", {}, 2), ("dpmpp-2m", {}, 2), ("dpmpp-3m", {}, 3),
     ("unipc", {"order": 1}, 2), ("unipc", {"order": 2}, 3), ("unipc", {"order": 3}, 4),
 ]  # fmt: skip
 
@@ -62,6 +62,12 @@ SDE = [
     ("euler", {"S_churn": 10.0}), ("heun", {"S_churn": 10.0}),
 ]  # fmt: skip
 CHAINS = 100_000
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 MEAN_ERROR, STD_ERROR = STD / CHAINS**0.5, STD / (2 * CHAINS) ** 0.5
 
 
@@ -182,8 +188,28 @@ def test_one_and_two_steps_do_not_leave_the_data(name, schedule):
         assert x.std() < 2 * STD
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("schedule", ["cosine", "cosine-zero", "edm", "flow"])
+def test_the_exact_flow_map_draws_the_data_in_any_number_of_steps(schedule, steps):
+    schedule = ALL[schedule]
+    ts = schedule.grid(steps, spacing="few-step", last_level=1.5)
+    x_T = schedule.prior_std * torch.randn(100, 1, 25, 40, dtype=torch.float64, generator=seeded(3))
+
+    def ends(x, t, r):
+        """The x0_hat on the line through x_r."""
+        keep = schedule.sigma(r) / schedule.sigma(t)
+        return (gaussian_flow(schedule, x, t, r) - keep * x) / (schedule.alpha(r) - schedule.alpha(t) * keep)
+
+    for name, options in (("consistency", {}), ("flow-map", {}), ("flow-map", {"gamma": 0.6})):
+        x = SAMPLERS[name](ends, schedule, x_T, ts, generator=seeded(4), **options)
+        # x_T lacks the little signal that is left at the noisiest time.
+        left = float(schedule.alpha(ts[0]) / schedule.sigma(ts[0]))
+        assert abs(x.mean() - MEAN) < 4 * MEAN_ERROR + left
+        assert abs(x.std() - STD) < 4 * STD_ERROR + left
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "vp-sde", "edm", "flow"])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"consistency"}))  # which needs another network
 def test_two_modes_get_their_weights_and_widths(name, schedule):
     schedule, n = ALL[schedule], 10_000
     generator = torch.Generator().manual_seed(4)

@@ -26,7 +26,7 @@ def time(value):
 def gaussian_denoise(schedule, mean=MEAN):
     """E[x0 | x_t] for x0 ~ N(mean, STD^2)."""
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         a, s = schedule.alpha(t), schedule.sigma(t)
         return mean + (a * STD**2 / (a**2 * STD**2 + s**2) * (x - a * mean)).to(x.dtype)
 
@@ -57,7 +57,7 @@ def mixture_log_terms(schedule, x, t):
 def mixture_denoise(schedule):
     """E[x0 | x_t] for the two modes."""
 
-    def denoise(x, t):
+    def denoise(x, t, *r):
         a = schedule.alpha(t)
         terms, variance = mixture_log_terms(schedule, x, t)
         modes = torch.tensor(MODES, dtype=x.dtype).reshape(-1, *[1] * x.ndim)

@@ -4,6 +4,7 @@ import torch
 from fastdiff.diffusion import plan
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.samplers import SAMPLERS
+from fastdiff.diffusion.schedules import make_schedule
 from fastdiff.errors import UserError
 from fastdiff.evaluation.evaluate import evaluate
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options
@@ -80,9 +81,25 @@ def test_the_trajectory_ends_where_sampling_ends():
 def test_every_sampler_draws_images_and_has_a_trajectory(name):
     x_t, x0_hat, times = drawer(name, 6).trajectory(seed=3, samples=2, columns=4)
     assert x_t.shape == x0_hat.shape == (2, 4, *SHAPE)
-    assert times == [OBJECTIVE.schedule.grid(6)[i].item() for i in (0, 2, 3, 5)]
+    grid = SamplerSettings(name, 6).times(OBJECTIVE.schedule)
+    assert times == [grid[i].item() for i in (0, 2, 3, 5)]
     (final,) = draw(2, name=name, steps=6, seed=3, batch_size=2)
     assert torch.equal(x0_hat[:, -1], final)
+
+
+def test_one_step_of_ddim_is_one_of_consistency_and_two_have_a_grid_of_their_own():
+    one, other = (draw(2, name=name, steps=1) for name in ("ddim", "consistency"))
+    assert torch.equal(one[0], other[0])
+    schedule = make_schedule("edm")
+    assert SamplerSettings("consistency", 2).times(schedule).tolist() == pytest.approx([80.0, 0.821, 0.0])
+    settings = SamplerSettings("consistency", 3, last_level=3.0)
+    roots = settings.times(schedule)[:3] ** (1 / 7)
+    assert roots.diff().diff().abs().item() < 1e-9
+    assert settings.label == "consistency (last_level=3)"
+    assert SamplerSettings("ddim", 3, last_level=3.0).label == "ddim"
+    assert torch.equal(SamplerSettings("consistency", 3, spacing="karras").times(schedule), schedule.grid(3))
+    with pytest.raises(UserError, match="--last-level is 90, but must lie above 0 and below 80"):
+        SamplerSettings("consistency", 2, last_level=90.0).times(schedule)
 
 
 def test_each_image_is_drawn_with_its_own_condition_and_the_last_batch_is_filled_up():

@@ -47,13 +47,13 @@ def network(device="cpu", *, kernels="torch"):
     return fuse(net) if kernels == "triton" else net
 
 
-def denoise(x_t, t):
+def denoise(x_t, t, *r):
     """A closed form."""
     return torch.tanh(x_t) * OBJECTIVE.schedule.alpha(t).to(x_t.dtype)
 
 
 def denoiser(net):
-    return lambda x_t, t: OBJECTIVE.denoise(net, x_t, t)
+    return lambda x_t, *t: OBJECTIVE.denoise(net, x_t, *t)
 
 
 def make(name, **options):

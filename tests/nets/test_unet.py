@@ -41,6 +41,18 @@ def test_classes_change_nothing_until_they_are_trained_and_then_only_their_own_i
     assert same == [True, False, False, True]
 
 
+def test_a_second_time_changes_nothing_until_it_is_trained():
+    plain, told = UNet(SMALL).eval(), UNet(replace(SMALL, two_times=True)).eval()
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    left = told.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.partition(".")[0] for name in left.missing_keys} == {"span"}
+    x, t, span = torch.randn(2, 3, 8, 8), torch.full((2,), 500.0), torch.tensor([0.0, 300.0])
+    assert torch.equal(told(x, t, span=span), plain(x, t))
+    told(x, t, span=span).square().sum().backward()
+    assert told.span.linear_2.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("mult", [(1,), (1, 2, 3)])
 def test_any_shape_of_network_keeps_the_images_shape(mult, blocks):

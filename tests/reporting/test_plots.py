@@ -5,7 +5,14 @@ import pytest
 from PIL import Image
 
 from fastdiff.reporting.pictures import image_grid, plot_forward_noising, plot_trajectory, save_grid
-from fastdiff.reporting.plots import _running_mean, plot_distance, plot_loss, plot_loss_by_noise, plot_throughput
+from fastdiff.reporting.plots import (
+    _running_mean,
+    plot_distance,
+    plot_few_steps,
+    plot_loss,
+    plot_loss_by_noise,
+    plot_throughput,
+)
 
 BLUE, ORANGE = (0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)
 
@@ -47,6 +54,18 @@ def noise_row(step, empty=()):
         "loss": losses,
         "images": [0 if i in empty else 100 + i for i in range(28)],
     }
+
+
+class TestFewSteps:
+    def test_each_sampler_is_a_line_of_its_newest_rows(self, tmp_path):
+        path = tmp_path / "plot.png"
+        rows = [eval_row(100, 9.0), eval_row(200, 8.0), eval_row(200, 5.0, guidance=2.0, sampler_steps=2)]
+        plot_few_steps(rows, path)
+        assert not path.exists()  # one number of steps is no line
+        rows += [eval_row(200, 20.0 / n, sampler="consistency", sampler_steps=n) for n in (1, 2, 4)]
+        plot_few_steps(rows, path)
+        assert pixels(path, BLUE) > 20
+        assert pixels(path, ORANGE) > 300
 
 
 class TestLossByNoise:

@@ -14,7 +14,7 @@ from fastdiff.evaluation.commands import export
 from fastdiff.flags import Export
 from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
 from fastdiff.runs import checkpoint
-from fastdiff.runs.weights import initial_weights
+from fastdiff.runs.weights import initial_weights, teacher_weights
 from fastdiff.training.train import train
 from tests.configs import TINY
 
@@ -103,6 +103,24 @@ def test_another_task_is_told_and_trained(source, tiny_config, capsys):
         f"warning --init-from {run} was trained as eps on ddpm-linear, 100 timesteps, but this run trains v on cosine, "
         "100 timesteps."
     ) in out
+
+
+def test_another_time_scale_is_refused(source, tiny_config, tmp_path):
+    run, _ = source
+    with pytest.raises(UserError, match=r"with --time-scale 1, but this run has 0\.01.*; add --time-scale 1"):
+        initial_weights(tiny_config(init_from=str(run), time_scale=0.01))
+    diffusers_folder(tmp_path / "unet")
+    with pytest.raises(UserError, match="add --time-scale 1"):
+        initial_weights(tiny_config(init_from=str(tmp_path / "unet"), time_scale=0.01))
+
+
+def test_a_teacher_is_where_a_student_starts_and_of_its_task(source, tiny_config):
+    run, weights = source
+    config = tiny_config(teacher=str(run), few_step="consistency")
+    for found in (initial_weights(config), teacher_weights(config, {})):
+        assert all(torch.equal(found.state[name], value) for name, value in weights.items())
+    with pytest.raises(UserError, match=r"was trained as eps on ddpm-linear.* but this run trains edm on edm"):
+        teacher_weights(tiny_config(teacher=str(run), few_step="consistency", objective="edm"), {})
 
 
 def test_another_dropout_is_no_other_shape(source, tiny_config):

@@ -1,6 +1,8 @@
 """Captures and replays of the step, recorded on a CPU: see tests/recorded.py."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fastdiff.runtime.world import Ranks
 from fastdiff.training import step as step_module
 from tests.recorded import captured, recorded_cuda
 from tests.runtime.test_graphs import assert_same_state
-from tests.training.test_step import batch, curve, make_step
+from tests.training.test_step import SMALL, batch, consistency, curve, flow_map, make_step
 
 
 @pytest.fixture
@@ -96,6 +98,24 @@ def test_a_replayed_step_is_the_plain_one_bit_for_bit(captured_step, bf16, accum
     plain, replayed = make_step(kernels="triton", graphs=True, **options), captured_step(**options)
     assert curve(replayed, 12) == curve(plain, 12)
     assert replayed.run.graph.replays == 12 - WARMUP
+    assert_same_state(replayed, plain)
+
+
+@pytest.mark.parametrize(
+    ("make_objective", "net", "stage"),
+    [
+        (partial(consistency, teacher=lambda x_t, t: 0.9 * x_t, heun=True), SMALL, 0.125),
+        (flow_map, replace(SMALL, two_times=True), 2.0 ** -(11 / 3)),
+    ],
+)
+def test_a_replayed_step_sees_each_stage_of_few_steps(captured_step, make_objective, net, stage):
+    plain, replayed = (
+        make(objective=make_objective(), net=net)
+        for make in (partial(make_step, kernels="triton", graphs=True), captured_step)
+    )
+    assert curve(replayed, 12) == curve(plain, 12)
+    assert replayed.run.graph.replays == 12 - WARMUP
+    assert replayed.objective.stage == plain.objective.stage == pytest.approx(stage)
     assert_same_state(replayed, plain)
 
 

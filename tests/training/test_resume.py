@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.runs import checkpoint
 from fastdiff.training.train import train
 from tests.training.runs import assert_same_run, rows_of, stop_at
@@ -27,6 +28,76 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, mo
     torch.manual_seed(999)  # the resumed run must not depend on what is left in this process
     assert train(tiny_config(), resume=run) == 0
     assert_same_run(tmp_path / "whole" / "1", run)
+
+
+def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_path, monkeypatch):
+    config = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 3, "stage_images": 80}
+    assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train(tiny_config(**config)) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    assert train(tiny_config(**config), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    assert [row["gap"] for row in rows_of(run) if row["kind"] == "train"] == [0.5, 0.25, 0.125]
+
+
+def test_a_flow_map_begins_as_its_teacher_and_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):
+    flow = {"objective": "flow", "schedule": "flow"}
+    assert train(tiny_config(**flow, steps=5, run_root=str(tmp_path / "teacher"))) == 0
+    teacher = str(tmp_path / "teacher" / "1")
+    config = tiny_config(
+        **flow, few_step="flow-map", q=4.0, stage_images=100, init_from=teacher, eval_sampler="flow-map"
+    )
+    assert train(config.replace(steps=1, lr=1e-30, run_root=str(tmp_path / "first"))) == 0
+    cpu = torch.device("cpu")
+    old, new = (load_trained(path, device=cpu) for path in (teacher, tmp_path / "first" / "1"))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(0.7).double()
+    for r in (0.7, 0.1):
+        one, other = (each.objective.denoise(each.model, x, t, t.new_tensor(r)) for each in (old, new))
+        assert torch.equal(one, other)
+    assert train(config.replace(run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        assert train(config) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    config = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"])
+    assert train(config, resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    assert checkpoint.load_latest(run / "checkpoints").state["model"]["span.linear_2.weight"].abs().max() > 0
+
+
+def test_a_student_resumes_bit_for_bit_and_only_with_its_teacher(tiny_config, labelled, tmp_path, monkeypatch):
+    data = {"conditional": True, "data": labelled("cat", "dog"), "objective": "edm"}
+    assert train(tiny_config(**data, steps=10, run_root=str(tmp_path / "teacher"))) == 0
+    teacher = tmp_path / "teacher" / "1"
+    before = checkpoint.load_latest(teacher / "checkpoints").state["ema"]
+    config = tiny_config(
+        **data, few_step="consistency", q=8.0, teacher=str(teacher), teacher_solver="heun", teacher_guidance=2.0,
+        steps=14, optimizer="radam",
+    )  # fmt: skip
+    assert train(config.replace(run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(config) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    moved = teacher.rename(tmp_path / "moved")
+    config = Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"])
+    with pytest.raises(UserError, match="teacher/1"):
+        train(config, resume=run)
+    assert train(config.replace(teacher=str(moved)), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+    after = checkpoint.load_latest(moved / "checkpoints").state["ema"]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    saved = checkpoint.load_latest(run / "checkpoints").state
+    assert len(saved["teacher_sha256"]) == 64
+    assert saved["model"].keys() == before.keys()
+    for changes, message in (
+        ({"teacher": str(run)}, "holds other weights than those that the run has learned from"),
+        ({"teacher": None, "teacher_guidance": 1.0}, "cannot"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config.replace(steps=16, **changes), resume=run)
 
 
 def test_a_conditional_run_resumes_bit_for_bit_under_its_classes_first_names(

@@ -4,7 +4,10 @@ import dataclasses
 import pytest
 import torch
 
+from fastdiff.diffusion.consistency import Consistency
+from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.model_sections import TuningConfig
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
@@ -18,12 +21,12 @@ SMALL = UNetConfig(
 
 def make_step(
     device="cpu", *, net=SMALL, kernels="torch", bf16=False, compile=False, grad_clip=1.0, seed=0, accumulate=1,
-    graphs=False, ranks=None, wrap=lambda model: model,
+    graphs=False, ranks=None, wrap=lambda model: model, objective=None,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = wrap(UNet(net).to(device))
     network = fuse(model) if kernels == "triton" else model
-    objective = make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
+    objective = objective or make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     update = make_update(
         kernels, model, EMA(model, 0.99), weight_decay=0.0, half=half_parameters(network) if bf16 else (),
         accumulate=accumulate > 1 or ranks is not None, graphs=graphs,
@@ -127,6 +130,45 @@ def test_gradients_are_clipped():
         train_step(batch(0), 0)
     assert seen["free"] > 1e-2
     assert seen["clipped"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def consistency(**options):
+    """Stages of 48 images, 3 steps of `batch`."""
+    tuning = TuningConfig(few_step="consistency", q=2.0, stages=3, stage_images=48)
+    return Consistency(make_objective("edm", schedule="edm"), tuning.at, **options)
+
+
+def flow_map():
+    tuning = TuningConfig(few_step="flow-map", q=2.0, stages=4, stage_images=48)
+    return FlowMap(make_objective("flow", schedule="flow"), tuning.at)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_both_evaluations_of_a_consistency_loss_have_one_dropout_mask(kernels):
+    train_step = make_step(kernels=kernels, objective=consistency(), accumulate=2)
+    seeds, grads, real = [], [], train_step.model.forward
+
+    def spy(x, t, dropout_seed=None, **cond):
+        seeds.append(dropout_seed.item())
+        grads.append(torch.is_grad_enabled())
+        return real(x, t, dropout_seed, **cond)
+
+    train_step.model.forward = spy
+    train_step(batch(0), 0)
+    assert grads == [True, False] * 2
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+
+
+def test_a_stage_depends_on_the_images_alone():
+    objective = consistency()
+    whole = make_step(objective=objective)
+    losses = curve(whole, 5)
+    assert objective.stage == 0.25  # the second stage, after 64 images
+    again = make_step(objective=consistency())
+    again.model.load_state_dict(whole.model.state_dict())
+    assert curve(again, 1, start=9) == curve(whole, 1, start=9)
+    assert objective.stage == 0.125
+    assert len(set(losses)) == 5
 
 
 def test_weights_in_another_layout_are_refused():

@@ -196,6 +196,32 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch, final, 
     assert (run / "saves" / "fid.png").exists()
 
 
+def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monkeypatch):
+    drawn = []
+
+    class FakeDistance:
+        metric, reference = "fd_fake", "tiny"
+
+    def evaluate(generator, distance, *, n, keep, **options):
+        settings = generator.settings
+        drawn.append((settings.label, settings.steps, None if distance is None else n))
+        row = {"sampler": settings.label, "sampler_steps": settings.steps, "metric": "fd_fake", "samples": n,
+               "value": 9.0 - settings.steps, "seconds": 0.1}  # fmt: skip
+        return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
+
+    monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
+    monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
+    monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
+    train(tiny_config(eval_every=15, features="auto", eval_samples=4, eval_few_steps=(1, 4), last_level=0.9))
+    few = [("consistency (last_level=0.9)", steps, 4) for steps in (1, 4)]
+    assert drawn == [*few, ("ddim", 2, 4)] * 2
+    run = tmp_path / "working" / "1"
+    rows = [row for row in rows_of(run) if row["kind"] == "eval"]
+    assert [(row["step"], row["sampler_steps"]) for row in rows] == [(s, n) for s in (15, 30) for n in (1, 4, 2)]
+    assert checkpoint.load_latest(run / "checkpoints").state["best"]["value"] == 7.0
+    assert (run / "saves" / "few-step.png").exists()
+
+
 def test_a_save_that_fails_in_the_background_does_not_cost_the_last_one(tiny_config, tmp_path, monkeypatch, capsys):
     real = checkpoint.save
 

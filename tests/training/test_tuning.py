@@ -1,0 +1,26 @@
+import torch
+
+from fastdiff.config import Config
+from fastdiff.nets.unet import UNet
+from fastdiff.runs.weights import TeacherWeights
+from fastdiff.training.tuning import objective_of
+from tests.configs import TINY
+
+
+def test_a_guided_teacher_leads_away_from_no_class():
+    config = Config.of(
+        net=TINY, num_classes=3, conditional=True, objective="edm", few_step="consistency", teacher="x",
+        teacher_guidance=2.5, kernels="torch",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = UNet(config.net).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    cpu, weights = torch.device("cpu"), TeacherWeights(net.state_dict(), "x", "")
+    learned = objective_of(config, cpu, teacher=weights, nothing={"labels": torch.tensor(3)})
+    x_t, t, labels = torch.randn(4, 3, 8, 8), torch.tensor([0.1, 1.0, 10.0, 70.0]).double(), torch.tensor([0, 1, 2, 3])
+    got = learned.teacher(x_t, t, labels=labels)
+    asked, other = (learned.kind.denoise(net, x_t, t, labels=v) for v in (labels, torch.full((4,), 3)))
+    torch.testing.assert_close(got, other + 2.5 * (asked - other))
+    assert (asked - other)[:3].abs().amax() > 1e-4
+    assert not got.requires_grad
