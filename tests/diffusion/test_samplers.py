@@ -114,7 +114,7 @@ def test_guidance_moves_the_samples_to_where_it_points(name, options):
     weight, means = 1.5, (0.3, -0.2)
     one, other = (gaussian_denoise(LINEAR, mean) for mean in means)
 
-    def guided(x, t):
+    def guided(x, t, *r):
         return one(x, t) + weight * (one(x, t) - other(x, t))
 
     generator = torch.Generator().manual_seed(3)
