@@ -52,7 +52,7 @@ def _overhead(size: Size, name: str) -> Comparison:
 
         @torch.no_grad()
         def sample(i: int) -> None:
-            SAMPLERS[name](lambda x_t, time: goal.denoise(counting, x_t, time), goal.schedule, x, ts)
+            SAMPLERS[name](lambda x_t, time, *_: goal.denoise(counting, x_t, time), goal.schedule, x, ts)
 
         @torch.no_grad()
         def bare(i: int) -> None:
