@@ -58,7 +58,7 @@ class Config:
                 "own; use a frozen encoder, or consistency training without --teacher."
             )
         self._check_decay()
-        self._check_precision()
+        self._check_few_steps()
 
     @property
     def unprepared(self) -> str | None:
@@ -70,8 +70,8 @@ class Config:
             "run of the same objective, or --teacher, begins with what it knows."
         )
 
-    def _check_precision(self) -> None:
-        """Raises UserError where two estimates would differ by rounding more than by the step between them."""
+    def _check_few_steps(self) -> None:
+        """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
         if self.tuning.few_step == "none":
             return
         flow = (self.diffusion.objective, self.diffusion.resolved_schedule) == ("flow", "flow")
@@ -79,6 +79,11 @@ class Config:
             raise UserError(
                 f"--few-step flow-map averages the velocity of --objective flow on --schedule flow, but this is "
                 f"{self.diffusion.task}; choose these."
+            )
+        if self.tuning.few_step == "consistency" and self.diffusion.objective == "x0":
+            raise UserError(
+                "--few-step consistency starts from the data, where an estimate must be x_t itself; that of "
+                "--objective x0 need not be, and diverges. Choose edm, v or flow."
             )
         seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
         gap, precision = self.tuning.at(seen), self.machine.precision

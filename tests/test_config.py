@@ -46,8 +46,12 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_objective_changes_by_one_flag(preset, objective):
-    if (preset, objective) == ("flow", "edm"):  # whose times are no longer in [0, 1]
-        with pytest.raises(UserError, match=r"--time-sampling logit-normal .* is sigma; choose log-normal"):
+    refused = {
+        ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
+        ("quick-consistency", "x0"): "--objective x0 need not be",
+    }
+    if message := refused.get((preset, objective)):
+        with pytest.raises(UserError, match=message):
             PRESETS[preset].replace(objective=objective)
         return
     config = PRESETS[preset].replace(objective=objective)
@@ -113,6 +117,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"few_step": "flow-map"},
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
+        ({"objective": "x0"}, "that of --objective x0 need not be, and diverges. Choose edm, v or flow"),
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
         ({"stages": 0}, "--stages is 0"),
