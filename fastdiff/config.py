@@ -66,8 +66,8 @@ class Config:
         if self.tuning.few_step in ("none", "flow-map") or self.optim.init_from or self.tuning.teacher:
             return None
         return (
-            f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; --init-from a "
-            "run of the same objective, or --teacher, begins with what it knows."
+            f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; name a "
+            "trained run of the same objective by --init-from or --teacher."
         )
 
     def _check_few_steps(self) -> None:
@@ -89,9 +89,10 @@ class Config:
         gap, precision = self.tuning.at(seen), self.machine.precision
         least = SMALLEST_GAP["fp32" if precision == "auto" else precision]
         if gap < least:
+            what = "(t - s) / (t - r)" if self.tuning.few_step == "flow-map" else "(t - r) / t"
             words = "--precision bf16" if precision == "bf16" else "float32"
             raise UserError(
-                f"--few-step {self.tuning.few_step} would compare estimates at noise levels (t - r) / t = {gap:.2g} "
+                f"--few-step {self.tuning.few_step} would compare estimates at noise levels {what} = {gap:.2g} "
                 f"apart, but in {words} rounding drowns steps below {least:g}; lower --q or --stages"
                 + (", or drop --precision bf16." if precision == "bf16" else ".")
             )

@@ -15,7 +15,7 @@ from fastdiff.diffusion.schedule import FEW_STEP_TOP
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 
 Teacher = Callable[..., Tensor]  # teacher(x_t, t, **cond) -> x0_hat, without gradients
-K, B = 8.0, 1.0  # of the step's size at small noise; Geng et al. 2024, section 3
+K, B = 8.0, 1.0  # steps are up to 1 + K / 2 times larger at small noise; Geng et al. 2024, section 3
 
 
 class Tuned(Objective):

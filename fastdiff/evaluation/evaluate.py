@@ -68,9 +68,9 @@ class Trained:
 
     @property
     def task(self) -> tuple[str, ...]:
-        """What it was trained for, the encoder of its texts, and the classes that it knows."""
-        told = self.config.conditions
-        return self.config.diffusion.task, told.text_fingerprint or told.text, *told.class_names
+        """What it was trained for, whether for two times, the encoder of its texts, and the classes that it knows."""
+        told, times = self.config.conditions, ("two times",) if self.config.net.two_times else ()
+        return self.config.diffusion.task, *times, told.text_fingerprint or told.text, *told.class_names
 
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:

@@ -113,28 +113,30 @@ def initial_weights(config: Config) -> InitialWeights | None:
     if named is None:
         return None
     path = Path(named).expanduser()
+    flag = f"--{'init-from' if config.optim.init_from else 'teacher'} {path}"
+    text = ""
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
         names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
-        source = f"{trained.path}, step {trained.step:,}"
+        source, text = f"{trained.path}, step {trained.step:,}", trained.config.conditions.text_fingerprint
     else:
         network = read_diffusers(path, image_size=config.net.image_size)
         net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
     if config.diffusion.time_scale != scale:
         raise UserError(
-            f"--init-from {path} was trained with --time-scale {scale:g}, but this run has "
+            f"{flag} was trained with --time-scale {scale:g}, but this run has "
             f"{config.diffusion.time_scale:g}, by which its network would take each noise level for another; add "
             f"--time-scale {scale:g}."
         )
-    _check_net(f"--init-from {path}", config.net, net)
-    state, labels = _with_labels(path, config, net, state, theirs=names)
+    _check_net(flag, config.net, net)
+    if text != config.conditions.text_fingerprint and config.net.text_encoder == "frozen":
+        raise UserError(f"{flag} was trained on the tokens of another text encoder; choose its --text.")
+    state, labels = _with_labels(flag, config, net, state, theirs=names)
     source += labels
     source += f", trained as {task}" if task is not None else ""
     other = task is not None and task != config.diffusion.task
-    warning = (
-        f"--init-from {path} was trained as {task}, but this run trains {config.diffusion.task}." if other else None
-    )
+    warning = f"{flag} was trained as {task}, but this run trains {config.diffusion.task}." if other else None
     return InitialWeights(state, source, warning)
 
 
@@ -169,11 +171,15 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
     if saved and named == Config.from_dict(saved["config"]).tuning.teacher:
         named = saved["teacher_path"]
     trained, flag = read_trained(Path(named).expanduser()), f"--teacher {named}"
-    ours, theirs = ((c.diffusion.task, *c.conditions.class_names) for c in (config, trained.config))
+    if (few := trained.config.tuning.few_step) != "none":
+        raise UserError(
+            f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its own teacher."
+        )
+    ours, theirs = (_trained_as(c) for c in (config, trained.config))
     if ours != theirs:
         raise UserError(
             f"{flag} was trained as {', '.join(theirs)}, but this run trains {', '.join(ours)}; a teacher has the same "
-            "objective, schedule and classes."
+            "objective, schedule, text encoder and classes."
         )
     _check_net(flag, config.net, trained.config.net)
     digest = hashlib.sha256()
@@ -184,10 +190,18 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
     return TeacherWeights(trained.state, str(trained.path.resolve()), digest.hexdigest())
 
 
+def _trained_as(config: Config) -> tuple[str, ...]:
+    told = config.conditions
+    text = () if told.text == "none" else (f"text by {told.text_fingerprint or told.text}",)
+    return config.diffusion.task, *text, *told.class_names
+
+
 def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
     """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
 
     text = ("text_width", "text_blocks")
+    if there.two_times and not here.two_times:
+        raise UserError(f"{flag} was trained with --few-step flow-map; only such a run can start from it.")
     if here.text_encoder != there.text_encoder:
         told = {"none": "no texts", "bytes": "--text bytes", "frozen": "a frozen text encoder"}
         raise UserError(
@@ -216,7 +230,7 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
 
 
 def _with_labels(
-    path: Path, config: Config, there: UNetConfig, state: dict[str, Tensor], *, theirs: tuple[str, ...]
+    flag: str, config: Config, there: UNetConfig, state: dict[str, Tensor], *, theirs: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str]:
     """The weights with a row for each class of the run and one for none, zero where they have none; and what was done.
 
@@ -229,7 +243,7 @@ def _with_labels(
     if here == there.num_classes and (not theirs or theirs == ours):
         return state, ""
     if here and here == there.num_classes:
-        raise UserError(f"--init-from {path} was trained on the classes {', '.join(theirs)}, not {', '.join(ours)}.")
+        raise UserError(f"{flag} was trained on the classes {', '.join(theirs)}, not {', '.join(ours)}.")
     if here and there.num_classes == 0:
         rows = torch.zeros(here + 1, 4 * config.net.channels)
         return {**state, "label.weight": rows}, ", without classes"
@@ -237,10 +251,10 @@ def _with_labels(
         rows = state["label.weight"]
         return {**state, "label.weight": torch.cat([rows, torch.zeros_like(rows[:1])])}, ", without a row for no class"
     advice = f"use data of {there.num_classes} classes" if here else "add --conditional"
-    raise UserError(
-        f"--init-from {path} holds a network of {there.num_classes} classes, but this run has {here}; {advice}."
-    )
+    raise UserError(f"{flag} holds a network of {there.num_classes} classes, but this run has {here}; {advice}.")
 
 
 def _as_flag(flag: str, value: object) -> str:
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
     return " ".join([flag, *map(str, value if isinstance(value, tuple) else (value,))])

@@ -216,6 +216,6 @@ class TrainStep:
         self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
 
     def times(self, n: int, step: int) -> Tensor:
-        """The t, shape (n,), that a step draws for the n images of all ranks: again, to tell what went wrong."""
+        """The t, (n,) or (n, 2), that a step draws for the n images of all ranks: again, to tell what went wrong."""
         generator = torch.Generator(self.device).manual_seed(step_seed(self.seed, step))
         return self.objective.sample_t(n, generator=generator, device=self.device)

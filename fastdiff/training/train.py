@@ -324,7 +324,8 @@ def _make_step(
     torch.manual_seed(config.run.seed)
     model = UNet(config.net).to(ranks.device)
     if initial is not None:
-        model.load_state_dict(model.state_dict() | initial.state)  # which may lack the second time
+        second_time = {name: v for name, v in model.state_dict().items() if name.startswith("span.")}
+        model.load_state_dict(second_time | initial.state)  # which may lack it
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(
@@ -343,7 +344,7 @@ def _make_step(
 
 def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
     config, net, machine = session.config.eval, session.config.net, session.config.machine
-    level = session.config.tuning.last_level
+    level, few_step = session.config.tuning.last_level, "flow-map" if net.two_times else "consistency"
     read = text_reader(session.config, cache_folder(session.config.images.data_root))
     draws = partial(
         Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
@@ -352,7 +353,7 @@ def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: Frech
         nothing=nothing(session.config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
     generator = draws(SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level))
-    few = [draws(SamplerSettings("consistency", n, last_level=level)) for n in config.eval_few_steps]
+    few = [draws(SamplerSettings(few_step, n, last_level=level)) for n in config.eval_few_steps]
     guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
     return Evaluator(
         generator, distance, session.ranks, session.run, grid=config.grid_samples,

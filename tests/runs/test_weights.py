@@ -11,6 +11,7 @@ import torch
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.evaluation.commands import export
+from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.flags import Export
 from fastdiff.interop import unet_config_to_diffusers, unet_from_diffusers
 from fastdiff.runs import checkpoint
@@ -121,6 +122,26 @@ def test_a_teacher_is_where_a_student_starts_and_of_its_task(source, tiny_config
         assert all(torch.equal(found.state[name], value) for name, value in weights.items())
     with pytest.raises(UserError, match=r"was trained as eps on ddpm-linear.* but this run trains edm on edm"):
         teacher_weights(tiny_config(teacher=str(run), few_step="consistency", objective="edm"), {})
+
+
+def test_a_flow_map_teaches_guides_and_starts_only_its_like(tiny_config, tmp_path):
+    flow = {"objective": "flow", "schedule": "flow", "steps": 1}
+    train(tiny_config(few_step="flow-map", run_root=str(tmp_path / "map"), **flow))
+    train(tiny_config(run_root=str(tmp_path / "plain"), **flow))
+    run, plain = (str(tmp_path / name / "1") for name in ("map", "plain"))
+    with pytest.raises(UserError, match=r"--teacher .* was trained with --few-step flow-map, which leaves no flow"):
+        teacher_weights(tiny_config(teacher=run, few_step="consistency", **flow), {})
+    with pytest.raises(UserError, match="was trained with --few-step flow-map; only such a run can start from it"):
+        initial_weights(tiny_config(init_from=run, **flow))
+    guide, guided = (load_trained(path, device=torch.device("cpu")) for path in (run, plain))
+    assert guide.task != guided.task
+
+
+def test_another_kind_of_norm_is_named_by_its_flag(source, tiny_config):
+    run, _ = source
+    net = dataclasses.replace(TINY, norm_conditioning=True)
+    with pytest.raises(UserError, match=r"Add --no-norm-conditioning\.$"):
+        initial_weights(tiny_config(init_from=str(run), net=net))
 
 
 def test_another_dropout_is_no_other_shape(source, tiny_config):
