@@ -92,8 +92,9 @@ def test_a_student_resumes_bit_for_bit_and_only_with_its_teacher(tiny_config, la
     saved = checkpoint.load_latest(run / "checkpoints").state
     assert len(saved["teacher_sha256"]) == 64
     assert saved["model"].keys() == before.keys()
+    assert train(tiny_config(**data, steps=1, run_root=str(tmp_path / "other"))) == 0
     for changes, message in (
-        ({"teacher": str(run)}, "holds other weights than those that the run has learned from"),
+        ({"teacher": str(tmp_path / "other" / "1")}, "holds other weights than those that the run has learned from"),
         ({"teacher": None, "teacher_guidance": 1.0}, "cannot"),
     ):
         with pytest.raises(UserError, match=message):
