@@ -61,6 +61,14 @@ class Config:
         self._check_few_steps()
 
     @property
+    def task(self) -> tuple[str, ...]:
+        """What the network is trained for, in words, then the names of its classes; equal for networks that can mix."""
+        told, words = self.conditions, [self.diffusion.task]
+        words += ["two times"] if self.net.two_times else []
+        words += [f"texts by {told.text_fingerprint or told.text}"] if told.text != "none" else []
+        return ", ".join(words), *told.class_names
+
+    @property
     def unprepared(self) -> str | None:
         """A warning where few steps are learned from random weights."""
         if self.tuning.few_step in ("none", "flow-map") or self.optim.init_from or self.tuning.teacher:
@@ -82,8 +90,8 @@ class Config:
             )
         if self.tuning.few_step == "consistency" and self.diffusion.objective == "x0":
             raise UserError(
-                "--few-step consistency starts from the data, where an estimate must be x_t itself; that of "
-                "--objective x0 need not be, and diverges. Choose edm, v or flow."
+                "--few-step consistency needs an estimate that is x_t itself at t = 0; --objective x0 has none; choose "
+                "edm, v or flow."
             )
         seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
         gap, precision = self.tuning.at(seen), self.machine.precision

@@ -52,7 +52,7 @@ class UNetConfig:
     norm_conditioning: bool = False
     """Time and conditions scale and shift what the residual blocks normalise (AdaGN), instead of being added before."""
     num_classes: tyro.conf.Fixed[int] = 0
-    """Classes that the network can be told; 0: none. With --conditional, those of the data."""
+    """How many classes the network knows; 0: none. --conditional sets it by the data."""
     two_times: tyro.conf.Fixed[bool] = False
     """Whether the network is told a second time, to which its output leads; by --few-step flow-map."""
     text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"
@@ -107,7 +107,7 @@ class ConditionsConfig:
     """Part of the images whose class is left out, in [0, 1): the same network then also draws without one, which
     guidance needs."""
     class_names: tyro.conf.Fixed[tuple[str, ...]] = ()
-    """Names of the classes, by label; with --conditional, those of the data."""
+    """Names of the classes, by label. --conditional takes them from the data."""
 
     text: str = "none"
     """Tell the network what each image shows by its caption: `bytes` learns to read with the network; `wordllama` (a
@@ -257,8 +257,8 @@ class TuningConfig:
 
     few_step: Literal["none", "consistency", "flow-map"] = "none"
     """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
-    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: for --objective flow, the network
-    learns the average velocity from any t to any r, from that of a first part a of the way and the rest (SoFlow)."""
+    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: the network learns the average
+    velocity from any t to any r (SoFlow); it needs --objective flow. Neither uses --weighting."""
     q: float = 256.0
     """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
     less. flow-map: a falls from 1 evenly, by q in each stage."""

@@ -48,7 +48,7 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 def test_the_objective_changes_by_one_flag(preset, objective):
     refused = {
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
-        ("quick-consistency", "x0"): "--objective x0 need not be",
+        ("quick-consistency", "x0"): "--objective x0 has none",
     }
     if message := refused.get((preset, objective)):
         with pytest.raises(UserError, match=message):
@@ -117,7 +117,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"few_step": "flow-map"},
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
-        ({"objective": "x0"}, "that of --objective x0 need not be, and diverges. Choose edm, v or flow"),
+        ({"objective": "x0"}, "--objective x0 has none; choose edm, v or flow"),
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
         ({"stages": 0}, "--stages is 0"),

@@ -25,7 +25,7 @@ TAGS = range(0xE0020, 0xE0080)
 
 
 def load_emoji(cache: Path | None, size: int, version: str) -> Decoded:
-    """All emoji that have a name, without those of skin tones, on white: uint8 (N, size, size, 3), sorted by code.
+    """The emoji that have a name and no skin tone, on white: uint8 (N, size, size, 3), sorted by code.
 
     They are drawn once into the cache; `about["captions"]` holds the name of each, and its other names.
 

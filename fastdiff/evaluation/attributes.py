@@ -1,4 +1,4 @@
-"""Reads the digit, colour, background and position in pictures like those of `digits-captioned`.
+"""Reads digit, colour, background and position from a picture of `digits-captioned`, or from one like it.
 
 On the set itself, at 16 pixels, all colours, backgrounds and positions are read right, and 99.9% of the digits. Digits
 that the classifier was not fitted to: 98.8% (fitted to one half of the handwritten digits, read on the other).

@@ -55,7 +55,7 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
     settings = replace(settings, last_level=last_level)
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
-    if guide is not None and guide.task != trained.task:
+    if guide is not None and guide.config.task != trained.config.task:
         raise UsageError(
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
             "checkpoint of the same task, such as an earlier one of the same run."
@@ -74,9 +74,8 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
 
 
 def _told(trained: Trained) -> str:
-    task, text, *names = trained.task
-    text = f", texts by {text}" if text != "none" else ""
-    return f"{task}{text}{f', on {len(names)} classes' if names else ''}"
+    task, *names = trained.config.task
+    return f"{task}{f', on {len(names)} classes' if names else ''}"
 
 
 def sample(flags: Sample) -> None:

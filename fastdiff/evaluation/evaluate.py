@@ -66,12 +66,6 @@ class Trained:
         """What turns texts into the network's arguments."""
         return text_reader(self.config, cache_folder(self.config.images.data_root))
 
-    @property
-    def task(self) -> tuple[str, ...]:
-        """What it was trained for, whether for two times, the encoder of its texts, and the classes that it knows."""
-        told, times = self.config.conditions, ("two times",) if self.config.net.two_times else ()
-        return self.config.diffusion.task, *times, told.text_fingerprint or told.text, *told.class_names
-
 
 def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     """Load averaged weights (see `read_trained`), to run with the run's --kernels.

@@ -103,17 +103,18 @@ def plot_few_steps(rows: Sequence[Row], path: PathLike) -> None:
             curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return
+    metrics = dict.fromkeys(metric for metric, _ in curves)
     figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
     axes: Axes = figure.subplots()
     axes.set_title(
         "Frechet distance against sampling steps (lower is better)", fontsize=11, fontweight="bold", loc="left"
     )
     axes.set_xlabel("steps")
-    axes.set_ylabel(next(iter(curves))[0])
+    axes.set_ylabel(", ".join(metrics))
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
-    for ((_, how), curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        steps = sorted(curve)
+    for ((metric, how), curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        steps, how = sorted(curve), how if len(metrics) == 1 else f"{metric}: {how}"
         axes.plot(steps, [curve[n] for n in steps], "o-", color=colour, linewidth=1.8, markersize=4.5, label=how)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))

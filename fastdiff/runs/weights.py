@@ -175,7 +175,7 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
         raise UserError(
             f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its own teacher."
         )
-    ours, theirs = (_trained_as(c) for c in (config, trained.config))
+    ours, theirs = config.task, trained.config.task
     if ours != theirs:
         raise UserError(
             f"{flag} was trained as {', '.join(theirs)}, but this run trains {', '.join(ours)}; a teacher has the same "
@@ -188,12 +188,6 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
     if known not in (None, digest.hexdigest()):
         raise UserError(f"{flag} holds other weights than those that the run has learned from; restore them.")
     return TeacherWeights(trained.state, str(trained.path.resolve()), digest.hexdigest())
-
-
-def _trained_as(config: Config) -> tuple[str, ...]:
-    told = config.conditions
-    text = () if told.text == "none" else (f"text by {told.text_fingerprint or told.text}",)
-    return config.diffusion.task, *text, *told.class_names
 
 
 def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
@@ -220,12 +214,12 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
         return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
 
     theirs = fields(there)
-    wrong = {flag: value for flag, value in fields(here).items() if value != theirs[flag]}
+    wrong = {name: value for name, value in fields(here).items() if value != theirs[name]}
     if wrong:
-        listed = "; ".join(f"{flag} is {value} here, {theirs[flag]} there" for flag, value in wrong.items())
+        listed = "; ".join(f"{name} is {value} here, {theirs[name]} there" for name, value in wrong.items())
         raise UserError(
             f"{flag} holds a network of another shape: {listed}. Add "
-            f"{' '.join(_as_flag(flag, theirs[flag]) for flag in wrong)}."
+            f"{' '.join(_as_flag(name, theirs[name]) for name in wrong)}."
         )
 
 

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import UserError
+from fastdiff.nets.fuse import seed_or_drawn
 from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
@@ -116,7 +117,7 @@ class TrainStep:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = normalize(images)
         if self.objective.shares_dropout:
-            cond["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=images.device)
+            cond["dropout_seed"] = seed_or_drawn(None, images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.objective.loss(self._network, x0, t, eps, **self._read(cond))
             return losses.mean(), losses.detach()
@@ -130,9 +131,7 @@ class TrainStep:
         return {**cond, "text": text, "text_mask": mask}
 
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
-        weights = {
-            n: w for n, w in self.update.weights.items() if not n.startswith(TEXT)
-        }  # a fused network has no encoder
+        weights = {n: w for n, w in self.update.weights.items() if not n.startswith(TEXT)}  # no encoder is in it
         return functional_call(self.model, weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:

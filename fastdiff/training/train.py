@@ -18,45 +18,31 @@ from rich.console import Console
 from torch.profiler import record_function
 
 from fastdiff.config import Config
-from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import check_loader, make_loader
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
 from fastdiff.evaluation.evaluator import Evaluator
-from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.figures import draw_forward_noising
-from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import Generator, SamplerSettings
-from fastdiff.evaluation.wishes import nothing, wishes
-from fastdiff.model_sections import Guidance
-from fastdiff.nets.fuse import fuse, half_parameters
-from fastdiff.nets.text import POSITIONS
-from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data, with_conditions
 from fastdiff.runs.run import Run, create_run, open_run
-from fastdiff.runs.texts import text_reader
-from fastdiff.runs.weights import InitialWeights, TeacherWeights, initial_weights, teacher_weights
+from fastdiff.runs.weights import initial_weights, teacher_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.conditions import CaptionTable, Labels, Table
-from fastdiff.training.ema import EMA
-from fastdiff.training.optim import LearningRate, make_update
+from fastdiff.training.parts import make_conditions, make_distance, make_evaluator, make_step
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
-from fastdiff.training.step import TrainStep, step_seed
-from fastdiff.training.tuning import objective_of
+from fastdiff.training.step import TrainStep
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
-EVALUATION_STREAM = 2**32 - 1  # in place of a step's number, so that evaluations draw apart from the steps
 
 
 @dataclass(frozen=True)
@@ -112,9 +98,9 @@ def train(
         learned = saved.state if saved is not None else {}
         teacher = ranks.share(teacher_weights(config, learned) if ranks.is_main else None, "the teacher")
         data |= teacher.saved if teacher is not None else {}
-        distance = _make_distance(config, image_set, ranks) if config.eval.features != "none" else None
+        distance = make_distance(config, image_set, ranks) if config.eval.features != "none" else None
         check_loader(config.images.loader)
-        conditions = _make_conditions(config, image_set, ranks)
+        conditions = make_conditions(config, image_set, ranks)
         if run is None and ranks.is_main:  # only now, so that bad input leaves no run directory
             run = stack.enter_context(create_run(config.run.run_root, config=_recorded(asked, config)))
         if run is not None:
@@ -125,13 +111,13 @@ def train(
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
         session = Session(config, image_set, ranks, run, progress, stop)
 
-        step, model, ema = _make_step(config, conditions, ranks, initial, teacher)
+        step, model, ema = make_step(config, conditions, ranks, initial, teacher)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
             if run is not None:
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
-        evaluator = _make_evaluator(session, step, ema, distance)
+        evaluator = make_evaluator(config, image_set, ranks, run, step, ema, distance, progress.print)
         saver = stack.enter_context(
             Saver(run, state, ends=lambda: bool(stop.signal) or state.step == config.run.steps, say=progress.print)
         )
@@ -296,73 +282,6 @@ def _recorded(asked: Config, config: Config) -> dict[str, Any]:
     return {**asked.to_dict(), "resolved": ran}
 
 
-def _make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[Table]:
-    """What the network is told about images. Raises UserError for a caption that is too long."""
-    told, conditions = config.conditions, list[Table]()
-    if told.conditional and image_set.labels is not None:
-        conditions.append(
-            Labels(
-                image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
-            )
-        )
-    if image_set.captions is not None:
-        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
-        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
-            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
-    return conditions
-
-
-def _make_step(
-    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None,
-    teacher: TeacherWeights | None,
-) -> tuple[TrainStep, UNet, EMA]:  # fmt: skip
-    """The network, its average, and the step that trains it."""
-    read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
-    objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
-    optim, machine = config.optim, config.machine
-    bf16, compile = machine.precision == "bf16", machine.compile == "on"
-    torch.manual_seed(config.run.seed)
-    model = UNet(config.net).to(ranks.device)
-    if initial is not None:
-        second_time = {name: v for name, v in model.state_dict().items() if name.startswith("span.")}
-        model.load_state_dict(second_time | initial.state)  # which may lack it
-    network = fuse(model) if machine.kernels == "triton" else model
-    ema = EMA(model, optim.ema_decay)
-    update = make_update(
-        machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay,
-        half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
-        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
-    )  # fmt: skip
-    step = TrainStep(
-        network, objective, update, lr=LearningRate.of(config),
-        grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
-        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
-        encoder=model.text,
-    )  # fmt: skip
-    return step, model, ema
-
-
-def _make_evaluator(session: Session, step: TrainStep, ema: EMA, distance: FrechetDistance | None) -> Evaluator:
-    config, net, machine = session.config.eval, session.config.net, session.config.machine
-    level, few_step = session.config.tuning.last_level, "flow-map" if net.two_times else "consistency"
-    read = text_reader(session.config, cache_folder(session.config.images.data_root))
-    draws = partial(
-        Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
-        batch_size=config.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
-        device=session.ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
-        nothing=nothing(session.config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
-    )  # fmt: skip
-    generator = draws(SamplerSettings(config.eval_sampler, config.eval_steps, last_level=level))
-    few = [draws(SamplerSettings(few_step, n, last_level=level)) for n in config.eval_few_steps]
-    guidance = Guidance(config.eval_guidance, config.eval_guidance_interval)
-    return Evaluator(
-        generator, distance, session.ranks, session.run, grid=config.grid_samples,
-        seed=step_seed(session.config.run.seed, EVALUATION_STREAM), say=session.progress.print,
-        wishes=wishes(session.config, session.image_set, read), guidance=guidance,
-        few_steps=few,
-    )  # fmt: skip
-
-
 def _check_finite(session: Session, step: TrainStep, saver: Saver) -> None:
     """Raise TrainingFailed if some loss or gradient was not finite; rank 0 tells it. Waits for the device."""
     bad = int(step.metrics.state_dict()["bad_step"])
@@ -394,17 +313,3 @@ def _command() -> str:
     """What a user types to train: an installed fastdiff has a command of its own."""
     name = Path(sys.argv[0]).name
     return name if name == "fastdiff-train" else "python train_cifar.py"
-
-
-def _make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> FrechetDistance:
-    """The distance to the training images; all ranks take the extractor that `auto` is on rank 0."""
-
-    def make(features: str) -> FeatureExtractor:
-        return make_extractor(features, device=ranks.device, size=config.eval.feature_size)
-
-    extractor = make(config.eval.features) if ranks.is_main else None
-    name = ranks.share(extractor.name if extractor is not None else "", "the extractor")
-    return FrechetDistance(
-        extractor or make(name), image_set, cache_dir=cache_folder(config.images.data_root), device=ranks.device,
-        reference=ranks.is_main,
-    )  # fmt: skip

@@ -148,5 +148,6 @@ def other_order() -> None:
         if ranks.rank == 0:
             ranks.sum_([torch.zeros(10)])
         else:
+            time.sleep(0.5)  # so that rank 0's time is up first
             ranks.share(None)
             ranks.share(None)

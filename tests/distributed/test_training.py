@@ -159,9 +159,8 @@ def test_ranks_with_different_data_are_refused(run_ranks):
 def test_ranks_that_wait_for_each_other_end(run_ranks):
     ended = run_ranks("other_order")
     assert ended.codes == [1, 1], ended.outputs
-    assert "no answer from others, which wait themselves in: all-reduce (" in ended.errors[0]
+    assert "no answer from others, which wait themselves in: all-reduce (Timed out" in ended.errors[0]
     assert "in: broadcast" in ended.errors[1]
-    assert "Timed out" in "".join(ended.errors)  # of one rank; the other may see it leave before its own time is up
 
 
 def test_a_rank_knows_that_torchrun_is_gone(monkeypatch):

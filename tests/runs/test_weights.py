@@ -134,7 +134,7 @@ def test_a_flow_map_teaches_guides_and_starts_only_its_like(tiny_config, tmp_pat
     with pytest.raises(UserError, match="was trained with --few-step flow-map; only such a run can start from it"):
         initial_weights(tiny_config(init_from=run, **flow))
     guide, guided = (load_trained(path, device=torch.device("cpu")) for path in (run, plain))
-    assert guide.task != guided.task
+    assert guide.config.task != guided.config.task
 
 
 def test_another_kind_of_norm_is_named_by_its_flag(source, tiny_config):

@@ -1,0 +1,113 @@
+"""The parts of a training run, made of its config: conditions, distance, step, evaluator."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fastdiff.config import Config
+from fastdiff.data.cache import cache_folder
+from fastdiff.data.datasets import ImageSet
+from fastdiff.evaluation.evaluator import Evaluator
+from fastdiff.evaluation.features import FeatureExtractor, make_extractor
+from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.evaluation.wishes import nothing, wishes
+from fastdiff.model_sections import Guidance
+from fastdiff.nets.fuse import fuse, half_parameters
+from fastdiff.nets.text import POSITIONS
+from fastdiff.nets.unet import UNet
+from fastdiff.runs.run import Run
+from fastdiff.runs.texts import text_reader
+from fastdiff.runs.weights import InitialWeights, TeacherWeights
+from fastdiff.runtime.world import Ranks
+from fastdiff.training.conditions import CaptionTable, Labels, Table
+from fastdiff.training.ema import EMA
+from fastdiff.training.optim import LearningRate, make_update
+from fastdiff.training.step import TrainStep, step_seed
+from fastdiff.training.tuning import objective_of
+
+EVALUATION_STREAM = 2**32 - 1  # in place of a step's number, so that evaluations draw apart from the steps
+
+
+def make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[Table]:
+    """What the network is told about images. Raises UserError for a caption that is too long."""
+    told, conditions = config.conditions, list[Table]()
+    if told.conditional and image_set.labels is not None:
+        conditions.append(
+            Labels(
+                image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
+            )
+        )
+    if image_set.captions is not None:
+        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
+        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
+            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
+    return conditions
+
+
+def make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> FrechetDistance:
+    """The distance to the training images; all ranks take the extractor that `auto` is on rank 0."""
+
+    def make(features: str) -> FeatureExtractor:
+        return make_extractor(features, device=ranks.device, size=config.eval.feature_size)
+
+    extractor = make(config.eval.features) if ranks.is_main else None
+    name = ranks.share(extractor.name if extractor is not None else "", "the extractor")
+    return FrechetDistance(
+        extractor or make(name), image_set, cache_dir=cache_folder(config.images.data_root), device=ranks.device,
+        reference=ranks.is_main,
+    )  # fmt: skip
+
+
+def make_step(
+    config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None,
+    teacher: TeacherWeights | None,
+) -> tuple[TrainStep, UNet, EMA]:  # fmt: skip
+    """The network, its average, and the step that trains it."""
+    read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
+    objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
+    optim, machine = config.optim, config.machine
+    bf16, compile = machine.precision == "bf16", machine.compile == "on"
+    torch.manual_seed(config.run.seed)
+    model = UNet(config.net).to(ranks.device)
+    if initial is not None:
+        second_time = {name: v for name, v in model.state_dict().items() if name.startswith("span.")}
+        model.load_state_dict(second_time | initial.state)  # which may lack it
+    network = fuse(model) if machine.kernels == "triton" else model
+    ema = EMA(model, optim.ema_decay)
+    update = make_update(
+        machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay,
+        half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
+        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
+    )  # fmt: skip
+    step = TrainStep(
+        network, objective, update, lr=LearningRate.of(config),
+        grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
+        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
+        encoder=model.text,
+    )  # fmt: skip
+    return step, model, ema
+
+
+def make_evaluator(
+    config: Config, image_set: ImageSet, ranks: Ranks, run: Run | None, step: TrainStep, ema: EMA,
+    distance: FrechetDistance | None, say: Callable[[str], None],
+) -> Evaluator:  # fmt: skip
+    """What measures and draws the average's samples."""
+    net, machine, wanted = config.net, config.machine, config.eval
+    level, few_step = config.tuning.last_level, "flow-map" if net.two_times else "consistency"
+    read = text_reader(config, cache_folder(config.images.data_root))
+    draws = partial(
+        Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
+        batch_size=wanted.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
+        device=ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
+        nothing=nothing(config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
+    )  # fmt: skip
+    generator = draws(SamplerSettings(wanted.eval_sampler, wanted.eval_steps, last_level=level))
+    few = [draws(SamplerSettings(few_step, n, last_level=level)) for n in wanted.eval_few_steps]
+    guidance = Guidance(wanted.eval_guidance, wanted.eval_guidance_interval)
+    return Evaluator(
+        generator, distance, ranks, run, grid=wanted.grid_samples, seed=step_seed(config.run.seed, EVALUATION_STREAM),
+        say=say, wishes=wishes(config, image_set, read), guidance=guidance, few_steps=few,
+    )  # fmt: skip
