@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -45,6 +47,16 @@ def test_times_have_the_distribution_they_are_named_after(name, sampling):
     assert cut < {"log-normal": 0.003, "wide-log-normal": 0.05}.get(sampling, 1.0)
     assert stats.kstest(values.numpy(), law.cdf).statistic < 1.63 / 20_000**0.5 + cut
     assert torch.equal(t, draw(schedule, sampling))
+
+
+@pytest.mark.parametrize("schedule", ["flow", "cosine", "vp-sde"])
+def test_one_step_is_trained_from_the_noisiest_time(schedule):
+    """Levels of sigma / alpha above 80 are t_max itself, where a single step starts: a share of 0.3%."""
+    schedule = SCHEDULES[schedule]()
+    t = TIME_SAMPLINGS["wide-log-normal"](schedule, 20_000, torch.Generator().manual_seed(0), "cpu")
+    above = schedule.log_snr(t) < -2 * math.log(80)
+    assert 0.001 < above.double().mean() < 0.006
+    assert (t[above] == schedule.t_max).all()
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "low-discrepancy"])
