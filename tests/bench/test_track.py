@@ -5,11 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-import fastdiff.training.train as train_module
 from bench import machine, track
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.plots import plot_track
+from fastdiff.training import parts
 
 TINY = [
     *("--image-size", "8", "--channels", "8", "--channel-mult", "1", "2", "--attention-resolutions", "4"),
@@ -93,7 +93,7 @@ class Colours(FeatureExtractor):
 def quiet(monkeypatch):
     """A ceiling, and features, that cost no time."""
     monkeypatch.setattr(machine, "ceilings_apart", lambda *_, **__: {"bytes_s": 1e9, "flops_s": 1e12})
-    monkeypatch.setattr(train_module, "make_extractor", lambda *_, **__: Colours())
+    monkeypatch.setattr(parts, "make_extractor", lambda *_, **__: Colours())
 
 
 def rows_of(run):

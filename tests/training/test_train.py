@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fastdiff.evaluation.evaluator as evaluator_module
-import fastdiff.training.train as train_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
+from fastdiff.training import parts
 from fastdiff.training.metrics import Metrics
 from fastdiff.training.step import TrainStep
 from fastdiff.training.train import train
@@ -184,8 +184,8 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch, final, 
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
     monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
-    monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
-    monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
+    monkeypatch.setattr(parts, "make_extractor", lambda *a, **k: None)
+    monkeypatch.setattr(parts, "FrechetDistance", lambda *a, **k: FakeDistance())
     train(tiny_config(eval_every=5, keep_last=2, features="auto", eval_samples=4, final_eval_samples=final))
     run = tmp_path / "working" / "1"
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == ["step-10", "step-25", "step-30"]
@@ -210,8 +210,8 @@ def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monke
         return row, torch.zeros(keep, 8, 8, 3, dtype=torch.uint8).numpy()
 
     monkeypatch.setattr(evaluator_module, "evaluate", evaluate)
-    monkeypatch.setattr(train_module, "make_extractor", lambda *a, **k: None)
-    monkeypatch.setattr(train_module, "FrechetDistance", lambda *a, **k: FakeDistance())
+    monkeypatch.setattr(parts, "make_extractor", lambda *a, **k: None)
+    monkeypatch.setattr(parts, "FrechetDistance", lambda *a, **k: FakeDistance())
     train(tiny_config(eval_every=15, features="auto", eval_samples=4, eval_few_steps=(1, 4), last_level=0.9))
     few = [("consistency (last_level=0.9)", steps, 4) for steps in (1, 4)]
     assert drawn == [*few, ("ddim", 2, 4)] * 2
