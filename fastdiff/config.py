@@ -82,6 +82,16 @@ class Config:
         """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
         if self.tuning.few_step == "none":
             return
+        if self.diffusion.weighting != "uniform":
+            raise UserError(
+                f"--weighting {self.diffusion.weighting} would be ignored, as --few-step {self.tuning.few_step} has a "
+                "weight of its own; add --weighting uniform."
+            )
+        if self.tuning.few_step == "flow-map" and self.diffusion.time_sampling != "auto":
+            raise UserError(
+                f"--time-sampling {self.diffusion.time_sampling} would be ignored, as --few-step flow-map draws pairs "
+                "of times; add --time-sampling auto."
+            )
         flow = (self.diffusion.objective, self.diffusion.resolved_schedule) == ("flow", "flow")
         if self.tuning.few_step == "flow-map" and not flow:
             raise UserError(

@@ -17,9 +17,10 @@ class Sampling:
     folder that `export --to safetensors` has written."""
     sampler: SamplerName = "ddim"
     """How samples are drawn."""
-    steps: int = 50
+    steps: tuple[int, ...] = (50,)
     """Steps for each sample: network evaluations, but twice as many for heun and predictor-corrector. At least 1, and
-    for the schedules ddpm-linear and cosine at most their T (1000)."""
+    for the schedules ddpm-linear and cosine at most their T (1000). With several, such as 1 2 4: all from the same
+    noise, a row of pictures each, or a line each."""
     eta: float = 0.0
     """ddim only: fresh noise in each step, from 0 (deterministic) to 1 (as much as ddpm)."""
     spacing: SpacingName = "auto"
@@ -52,7 +53,7 @@ class Sample(Sampling):
     """Draw images from a trained network into a grid, and if asked into an .npz."""
 
     n: int | None = None
-    """Images to draw; default: 64, or 8 of each class or prompt."""
+    """Images to draw; default: 64, or 8 of each class or prompt; with several --steps 8, or 1 of each."""
     classes: tuple[str, ...] = ()
     """Of a conditional run: classes to draw, a row each, by name, by number, or `all`, the default."""
     prompt: tuple[str, ...] = ()
@@ -81,7 +82,8 @@ class Evaluate(Sampling):
     n: int = 10_000
     """Samples to draw, as many of each class; published FIDs use 50,000."""
     guidance: tuple[float, ...] = (1.0,)
-    """Guidance scales w to measure, a row each; with several, saves/guidance.png shows the distance against w."""
+    """Guidance scales w to measure, a row each; with several, saves/guidance.png shows the distance against w, and
+    --steps is one number."""
     interval: tuple[str, ...] = ("off",)
     """Levels of sigma / alpha at which to guide, as LO,HI, each with every scale; `off`: at all levels."""
     features: Literal["auto", "inception", "efficientnet_lite0"] = "auto"

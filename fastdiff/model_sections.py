@@ -181,7 +181,7 @@ class DiffusionConfig:
     """What the network predicts."""
     schedule: Literal["auto", "ddpm-linear", "cosine", "vp-sde", "subvp-sde", "ve-sde", "edm", "flow"] = "auto"
     """Noise schedule; `auto`: ddpm-linear for eps, x0 and v, vp-sde for score, flow for flow, edm for edm."""
-    weighting: Literal["uniform", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
+    weighting: Literal["uniform", "image", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
     """How the error of the estimated image at each noise level is weighted, the same for every objective; but
     `uniform`: the plain error of what the network predicts."""
     time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "wide-log-normal", "logit-normal"] = (
@@ -258,7 +258,7 @@ class TuningConfig:
     few_step: Literal["none", "consistency", "flow-map"] = "none"
     """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
     (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: the network learns the average
-    velocity from any t to any r (SoFlow); it needs --objective flow. Neither uses --weighting."""
+    velocity from any t to any r (SoFlow); it needs --objective flow."""
     q: float = 256.0
     """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
     less. flow-map: a falls from 1 evenly, by q in each stage."""

@@ -118,6 +118,11 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
         ({"objective": "x0"}, "--objective x0 has none; choose edm, v or flow"),
+        ({"weighting": "edm"}, "--weighting edm would be ignored"),
+        (
+            {"few_step": "flow-map", "objective": "flow", "time_sampling": "uniform"},
+            "--time-sampling uniform would be ignored, as --few-step flow-map draws pairs",
+        ),
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
         ({"stages": 0}, "--stages is 0"),

@@ -6,7 +6,7 @@ An objective converts it to a weight of its own error, so that one weighting is 
 logarithms, where no infinite SNR meets a zero.
 
 The exception is `uniform`, by tradition the plain error of whatever is predicted (L_simple for eps), so that it means
-another w for each objective: `snr` for eps and score, w = 1 for x0, SNR + 1 for v (Salimans & Ho 2022, section 4),
+another w for each objective: `snr` for eps and score, `image` for x0, SNR + 1 for v (Salimans & Ho 2022, section 4),
 (1 + sqrt(SNR))^2 for flow, and `edm` for edm.
 
 The loss is a mean over the sampled noise levels: how often each is seen (--time-sampling and the schedule) is a weight
@@ -16,10 +16,16 @@ too, and no weighting divides it out.
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SIGMOID_BIAS = 2.0  # Kingma & Gao 2023, section 5
+
+
+def image(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
+    """w = 1: the plain error of the image, as `uniform` is for x0: high noise, where the content is decided, counts."""
+    return torch.zeros_like(log_snr)
 
 
 def snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
@@ -55,6 +61,7 @@ def sigmoid(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
 LogWeight = Callable[..., Tensor]
 WEIGHTINGS: dict[str, LogWeight | None] = {
     "uniform": None,  # no w of its own, see above
+    "image": image,
     "snr": snr,
     "truncated-snr": truncated_snr,
     "min-snr": min_snr,

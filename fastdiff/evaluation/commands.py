@@ -1,5 +1,6 @@
 """The commands of `python -m fastdiff`: one function for each dataclass of flags. All raise UserError for bad input."""
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -44,16 +45,18 @@ from fastdiff.runtime.device import resolve_device, set_backends
 GRID_LIMIT = 1024
 
 
-def _trained(flags: Sampling) -> tuple[Trained, Generator]:
-    """The network of a checkpoint, and what draws from it. Raises UserError for bad input."""
+def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
+    """The network of a checkpoint, and what draws from it in each of --steps. Raises UserError for bad input."""
     _check_seed(flags.seed)
+    if not flags.steps or len(set(flags.steps)) < len(flags.steps):
+        raise UsageError(f"--steps is {_words(flags.steps)}, but must be one number or several different ones.")
     options = parse_options(flags.sampler, flags.options)
-    settings = SamplerSettings(flags.sampler, flags.steps, flags.eta, flags.spacing, options)
+    samplers = [SamplerSettings(flags.sampler, n, flags.eta, flags.spacing, options) for n in flags.steps]
     device = resolve_device(flags.device)
     set_backends(device)
     trained = load_trained(flags.checkpoint, device=device)
     last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
-    settings = replace(settings, last_level=last_level)
+    samplers = [replace(each, last_level=last_level) for each in samplers]
     guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
     if guide is not None and guide.config.task != trained.config.task:
         raise UsageError(
@@ -67,10 +70,14 @@ def _trained(flags: Sampling) -> tuple[Trained, Generator]:
     if machine.warning:
         print(f"warning: {machine.warning}", file=sys.stderr)
     generator = trained.generator(
-        settings, batch_size=flags.batch_size, device=device, bf16=machine.precision == "bf16",
+        samplers[0], batch_size=flags.batch_size, device=device, bf16=machine.precision == "bf16",
         compile=flags.compile == "on", graphs=flags.graphs, guide=guide.network if guide is not None else None,
     )  # fmt: skip
-    return trained, generator
+    return trained, [generator.by(each) for each in samplers]
+
+
+def _words(steps: Sequence[int]) -> str:
+    return " ".join(map(str, steps)) or "empty"
 
 
 def _told(trained: Trained) -> str:
@@ -86,33 +93,46 @@ def sample(flags: Sample) -> None:
         raise UsageError(f"--out and --save-npz are both {out}, and one would replace the other; name two files.")
     if out.suffix.lower() == ".npz":
         raise UsageError(f"--out {out} is for the grid, a picture; write the images by --save-npz {out}.")
+    if save_npz is not None and len(flags.steps) > 1:
+        raise UsageError(f"--save-npz holds images of one number of steps, but --steps is {_words(flags.steps)}.")
     pictures.image_format(out)
     for path in filter(None, (out, save_npz)):
         check_output(path)
-    trained, generator = _trained(flags)
+    trained, generators = _trained(flags)
+    generator = generators[0]
     generator.check(guidance)
     asked, names, told = _wishes(flags, trained)
     shares = _shares(flags, len(names))
     n, row = sum(shares), np.repeat(np.arange(len(shares)), shares)  # of each image
     conditions = {name: v[row] for name, v in asked.items()}
     c, height, width = generator.image_shape
-    shown: list[np.ndarray] = []
+    shown: list[list[np.ndarray]] = [[] for _ in generators]
     arrays = {name: v[row] for name, v in told.items()}
-    with bar("sampling", n) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
-        for images in generator.batches(n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=show):
-            array = _nhwc(images)
-            write(array)
-            if sum(map(len, shown)) < GRID_LIMIT:
-                shown.append(array)
-    grid = np.concatenate(shown)[:GRID_LIMIT]
-    if names:
+    with bar("sampling", n * len(generators)) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
+        for i, (draws, kept) in enumerate(zip(generators, shown, strict=True)):
+
+            def progress(drawn: float, before: int = n * i) -> None:
+                show(before + drawn)
+
+            for images in draws.batches(
+                n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=progress
+            ):
+                array = _nhwc(images)
+                write(array)
+                if sum(map(len, kept)) < GRID_LIMIT:
+                    kept.append(array)
+    grids = [np.concatenate(kept)[:GRID_LIMIT] for kept in shown]
+    grid = grids[0]
+    if len(generators) > 1:
+        pictures.save_rows(grids, [f"{n} step{'s' * (n > 1)}" for n in flags.steps], out)
+    elif names:
         rows = {i: grid[row[: len(grid)] == i] for i in np.unique(row[: len(grid)])}
         pictures.save_rows(list(rows.values()), [names[i] for i in rows], out)
     else:
         pictures.save_grid(grid, out)
-    label, steps = generator.settings.label, generator.settings.steps
     led = f", guidance {guidance.label}" if guidance.scale != 1 else ""
-    print(f"{out}: {len(grid):,} of {n:,} images by {label}, {steps} steps{led}, from {trained.path}")
+    steps = f"{_words(flags.steps)} steps"
+    print(f"{out}: {len(grid):,} of {n:,} images by {generator.settings.label}, {steps}{led}, from {trained.path}")
 
 
 def _wishes(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str], dict[str, np.ndarray]]:
@@ -162,9 +182,10 @@ def _shares(flags: Sample, rows: int) -> list[int]:
     for flag, value in (("--per-class", per_class), ("--n", n)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}, but must be at least 1.")
+    several = len(flags.steps) > 1
     if not rows:
-        return [n or 64]
-    return [per_class or 8] * rows if n is None else [len(range(i, n, rows)) for i in range(rows)]
+        return [n or (8 if several else 64)]
+    return [per_class or (1 if several else 8)] * rows if n is None else [len(range(i, n, rows)) for i in range(rows)]
 
 
 def evaluate(flags: Evaluate) -> None:
@@ -175,7 +196,10 @@ def evaluate(flags: Evaluate) -> None:
     if flags.n < 2:
         raise UsageError(f"--n is {flags.n}, but a Frechet distance needs at least 2 samples.")
     guidances = [Guidance(scale, interval) for interval in map(_interval, flags.interval) for scale in flags.guidance]
-    trained, generator = _trained(flags)
+    if len(flags.steps) > 1 and len(guidances) > 1:
+        raise UsageError("--steps and --guidance, or --interval, have several values; measure one of them at a time.")
+    trained, generators = _trained(flags)
+    generator = generators[0]
     generator.check(*guidances)
     config, classes = _at(trained.config, flags.data_root), trained.config.net.num_classes
     reference = _images(config, trained, flags.data)
@@ -191,11 +215,9 @@ def evaluate(flags: Evaluate) -> None:
     agreement = LabelAgreement(extractor, reference, test, folder) if classes else None
     about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
     rows = []
-    for guidance in guidances:
+    for draws, guidance in itertools.product(generators, guidances):
         with kept_features(extractor) if agreement is not None else nullcontext([]) as features:
-            row, _ = measure(
-                generator, distance, n=flags.n, seed=flags.seed, keep=0, conditions=asked, guidance=guidance
-            )
+            row, _ = measure(draws, distance, n=flags.n, seed=flags.seed, keep=0, conditions=asked, guidance=guidance)
         row = {**about, **row, "checkpoint": trained.path.name}
         if flags.guide is not None and guidance.scale != 1:
             row["guide"] = flags.guide.name
@@ -205,7 +227,7 @@ def evaluate(flags: Evaluate) -> None:
         rows.append(row)
         _record(trained, row)
         output.put(json.dumps(row))
-    if len(rows) > 1:
+    if len(guidances) > 1:
         _record(trained, sweep=rows)
 
 
@@ -245,7 +267,7 @@ def _record(trained: Trained, *rows: dict[str, Any], sweep: Sequence[dict[str, A
             for row in rows:
                 run.log_eval(row)
                 plots.plot_distance(run.eval_rows(), run.saves / "fid.png")
-                plots.plot_few_steps(run.eval_rows(), run.saves / "few-step.png")
+                plots.plot_few_steps(run.eval_rows(), run.saves / "few-step.png", teacher=run.teacher_rows())
             if sweep:
                 plots.plot_guidance(sweep, run.saves / "guidance.png")
                 print(f"{run.saves / 'guidance.png'}: the distance against guidance", file=sys.stderr)

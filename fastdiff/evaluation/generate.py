@@ -225,6 +225,12 @@ class Generator:
 
         return denoise
 
+    def by(self, settings: SamplerSettings) -> "Generator":
+        """One that draws otherwise, from the same network, compiled once. Raises UserError as `Generator` does."""
+        other = copy.copy(self)
+        other.settings, other.plan = settings, settings.plan(self.objective.schedule)
+        return other
+
     def batches(
         self,
         n: int,

@@ -20,12 +20,15 @@ PathLike = str | os.PathLike
 BLUE, ORANGE, GREEN, PURPLE, GREY, LIGHT = "#2563eb", "#d97706", "#059669", "#7c3aed", "#6b7280", "#e5e7eb"
 
 
-def plot_run(train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Sequence[Row], folder: Path) -> None:
+def plot_run(
+    train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Sequence[Row], folder: Path,
+    *, teacher: Sequence[Row] = (),
+) -> None:  # fmt: skip
     """All curves of a run, a PNG each: loss, throughput, fid, few-step, loss-by-noise; none without rows for it."""
     plot_loss(train_rows, folder / "loss.png")
     plot_throughput(train_rows, folder / "throughput.png")
     plot_distance(eval_rows, folder / "fid.png")
-    plot_few_steps(eval_rows, folder / "few-step.png")
+    plot_few_steps(eval_rows, folder / "few-step.png", teacher=teacher if eval_rows else ())
     plot_loss_by_noise(noise_rows, folder / "loss-by-noise.png")
 
 
@@ -91,15 +94,19 @@ def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
     save_figure(figure, path)
 
 
-def plot_few_steps(rows: Sequence[Row], path: PathLike) -> None:
+def plot_few_steps(rows: Sequence[Row], path: PathLike, *, teacher: Sequence[Row] = ()) -> None:
     """The Frechet distance against the sampler's steps, from the newest evaluation of each, without guidance.
 
     No file unless some sampler was measured in more than one number of steps.
+
+    Args:
+        teacher: rows of the network that this one was taught by or began from.
     """
     curves: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:  # a later one takes an earlier one's place
+    told = [*((row, "teacher, ") for row in teacher), *((row, "") for row in rows)]
+    for row, whose in told:  # a later one takes an earlier one's place
         if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
-            how = f"{row['sampler']}, {row['samples']:,} samples"
+            how = f"{whose}{row['sampler']}, {row['samples']:,} samples"
             curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return

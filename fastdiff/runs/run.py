@@ -181,6 +181,15 @@ class Run:
         """The evaluation rows in the order they were written, read from `metrics.jsonl`."""
         return [row for row in self._rows() if row["kind"] == "eval"]
 
+    def teacher_rows(self) -> list[Row]:
+        """The evaluation rows of the run whose network this one was taught by or began from; none if it is gone."""
+        told = {**self.config.get("optim", {}), **self.config.get("tuning", {})}
+        path = Path(told.get("teacher") or told.get("init_from") or os.devnull)
+        place = next((each for each in (path, path.parent.parent) if (each / "metrics.jsonl").is_file()), None)
+        with suppress(UserError, OSError):
+            return [row for row in _read_rows(place / "metrics.jsonl") if row["kind"] == "eval"] if place else []
+        return []
+
     def record_config(self, config: dict) -> None:
         """Have `config.json` hold this, where it does not."""
         text = json_text(config)

@@ -1,13 +1,13 @@
 """The parts of a training run, made of its config: conditions, distance, step, evaluator."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
+from fastdiff.diffusion.objectives import make_objective
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
@@ -90,24 +90,34 @@ def make_step(
     return step, model, ema
 
 
+def evaluation_samplers(config: Config) -> list[SamplerSettings]:
+    """How evaluations draw, then how they draw in few steps. Raises UserError for what the schedule does not have."""
+    wanted, schedule = config.eval, make_objective(**config.diffusion.arguments).schedule
+    few = "flow-map" if config.net.two_times else "consistency"
+    kinds = [(wanted.eval_sampler, wanted.eval_steps), *((few, n) for n in wanted.eval_few_steps)]
+    samplers = [SamplerSettings(name, n, last_level=config.tuning.last_level) for name, n in kinds]
+    for each in samplers:
+        each.plan(schedule)
+    return samplers
+
+
 def make_evaluator(
     config: Config, image_set: ImageSet, ranks: Ranks, run: Run | None, step: TrainStep, ema: EMA,
     distance: FrechetDistance | None, say: Callable[[str], None],
 ) -> Evaluator:  # fmt: skip
     """What measures and draws the average's samples."""
     net, machine, wanted = config.net, config.machine, config.eval
-    level, few_step = config.tuning.last_level, "flow-map" if net.two_times else "consistency"
     read = text_reader(config, cache_folder(config.images.data_root))
-    draws = partial(
-        Generator, fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective,
+    first, *few = evaluation_samplers(config)
+    generator = Generator(
+        fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective, first,
         batch_size=wanted.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
         device=ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
         nothing=nothing(config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
-    generator = draws(SamplerSettings(wanted.eval_sampler, wanted.eval_steps, last_level=level))
-    few = [draws(SamplerSettings(few_step, n, last_level=level)) for n in wanted.eval_few_steps]
     guidance = Guidance(wanted.eval_guidance, wanted.eval_guidance_interval)
     return Evaluator(
         generator, distance, ranks, run, grid=wanted.grid_samples, seed=step_seed(config.run.seed, EVALUATION_STREAM),
-        say=say, wishes=wishes(config, image_set, read), guidance=guidance, few_steps=few,
+        say=say, wishes=wishes(config, image_set, read), guidance=guidance,
+        few_steps=[generator.by(each) for each in few],
     )  # fmt: skip

@@ -106,7 +106,7 @@ def plot(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
     since = state.noise_levels.read(reset=False)
     rows = [*state.noise_history, *([{"step": state.step, **since}] if any(since["images"]) else [])]
     with run.spared(progress.print):
-        plots.plot_run(run.train_rows(), run.eval_rows(), rows, run.saves)
+        plots.plot_run(run.train_rows(), run.eval_rows(), rows, run.saves, teacher=run.teacher_rows())
         write_atomically(run.path / "loss-by-noise.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     gc.collect()  # figures are cycles of several MB each, which the collector would let pile up
 

@@ -34,7 +34,7 @@ from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.parts import make_conditions, make_distance, make_evaluator, make_step
+from fastdiff.training.parts import evaluation_samplers, make_conditions, make_distance, make_evaluator, make_step
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
@@ -269,6 +269,7 @@ def _check(asked: Config, config: Config, ranks: Ranks) -> None:
             f"--batch-size is {batch}, but must be a multiple of {ranks.size * accumulate}: {ranks.size} ranks share "
             f"it, and --accumulate is {accumulate}."
         )
+    evaluation_samplers(config)
     check_triton(machine.kernels, machine.compile == "on", ranks.device)
     set_backends(ranks.device, deterministic=machine.deterministic)
     flags = {f"--{name.replace('_', '-')}": value for name, value in asked.flat().items() if name not in OWN_FLAGS}

@@ -100,6 +100,7 @@ def test_the_weightings_are_the_papers():
     snr = log_snr.exp()
     sigma = snr**-0.5
     expected = {
+        "image": torch.ones_like(snr),
         "snr": snr,
         "truncated-snr": snr.clamp(min=1),
         "min-snr": snr.clamp(max=5),
@@ -112,7 +113,7 @@ def test_the_weightings_are_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("kind", "weighting"), [("eps", "snr"), ("score", "snr"), ("edm", "edm")], ids=lambda value: value
+    ("kind", "weighting"), [("eps", "snr"), ("score", "snr"), ("edm", "edm"), ("x0", "image")], ids=lambda value: value
 )
 def test_some_weightings_are_the_plain_error_of_some_objectives(kind, weighting):
     objective = build(kind, "ddpm-linear", weighting=weighting)

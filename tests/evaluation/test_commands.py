@@ -16,6 +16,7 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
+from fastdiff.reporting import plots
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
@@ -41,6 +42,26 @@ def test_sample_is_deterministic_and_writes_a_grid_and_an_npz(run, tmp_path, cap
     # The first image of the grid, enlarged by a whole factor, is the first sample.
     grid = np.asarray(Image.open(tmp_path / "0.png").convert("RGB"))
     assert (grid[2 : 2 + 64 : 8, 2 : 2 + 64 : 8] == arrays[0][0]).all()
+
+
+def test_several_numbers_of_steps_are_a_row_each_from_the_same_noise(run, tmp_path, capsys):
+    common = ("sample", "--checkpoint", run, "--sampler", "consistency", "--n", 3)
+    assert call(*common, "--steps", 1, 4, "--out", tmp_path / "both.png") == 0
+    assert "3 of 3 images by consistency, 1 4 steps" in capsys.readouterr().out
+    both = np.asarray(Image.open(tmp_path / "both.png").convert("RGB"))
+    assert len(both) == 2 * 66 + 2
+    for row, steps in enumerate((1, 4)):
+        assert (
+            call(*common, "--steps", steps, "--save-npz", tmp_path / f"{steps}.npz", "--out", tmp_path / "1.png") == 0
+        )
+        with np.load(tmp_path / f"{steps}.npz") as file:
+            strip = both[2 + 66 * row : 66 * (row + 1), -(3 * 66) : -2]
+            drawn = np.stack([strip[::8, 66 * i : 66 * i + 64 : 8] for i in range(3)])
+            assert (drawn == file["images"]).all()
+    assert call(*common, "--steps", 1, 4, "--save-npz", tmp_path / "new.npz") == 2
+    assert "--save-npz holds images of one number of steps, but --steps is 1 4" in capsys.readouterr().err
+    assert call(*common, "--steps", 2, 2) == 2
+    assert "--steps is 2 2, but must be one number or several different ones" in capsys.readouterr().err
 
 
 def test_a_compiled_network_draws_the_same_images(run, tmp_path):
@@ -164,6 +185,23 @@ def test_evaluate_prints_one_json_line_and_adds_a_row(run, capsys, monkeypatch, 
     (logged,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged == {"kind": "eval", **row}
     assert (run / "saves" / "fid.png").exists()
+
+
+def test_evaluate_measures_several_numbers_of_steps_beside_the_teacher(run, capsys, monkeypatch):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    config = json.loads((run / "config.json").read_text())
+    config["optim"]["init_from"] = str(run / "checkpoints" / "step-1")  # itself, which has rows
+    (run / "config.json").write_text(json.dumps(config))
+    told = []
+    monkeypatch.setattr(plots, "plot_few_steps", lambda rows, path, teacher: told.append((len(rows), len(teacher))))
+    arguments = ("evaluate", "--checkpoint", run, "--n", 6, "--feature-size", 32, "--features", "efficientnet_lite0")
+    assert call(*arguments, "--sampler", "consistency", "--steps", 1, 2) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sampler_steps"] for row in rows] == [1, 2]
+    assert rows[0]["value"] != rows[1]["value"]
+    assert told == [(1, 1), (2, 2)]
+    assert call(*arguments, "--steps", 1, 2, "--guidance", 1, 2) == 2
+    assert "measure one of them at a time" in capsys.readouterr().err
 
 
 def measure(run, capsys, *flags):

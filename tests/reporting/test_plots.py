@@ -14,7 +14,7 @@ from fastdiff.reporting.plots import (
     plot_throughput,
 )
 
-BLUE, ORANGE = (0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)
+BLUE, ORANGE, GREEN = (0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06), (0x05, 0x96, 0x69)
 
 
 def train_rows(n, every=100, batch=128):
@@ -66,6 +66,10 @@ class TestFewSteps:
         plot_few_steps(rows, path)
         assert pixels(path, BLUE) > 20
         assert pixels(path, ORANGE) > 300
+        assert pixels(path, GREEN) == 0
+        plot_few_steps(rows, path, teacher=[eval_row(50, 30.0 / n, sampler_steps=n) for n in (2, 10)])
+        assert pixels(path, BLUE) > 300
+        assert pixels(path, GREEN) > 300
 
 
 class TestLossByNoise:
