@@ -6,7 +6,8 @@ from typing import Any
 
 from fastdiff.checks import check_words, require
 from fastdiff.errors import UserError
-from fastdiff.model_sections import ConditionsConfig, DiffusionConfig, TuningConfig, UNetConfig
+from fastdiff.few_step_section import TAUGHT, TuningConfig
+from fastdiff.model_sections import NEEDS_SIGNAL, ConditionsConfig, DiffusionConfig, UNetConfig
 from fastdiff.sections import EvalConfig, ImagesConfig, MachineConfig, OptimConfig, PresetName, RunConfig
 
 
@@ -71,7 +72,7 @@ class Config:
     @property
     def unprepared(self) -> str | None:
         """A warning where few steps are learned from random weights."""
-        if self.tuning.few_step in ("none", "flow-map") or self.optim.init_from or self.tuning.teacher:
+        if self.tuning.few_step not in TAUGHT or self.optim.init_from or self.tuning.teacher:
             return None
         return (
             f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; name a "
@@ -80,38 +81,47 @@ class Config:
 
     def _check_few_steps(self) -> None:
         """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
-        if self.tuning.few_step == "none":
+        tuning, diffusion, machine = self.tuning, self.diffusion, self.machine
+        if tuning.few_step == "none":
             return
-        if self.diffusion.weighting != "uniform":
+        flag = f"--few-step {tuning.few_step}"
+        if diffusion.weighting != "uniform":
             raise UserError(
-                f"--weighting {self.diffusion.weighting} would be ignored, as --few-step {self.tuning.few_step} has a "
-                "weight of its own; add --weighting uniform."
+                f"--weighting {diffusion.weighting} would be ignored, as {flag} has a weight of its own; add "
+                "--weighting uniform."
             )
-        if self.tuning.few_step == "flow-map" and self.diffusion.time_sampling != "auto":
+        if tuning.few_step != "consistency" and diffusion.time_sampling != "auto":
             raise UserError(
-                f"--time-sampling {self.diffusion.time_sampling} would be ignored, as --few-step flow-map draws pairs "
-                "of times; add --time-sampling auto."
+                f"--time-sampling {diffusion.time_sampling} would be ignored, as {flag} draws times of its own; add "
+                "--time-sampling auto."
             )
-        flow = (self.diffusion.objective, self.diffusion.resolved_schedule) == ("flow", "flow")
-        if self.tuning.few_step == "flow-map" and not flow:
+        if tuning.two_times and (diffusion.objective, diffusion.resolved_schedule) != ("flow", "flow"):
             raise UserError(
-                f"--few-step flow-map averages the velocity of --objective flow on --schedule flow, but this is "
-                f"{self.diffusion.task}; choose these."
+                f"{flag} averages the velocity of --objective flow on --schedule flow, but this is {diffusion.task}; "
+                "choose these."
             )
-        if self.tuning.few_step == "consistency" and self.diffusion.objective == "x0":
+        if tuning.few_step == "consistency" and diffusion.objective in ("x0", *NEEDS_SIGNAL):
             raise UserError(
-                "--few-step consistency needs an estimate that is x_t itself at t = 0; --objective x0 has none; choose "
-                "edm, v or flow."
+                f"{flag} needs an estimate that is x_t itself at t = 0 and bounded at its noisiest; that of "
+                f"--objective {diffusion.objective} is not; choose edm, v or flow."
             )
+        if tuning.few_step == "scm" and diffusion.objective != "edm":
+            raise UserError(f"{flag} needs --objective edm, but this is {diffusion.objective}; choose it.")
+        precision = "fp32" if machine.precision == "auto" else machine.precision
+        for name, value, can in (
+            ("precision", precision, "fp32"), ("compile", machine.compile, "off"), ("kernels", machine.kernels, "torch")
+        ):  # fmt: skip
+            if tuning.exact and value not in ("auto", can):
+                raise UserError(
+                    f"{flag} differentiates the network forwards, which --{name} {value} cannot; add --{name} {can}."
+                )
         seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
-        gap, precision = self.tuning.at(seen), self.machine.precision
-        least = SMALLEST_GAP["fp32" if precision == "auto" else precision]
-        if gap < least:
-            what = "(t - s) / (t - r)" if self.tuning.few_step == "flow-map" else "(t - r) / t"
+        gap, least = tuning.at(seen), SMALLEST_GAP[precision]
+        if tuning.compared and gap < least:
             words = "--precision bf16" if precision == "bf16" else "float32"
             raise UserError(
-                f"--few-step {self.tuning.few_step} would compare estimates at noise levels {what} = {gap:.2g} "
-                f"apart, but in {words} rounding drowns steps below {least:g}; lower --q or --stages"
+                f"{flag} would compare estimates at noise levels {tuning.compared} = {gap:.2g} apart, but in {words} "
+                f"rounding drowns steps below {least:g}; lower --q or --stages"
                 + (", or drop --precision bf16." if precision == "bf16" else ".")
             )
 
@@ -151,11 +161,11 @@ class Config:
 
         `features`, `time_sampling` and `feature_size` stay: the extractor's weights and the schedule decide them.
         """
-        cuda = device == "cuda"
+        cuda, exact = device == "cuda", self.tuning.exact
         auto = {
             "device": device, "precision": "bf16" if cuda and self.tuning.few_step == "none" else "fp32",
-            "compile": "on" if cuda else "off",
-            "kernels": "triton" if cuda else "torch", "loader": "dali" if cuda else "resident",
+            "compile": "on" if cuda and not exact else "off",
+            "kernels": "triton" if cuda and not exact else "torch", "loader": "dali" if cuda else "resident",
             "schedule": self.diffusion.resolved_schedule, "flip": "on" if self.images.flips else "off",
         }  # fmt: skip
         values = self.flat()

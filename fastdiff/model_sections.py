@@ -1,6 +1,7 @@
 """The sections of a config that say what is learned: the network, what it is told, and the noise process.
 
-Frozen dataclasses, each with its flags and the rules about them; `sections.py` has the others.
+Frozen dataclasses, each with its flags and the rules about them; the others are in `few_step_section.py` and
+`sections.py`.
 """
 
 import dataclasses
@@ -249,50 +250,3 @@ class DiffusionConfig:
         """The keyword arguments of `make_objective`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"kind": values.pop("objective"), **values, "schedule": self.resolved_schedule}
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """How a network is trained for one and two steps, after --init-from has given it what it knows."""
-
-    few_step: Literal["none", "consistency", "flow-map"] = "none"
-    """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
-    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: the network learns the average
-    velocity from any t to any r (SoFlow); it needs --objective flow."""
-    q: float = 256.0
-    """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
-    less. flow-map: a falls from 1 evenly, by q in each stage."""
-    stages: int = 1
-    """How many stages there are."""
-    stage_images: int = 3_200_000
-    """Training images of each stage; consistency stays in the last, flow-map at its end."""
-    huber_c: float = 0.00054
-    """Differences of pixel values below which the distance is quadratic; above it is linear."""
-    teacher: str | None = None
-    """consistency: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
-    trajectories in place of the data (consistency distillation); also where --init-from is not given."""
-    teacher_solver: Literal["euler", "heun"] = "euler"
-    """How the teacher goes from t to r: `euler` asks it once, `heun` twice."""
-    teacher_guidance: float = 1.0
-    """Guidance scale w of the teacher, which its student then has built in; 1: none."""
-    last_level: float = 0.821
-    """sigma / alpha at which the last of several steps of the sampler consistency starts; other data have another best
-    one, such as 3 for digits."""
-
-    def __post_init__(self) -> None:
-        check_words(self)
-        require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
-        at_least(1, "stages", self.stages)
-        at_least(1, "stage_images", self.stage_images)
-        positive(self, "huber_c", "last_level")
-        check_guidance(self.teacher_guidance, None, "teacher_")
-        if self.teacher is not None and self.few_step != "consistency":
-            raise UserError(f"--teacher {self.teacher} would teach nothing; add --few-step consistency, or drop it.")
-        if self.teacher_guidance != 1 and self.teacher is None:
-            raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
-
-    def at(self, images: int) -> float:
-        """(t - r) / t, or a, after so many images, which decides it alone: a resumed run goes on in its stage."""
-        if self.few_step == "flow-map":
-            return self.q ** -min(images / self.stage_images, self.stages)
-        return self.q ** -(1 + min(images // self.stage_images, self.stages - 1))

@@ -48,7 +48,7 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 def test_the_objective_changes_by_one_flag(preset, objective):
     refused = {
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
-        ("quick-consistency", "x0"): "--objective x0 has none",
+        **{("quick-consistency", kind): f"that of --objective {kind} is not" for kind in ("x0", "eps", "score")},
     }
     if message := refused.get((preset, objective)):
         with pytest.raises(UserError, match=message):
@@ -117,16 +117,25 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"few_step": "flow-map"},
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
-        ({"objective": "x0"}, "--objective x0 has none; choose edm, v or flow"),
+        ({"objective": "x0"}, "that of --objective x0 is not; choose edm, v or flow"),
+        ({"objective": "eps"}, "that of --objective eps is not"),
+        ({"few_step": "scm", "objective": "v"}, "--few-step scm needs --objective edm, but this is v"),
+        ({"few_step": "mean-flow"}, "averages the velocity of --objective flow on --schedule flow"),
+        (
+            {"few_step": "scm", "kernels": "triton"},
+            "differentiates the network forwards, which --kernels triton cannot; add --kernels torch",
+        ),
+        ({"few_step": "scm", "compile": "on"}, "which --compile on cannot; add --compile off"),
+        ({"few_step": "scm", "precision": "bf16"}, "which --precision bf16 cannot; add --precision fp32"),
         ({"weighting": "edm"}, "--weighting edm would be ignored"),
         (
             {"few_step": "flow-map", "objective": "flow", "time_sampling": "uniform"},
-            "--time-sampling uniform would be ignored, as --few-step flow-map draws pairs",
+            "--time-sampling uniform would be ignored, as --few-step flow-map draws times",
         ),
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
         ({"stages": 0}, "--stages is 0"),
-        ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency"),
+        ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency or scm"),
         ({"teacher_guidance": 2.0, "conditional": True}, "--teacher-guidance is 2, but there is no --teacher"),
         ({"teacher": "x", "teacher_guidance": 2.0}, "--teacher-guidance is 2, but guidance leads to a class"),
         ({"teacher": "x", "text": "bytes"}, "--teacher with --text bytes is not built"),
@@ -138,7 +147,7 @@ def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):
 
 
 def test_few_steps_from_random_weights_are_warned_of():
-    config = Config.of(few_step="consistency")
+    config = Config.of(few_step="consistency", objective="v")
     assert "--few-step consistency begins with random weights" in config.unprepared
     assert [c.unprepared for c in (Config(), config.replace(init_from="x"), config.replace(teacher="x"))] == [None] * 3
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["fastdiff._kernels"],
     ["fastdiff.checks"],
     ["fastdiff.model_sections"],
-    ["fastdiff.sections"],
+    ["fastdiff.sections", "fastdiff.few_step_section"],
     ["fastdiff.diffusion", "fastdiff.data"],
     ["fastdiff.config", "fastdiff.flags"],
     ["fastdiff.presets"],

@@ -37,6 +37,8 @@ class FlowMap(Tuned):
         UserError: another objective or schedule.
     """
 
+    t_normal, r_normal = T_NORMAL, R_NORMAL
+
     def __init__(self, kind: Objective, at: Callable[[int], float], *, device: torch.device | str = "cpu") -> None:
         if not isinstance(kind, FlowObjective) or kind.schedule.name != "flow":
             raise UserError(
@@ -49,7 +51,9 @@ class FlowMap(Tuned):
     ) -> Tensor:
         """n pairs (t, r), r <= t, (n, 2) float64 on `device`."""
         z = torch.randn(2, n, generator=generator, device=device, dtype=torch.float64)
-        t, r = ((mean + std * each).sigmoid() for each, (mean, std) in zip(z, (T_NORMAL, R_NORMAL), strict=True))
+        t, r = (
+            (mean + std * each).sigmoid() for each, (mean, std) in zip(z, (self.t_normal, self.r_normal), strict=True)
+        )
         t = t.clamp(min=self.schedule.t_min)
         return torch.stack([t, r.minimum(t)], 1)
 

@@ -72,7 +72,7 @@ def with_conditions(config: Config, images: ImageSet) -> Config:
     """
     if config.conditions.captions is not None:
         config = config.replace(captions=_path(config.conditions.captions))
-    config = config.replace(two_times=config.tuning.few_step == "flow-map")
+    config = config.replace(two_times=config.tuning.two_times)
     return _with_text(_with_classes(config, images))
 
 

@@ -195,7 +195,7 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
 
     text = ("text_width", "text_blocks")
     if there.two_times and not here.two_times:
-        raise UserError(f"{flag} was trained with --few-step flow-map; only such a run can start from it.")
+        raise UserError(f"{flag} was trained for two times; only --few-step flow-map and mean-flow can start from it.")
     if here.text_encoder != there.text_encoder:
         told = {"none": "no texts", "bytes": "--text bytes", "frozen": "a frozen text encoder"}
         raise UserError(

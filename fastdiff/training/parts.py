@@ -69,6 +69,7 @@ def make_step(
     objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     optim, machine = config.optim, config.machine
     bf16, compile = machine.precision == "bf16", machine.compile == "on"
+    graphs = machine.graphs and not config.tuning.exact  # no test on a CPU can see such a step in a graph
     torch.manual_seed(config.run.seed)
     model = UNet(config.net).to(ranks.device)
     if initial is not None:
@@ -79,12 +80,12 @@ def make_step(
     update = make_update(
         machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay,
         half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
-        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite > 0,
+        graphs=graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip
     step = TrainStep(
         network, objective, update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
-        graphs=machine.graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
+        graphs=graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
         encoder=model.text,
     )  # fmt: skip
     return step, model, ema

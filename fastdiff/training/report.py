@@ -42,7 +42,7 @@ def facts(
         "precision": ("bf16 autocast, float32 weights" if machine.precision == "bf16" else "float32")
         + f", TF32 off{deterministic}",
         "compile": "torch.compile" if machine.compile == "on" else "off",
-        "graphs": "CUDA graphs of training and sampling steps" if graphs else "off",
+        "graphs": f"CUDA graphs of {'' if config.tuning.exact else 'training and '}sampling steps" if graphs else "off",
         "kernels": machine.kernels,
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g}, {LearningRate.of(config)}",
         "loader": f"{config.images.loader}, flip {config.images.flip}",
@@ -80,7 +80,7 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
         "step": step,
         "images": state.images,
         **state.metrics.means(reset=whole),
-        **({} if tuning.few_step == "none" else {"gap": tuning.at(state.images - config.optim.batch_size)}),
+        **({} if tuning.compared is None else {"gap": tuning.at(state.images - config.optim.batch_size)}),
         "lr": LearningRate.of(config)(step - 1),
         "images_per_second": (step - last_step) * config.optim.batch_size / (state.seconds - last_seconds),
         "seconds": state.seconds,

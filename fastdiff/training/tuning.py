@@ -10,6 +10,7 @@ from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
 from fastdiff.evaluation.generate import padded
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.model_sections import Guidance
@@ -31,9 +32,11 @@ def objective_of(
     objective, tuning = make_objective(**config.diffusion.arguments), config.tuning
     if tuning.few_step == "none":
         return objective
-    if tuning.few_step == "flow-map":
-        return FlowMap(objective, tuning.at, device=device)
+    if tuning.two_times:
+        return (MeanFlow if tuning.exact else FlowMap)(objective, tuning.at, device=device)
     led = None if teacher is None else _frozen(config, objective, teacher, device, nothing or {})
+    if tuning.exact:
+        return ContinuousConsistency(objective, tuning.at, teacher=led, device=device)
     heun = tuning.teacher_solver == "heun"
     return Consistency(objective, tuning.at, huber_c=tuning.huber_c, teacher=led, heun=heun, device=device)
 

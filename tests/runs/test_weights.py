@@ -131,7 +131,9 @@ def test_a_flow_map_teaches_guides_and_starts_only_its_like(tiny_config, tmp_pat
     run, plain = (str(tmp_path / name / "1") for name in ("map", "plain"))
     with pytest.raises(UserError, match=r"--teacher .* was trained with --few-step flow-map, which leaves no flow"):
         teacher_weights(tiny_config(teacher=run, few_step="consistency", **flow), {})
-    with pytest.raises(UserError, match="was trained with --few-step flow-map; only such a run can start from it"):
+    with pytest.raises(
+        UserError, match="was trained for two times; only --few-step flow-map and mean-flow can start from it"
+    ):
         initial_weights(tiny_config(init_from=run, **flow))
     guide, guided = (load_trained(path, device=torch.device("cpu")) for path in (run, plain))
     assert guide.config.task != guided.config.task

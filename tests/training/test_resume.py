@@ -67,6 +67,25 @@ def test_a_flow_map_begins_as_its_teacher_and_resumes_bit_for_bit(tiny_config, t
     assert checkpoint.load_latest(run / "checkpoints").state["model"]["span.linear_2.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [{"few_step": "mean-flow", "objective": "flow", "init_from": "own"},
+     {"few_step": "scm", "objective": "edm", "teacher": "own", "stage_images": 150}],
+    ids=lambda flags: flags["few_step"],
+)  # fmt: skip
+def test_with_exact_derivatives_a_run_trains_and_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch, flags):
+    assert train(tiny_config(objective=flags["objective"], steps=3, run_root=str(tmp_path / "own"))) == 0
+    flags = {name: str(tmp_path / "own" / "1") if value == "own" else value for name, value in flags.items()}
+    config = tiny_config(**flags, dropout=0.1, steps=12, eval_every=12)
+    assert train(config.replace(run_root=str(tmp_path / "whole"))) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(config) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    assert train(Config.from_dict(checkpoint.load_latest(run / "checkpoints").state["config"]), resume=run) == 0
+    assert_same_run(tmp_path / "whole" / "1", run)
+
+
 def test_a_student_resumes_bit_for_bit_and_only_with_its_teacher(tiny_config, labelled, tmp_path, monkeypatch):
     data = {"conditional": True, "data": labelled("cat", "dog"), "objective": "edm"}
     assert train(tiny_config(**data, steps=10, run_root=str(tmp_path / "teacher"))) == 0

@@ -7,7 +7,7 @@ import torch
 from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import make_objective
-from fastdiff.model_sections import TuningConfig
+from fastdiff.few_step_section import TuningConfig
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA

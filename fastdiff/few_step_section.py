@@ -1,0 +1,82 @@
+"""The section of a config that says how a network is trained for few steps."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdiff.checks import at_least, check_words, positive, require
+from fastdiff.errors import UserError
+from fastdiff.model_sections import check_guidance
+
+TAUGHT = ("consistency", "scm")  # may have a teacher
+TWO_TIMES = ("flow-map", "mean-flow")
+EXACT = ("mean-flow", "scm")  # differentiate the network forwards
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How a network is trained for one and two steps, after --init-from has given it what it knows."""
+
+    few_step: Literal["none", "consistency", "flow-map", "mean-flow", "scm"] = "none"
+    """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
+    (ECT); each step compares those at a noise level t and an earlier r. `flow-map`: the network learns the average
+    velocity from any t to any r (SoFlow); it needs --objective flow. `scm` and `mean-flow` are their limits for a step
+    of 0, exact but slower: neither compiled, fused nor captured; scm needs --objective edm."""
+    q: float = 256.0
+    """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
+    less. flow-map: a falls from 1 evenly, by q in each stage."""
+    stages: int = 1
+    """How many stages there are."""
+    stage_images: int = 3_200_000
+    """Training images of each stage; consistency stays in the last, flow-map at its end. scm: images over which the
+    derivative by time comes in."""
+    huber_c: float = 0.00054
+    """Differences of pixel values below which the distance is quadratic; above it is linear."""
+    teacher: str | None = None
+    """consistency, scm: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
+    trajectories in place of the data (consistency distillation); also where --init-from is not given."""
+    teacher_solver: Literal["euler", "heun"] = "euler"
+    """consistency: how the teacher goes from t to r: `euler` asks it once, `heun` twice."""
+    teacher_guidance: float = 1.0
+    """Guidance scale w of the teacher, which its student then has built in; 1: none."""
+    last_level: float = 0.821
+    """sigma / alpha at which the last of several steps of the sampler consistency starts; other data have another best
+    one, such as 3 for digits."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
+        at_least(1, "stages", self.stages)
+        at_least(1, "stage_images", self.stage_images)
+        positive(self, "huber_c", "last_level")
+        check_guidance(self.teacher_guidance, None, "teacher_")
+        if self.teacher is not None and self.few_step not in TAUGHT:
+            raise UserError(
+                f"--teacher {self.teacher} would teach nothing; add --few-step consistency or scm, or drop it."
+            )
+        if self.teacher_guidance != 1 and self.teacher is None:
+            raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the network is told a second time."""
+        return self.few_step in TWO_TIMES
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network is differentiated forwards, which only plain PyTorch in float32 can."""
+        return self.few_step in EXACT
+
+    @property
+    def compared(self) -> str | None:
+        """The relative distance of the two times that are compared, in words."""
+        return {"consistency": "(t - r) / t", "flow-map": "(t - s) / (t - r)"}.get(self.few_step)
+
+    def at(self, images: int) -> float:
+        """(t - r) / t, or a, or scm's ramp, after so many images, which decide it alone: a resumed run goes on in its
+        stage."""
+        if self.few_step == "flow-map":
+            return self.q ** -min(images / self.stage_images, self.stages)
+        if self.exact:
+            return min(images / self.stage_images, 1.0)
+        return self.q ** -(1 + min(images // self.stage_images, self.stages - 1))
