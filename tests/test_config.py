@@ -48,7 +48,12 @@ def test_presets_carry_their_own_names_and_the_default_is_the_baseline():
 def test_the_objective_changes_by_one_flag(preset, objective):
     refused = {
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
-        **{("quick-consistency", kind): f"that of --objective {kind} is not" for kind in ("x0", "eps", "score")},
+        **{
+            (each, kind): f"that of --objective {kind} is not"
+            for each in ("quick-consistency", "consistency-cifar10", "distil-cifar10")
+            for kind in ("x0", "eps", "score")
+        },
+        **{("flow-map-cifar10", kind): "averages the velocity" for kind in OBJECTIVES if kind != "flow"},
     }
     if message := refused.get((preset, objective)):
         with pytest.raises(UserError, match=message):
