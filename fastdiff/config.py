@@ -100,10 +100,10 @@ class Config:
                 f"{flag} averages the velocity of --objective flow on --schedule flow, but this is {diffusion.task}; "
                 "choose these."
             )
-        if tuning.few_step == "consistency" and diffusion.objective in ("x0", *NEEDS_SIGNAL):
+        if tuning.few_step == "consistency" and diffusion.objective in NEEDS_SIGNAL:
             raise UserError(
-                f"{flag} needs an estimate that is x_t itself at t = 0 and bounded at its noisiest; that of "
-                f"--objective {diffusion.objective} is not; choose edm, v or flow."
+                f"{flag} needs an estimate of the image that is bounded at the noisiest level; that of --objective "
+                f"{diffusion.objective} is not; choose x0, edm, v or flow."
             )
         if tuning.few_step == "scm" and diffusion.objective != "edm":
             raise UserError(f"{flag} needs --objective edm, but this is {diffusion.objective}; choose it.")

@@ -51,7 +51,7 @@ def test_the_objective_changes_by_one_flag(preset, objective):
         **{
             (each, kind): f"that of --objective {kind} is not"
             for each in ("quick-consistency", "consistency-cifar10", "distil-cifar10")
-            for kind in ("x0", "eps", "score")
+            for kind in ("eps", "score")
         },
         **{("flow-map-cifar10", kind): "averages the velocity" for kind in OBJECTIVES if kind != "flow"},
     }
@@ -122,8 +122,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"few_step": "flow-map"},
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
-        ({"objective": "x0"}, "that of --objective x0 is not; choose edm, v or flow"),
-        ({"objective": "eps"}, "that of --objective eps is not"),
+        ({"objective": "eps"}, "that of --objective eps is not; choose x0"),
         ({"few_step": "scm", "objective": "v"}, "--few-step scm needs --objective edm, but this is v"),
         ({"few_step": "mean-flow"}, "averages the velocity of --objective flow on --schedule flow"),
         (

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.objectives import Model, Objective, per_image
+from fastdiff.diffusion.objectives import Model, Objective, X0Objective, per_image
 from fastdiff.diffusion.schedule import FEW_STEP_TOP
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 
 Teacher = Callable[..., Tensor]  # teacher(x_t, t, **cond) -> x0_hat, without gradients
+BOUNDARY = 0.1  # sigma / alpha
 K, B = 8.0, 1.0  # steps are up to 1 + K / 2 times larger at small noise; Geng et al. 2024, section 3
 
 
@@ -64,8 +65,13 @@ class Consistency(Tuned):
         rho_r = rho_t (1 - gap (1 + K sigmoid(-B rho_t))), at least 0      (ECT's mapping)
 
     In training x_r is x0 with the noise of x_t; in distillation it is where a step of the teacher's flow leads from
-    x_t. Both evaluations have one dropout mask. All is written in rho = sigma / alpha, and so for every schedule; rho
-    above 80, where hardly any signal is left, counts as 80.
+    x_t. Both evaluations have one dropout mask. At t = 0 the estimates of `edm`, `v` and `flow` are x_t itself; those
+    of `x0` are made so, with b = `boundary`:
+
+        f = (b^2 x_t / alpha + rho^2 x0_hat) / (b^2 + rho^2)
+
+    All is written in rho = sigma / alpha, and so for every schedule; rho above 80, where hardly any signal is left,
+    counts as 80.
 
     Args:
         kind: the objective that the network was trained by.
@@ -73,6 +79,7 @@ class Consistency(Tuned):
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's step in place of Euler's.
+        boundary: of the objective x0; smaller, it changes fewer estimates.
     """
 
     def __init__(
@@ -83,10 +90,21 @@ class Consistency(Tuned):
         huber_c: float = 0.00054,
         teacher: Teacher | None = None,
         heun: bool = False,
+        boundary: float = BOUNDARY,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(kind, at, device=device)
         self.huber_c, self.teacher, self.heun = huber_c, teacher, heun
+        self.boundary = boundary if isinstance(kind, X0Objective) else 0.0
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """f(x_t, t), (N, C, H, W)."""
+        x0 = self.kind.to_x0(prediction, x_t, t)
+        if self.boundary == 0:
+            return x0
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        near = self.boundary**2 * alpha
+        return (near * x_t + sigma**2 * x0) / (near * alpha + sigma**2)
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

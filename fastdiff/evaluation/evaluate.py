@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdiff._kernels import TRITON_INSTALLED
 from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
+from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
@@ -83,6 +84,8 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
     objective = make_objective(**config.diffusion.arguments)
     if config.net.two_times:
         objective = FlowMap(objective, config.tuning.at, device=device)
+    if config.tuning.few_step == "consistency":
+        objective = Consistency(objective, config.tuning.at, device=device)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
     return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest)

@@ -12,11 +12,25 @@ from tests.diffusion.truths import ALL, MEAN, STD, gaussian_denoise
 Q = 4.0
 
 
-def build(schedule="edm", kind="x0", q=Q, **options):
+def build(schedule="edm", kind="x0", q=Q, boundary=0.0, **options):
     objective = make_objective(
         kind, schedule=schedule.removesuffix("-zero"), zero_terminal_snr=schedule.endswith("-zero")
     )
-    return Consistency(objective, lambda images: 1 / q, **options)
+    return Consistency(objective, lambda images: 1 / q, boundary=boundary, **options)
+
+
+@pytest.mark.parametrize("schedule", ["edm", "cosine", "flow"])
+def test_the_estimate_of_x0_is_x_t_itself_at_t_0(schedule):
+    learned, plain = build(schedule, boundary=0.2), build(schedule)
+    t = learned.schedule.t_of_log_snr(torch.tensor([8.0, -2 * math.log(0.2), -8.0], dtype=torch.float64))
+    rho = (learned.schedule.sigma(t) / learned.schedule.alpha(t))[:, None, None, None]
+    x0 = torch.linspace(-1, 1, 4, dtype=torch.float64).expand(3, 1, 1, 4)
+    x_t = x0 * learned.schedule.alpha(t)[:, None, None, None]
+    f, x0_hat = (each.denoise(lambda x, c: (3 * x).cos(), x_t, t) for each in (learned, plain))
+    assert (f - (0.04 * x0 + rho**2 * x0_hat) / (0.04 + rho**2)).abs().max() < 1e-12
+    assert (f - x0)[0].abs().max() < 0.02 < (x0_hat - x0)[0].abs().max()
+    assert (f - x0_hat)[2].abs().max() < 1e-3
+    assert build(schedule, "edm", boundary=0.2).boundary == 0
 
 
 def draw(n, pixels=400, dtype=torch.float64):
