@@ -42,6 +42,7 @@ from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
+PLOT_SECONDS = 60.0  # between two pictures of the curves, which take seconds; and after each evaluation, and at the end
 SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a scheduler's own, count as one
 
 
@@ -142,6 +143,7 @@ def train(
             _loop(session, state, step, evaluator, saver, record, after_evaluation)
         except Stopped:
             saver.collect(wait=True)
+            plot(state, run, progress)
             if run is not None and stop.signal is not None:  # all ranks have agreed on it
                 end = f"stopped by {stop.signal.name} at step {state.step:,}"
                 run.note(end)
@@ -171,9 +173,17 @@ def _loop(
     config, image_set, ranks, run = session.config, session.image_set, session.ranks, session.run
     progress, stop = session.progress, session.stop
 
+    plotted = time.monotonic()
+
+    def curves() -> None:
+        nonlocal plotted
+        plot(state, run, progress)
+        plotted = time.monotonic()
+
     def save() -> None:
         saver.save()
-        plot(state, run, progress)
+        if time.monotonic() - plotted > PLOT_SECONDS:
+            curves()
 
     def signalled() -> bool:
         """Whether a signal has come to any rank, or torchrun is gone; all ranks know then."""
@@ -215,6 +225,7 @@ def _loop(
             raise
         if state.step:
             save()
+            curves()
     if config.run.steps is not None and state.step >= config.run.steps:
         progress.print(f"step {state.step:,} of --steps {config.run.steps:,} is reached")
         return
@@ -258,6 +269,7 @@ def _loop(
             if evaluation_due():
                 evaluate()
                 save()  # with the new distance
+                curves()
             clock = time.perf_counter()
 
 
