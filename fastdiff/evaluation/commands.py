@@ -25,6 +25,7 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, parse_classes, wishes
+from fastdiff.few_step_section import TAUGHT
 from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.model_sections import Guidance
@@ -347,6 +348,12 @@ def export(flags: Export) -> None:
         raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
     trained = load_trained(flags.checkpoint, device=torch.device("cpu"))
     config, process = trained.config, trained.config.diffusion
+    if flags.to == "diffusers" and config.tuning.few_step in TAUGHT and process.objective in ("x0", "edm"):
+        raise UserError(
+            f"a network of --few-step {config.tuning.few_step} and --objective {process.objective} cannot be exported, "
+            "as diffusers' ConsistencyModelPipeline tells its network another number for the noise level, and mixes in "
+            "x_t in another way; use --to safetensors."
+        )
     with complete_folder(out) as folder:
         if flags.to == "diffusers":
             save_diffusers_pipeline(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fastdiff.config import Config
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
+from fastdiff.runs import checkpoint
 from tests.evaluation.commands import call
 
 
@@ -23,6 +24,19 @@ def test_export_to_diffusers_loads_as_a_pipeline(run, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(pipeline.unet.eval()(x, t).sample, ours(x, t), rtol=1e-5, atol=1e-5)
     assert pipeline.scheduler.config.num_train_timesteps == 100
+
+
+def test_a_consistency_model_is_exported_only_where_diffusers_draws_as_it_does(run, tmp_path, capsys):
+    state = checkpoint.load(run / "checkpoints" / "step-2").state
+    for objective in ("x0", "v"):
+        config = Config.from_dict(state["config"]).replace(objective=objective, few_step="consistency")
+        checkpoint.save(run / "checkpoints", 3, {**state, "config": config.to_dict()})
+        trained = load_trained(run, device=torch.device("cpu"))
+        assert trained.objective.boundary == (0.1 if objective == "x0" else 0)
+        out = tmp_path / objective
+        assert call("export", "--checkpoint", run, "--to", "diffusers", "--out", out) == (objective == "x0")
+        assert out.exists() == (objective == "v")
+    assert "ConsistencyModelPipeline tells its network another number" in capsys.readouterr().err
 
 
 def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
