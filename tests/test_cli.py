@@ -11,6 +11,7 @@ import train_cifar
 from bench import compare, track
 from fastdiff import cli
 from profiles import capture
+from tests.configs import flags_of, small_config
 
 COMMANDS = {
     (train_cifar, ""): ("--data", "--data-root", "--run-root", "--resume"),
@@ -75,4 +76,19 @@ def test_a_command_imports_only_what_it_uses(repo, tmp_path, command, needless):
         f"except SystemExit as end:\n    assert not end.code\n    print(sorted({needless} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_training_without_compilation_does_not_import_the_compiler(repo, tmp_path, optimizer):
+    """PyTorch's own optimizers would, and a run on a CPU would begin 5 s later."""
+    flags = [*flags_of(small_config(tmp_path, steps=2, optimizer=optimizer, save_every=2)), "--no-eval-at-start"]
+    code = (
+        f"import sys, runpy\nsys.argv = ['train_cifar.py', *{flags}]\n"
+        "try:\n    runpy.run_path('train_cifar.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from fastdiff import _kernels as kernels
 from fastdiff.training.ema import EMA
 from fastdiff.training.flat import FlatUpdate
-from fastdiff.training.groups import Settings
+from fastdiff.training.groups import Settings, without_dynamo
 
 
 class FusedAdam(FlatUpdate):
     """AdamW by `kernels.adam_ema_`; see FlatUpdate."""
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings) -> None:
-        make = partial(torch.optim.AdamW, weight_decay=settings.weight_decay, fused=True)
+        make = partial(without_dynamo(torch.optim.AdamW), weight_decay=settings.weight_decay, fused=True)
         super().__init__(model, ema, settings, make)
         self.step = torch.zeros_like(self.decay)  # one count for all
         for flat in self.flats:

@@ -1,5 +1,6 @@
 """What every optimizer here shares: its settings, its groups of parameters, and the layout of its saved state."""
 
+import inspect
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ def parameter_groups(model: nn.Module) -> list[Group]:
 def finite(norm: Tensor, good: Tensor | None) -> Tensor:
     """Whether the gradient's norm is finite, and the step `good`: bool, 0-dim, on the device."""
     return norm.isfinite() if good is None else norm.isfinite() & good
+
+
+def without_dynamo(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimizer, but for its import of torch._dynamo, 5 s that a run without compilation need not wait for."""
+    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+    plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 Make = Callable[[list], torch.optim.Optimizer]  # from parameters or groups

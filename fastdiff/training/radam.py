@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdiff import _kernels as kernels
 from fastdiff.training.ema import EMA
 from fastdiff.training.flat import FlatUpdate
-from fastdiff.training.groups import Settings
+from fastdiff.training.groups import Settings, without_dynamo
 
 
 class RAdam(FlatUpdate):
@@ -23,7 +23,8 @@ class RAdam(FlatUpdate):
     rate_dtype = torch.float32  # as of the numbers that PyTorch multiplies by it in place
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings, *, fused: bool) -> None:
-        make = partial(torch.optim.RAdam, weight_decay=settings.weight_decay, decoupled_weight_decay=True)
+        kind = without_dynamo(torch.optim.RAdam)
+        make = partial(kind, weight_decay=settings.weight_decay, decoupled_weight_decay=True)
         super().__init__(model, ema, settings if fused else replace(settings, half=()), make)
         self.fused, self.on_device = fused, self.decay.is_cuda
         groups = [{"params": [flat.parameter], "lr": flat.lr} for flat in self.flats]

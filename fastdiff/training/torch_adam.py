@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastdiff.training.ema import EMA
-from fastdiff.training.groups import Settings, finite, pack, parameter_groups, unpack
+from fastdiff.training.groups import Settings, finite, pack, parameter_groups, unpack, without_dynamo
 
 
 class TorchAdam:
@@ -26,7 +26,7 @@ class TorchAdam:
         self.ema, self.guarded = ema, settings.graphs or settings.skip_nonfinite
         self.weights: dict[str, Tensor] = dict(model.named_parameters())
         self.parameters = list(model.parameters())
-        self.make = partial(torch.optim.AdamW, weight_decay=settings.weight_decay, fused=True)
+        self.make = partial(without_dynamo(torch.optim.AdamW), weight_decay=settings.weight_decay, fused=True)
         self.adam = self.make(parameter_groups(model))
         device = self.parameters[0].device
         self.decay: float | Tensor = 0.0
