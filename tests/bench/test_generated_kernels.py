@@ -43,7 +43,7 @@ def load(source, folder, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.__version__.startswith(inductor_mock.TORCH), reason="the counter knows other versions")
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_inductors_copies_of_our_kernels_compile_without_spills_and_with_wide_accesses(ahead, tmp_path, monkeypatch):
     """Rows of a shared tensor and expanded vectors must keep the alignment that wide accesses need."""
     if ahead:

@@ -96,11 +96,11 @@ def test_the_benchmarks_rival_computes_the_same():
         torch.testing.assert_close(value, exact[name])
 
 
-def test_it_compiles_as_one_graph():
+def test_it_compiles_as_one_graph(compiled):
     inputs = drawn(SHAPES[0], torch.float32)
-    compiled = torch.compile(upsample_conv, fullgraph=True)
+    run = torch.compile(upsample_conv, fullgraph=True)
     ours, eager, exact = (
-        outcome(compiled, *inputs),
+        outcome(run, *inputs),
         outcome(reference, *inputs),
         outcome(reference, *(v.double() for v in inputs)),
     )
@@ -108,7 +108,7 @@ def test_it_compiles_as_one_graph():
         assert_as_accurate(value, eager[name], exact[name], name)
 
 
-def test_what_is_compiled_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
+def test_what_is_compiled_comes_from_the_cache_the_second_time(tmp_path, monkeypatch, compiled):
     """With its gradient, which an autograd.Function gives: see `set_backends`."""
     set_backends(torch.device("cpu"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
