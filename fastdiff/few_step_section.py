@@ -31,7 +31,7 @@ class TuningConfig:
     """Training images of each stage; consistency stays in the last, flow-map at its end. scm: images over which the
     derivative by time comes in."""
     huber_c: float = 0.00054
-    """Differences of pixel values below which the distance is quadratic; above it is linear."""
+    """consistency: differences of pixel values below which the distance is quadratic; above it is linear."""
     teacher: str | None = None
     """consistency, scm: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
     trajectories in place of the data (consistency distillation); also where --init-from is not given."""
@@ -53,6 +53,10 @@ class TuningConfig:
         if self.teacher is not None and self.few_step not in TAUGHT:
             raise UserError(
                 f"--teacher {self.teacher} would teach nothing; add --few-step consistency or scm, or drop it."
+            )
+        if self.teacher_solver != "euler" and self.few_step != "consistency":
+            raise UserError(
+                f"--teacher-solver {self.teacher_solver} is for --few-step consistency, not {self.few_step}; drop it."
             )
         if self.teacher_guidance != 1 and self.teacher is None:
             raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")

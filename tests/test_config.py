@@ -123,6 +123,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
         ({"objective": "eps"}, "that of --objective eps is not; choose x0"),
+        ({"few_step": "scm", "teacher_solver": "heun"}, "--teacher-solver heun is for --few-step consistency, not scm"),
         ({"few_step": "scm", "objective": "v"}, "--few-step scm needs --objective edm, but this is v"),
         ({"few_step": "mean-flow"}, "averages the velocity of --objective flow on --schedule flow"),
         (

@@ -78,9 +78,13 @@ class Schedule(ABC):
         """log(alpha^2 / sigma^2) at t: +inf at t = 0, -inf where alpha = 0."""
         return self._log_snr(t.double()).to(result_dtype(t))
 
-    def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time at which the log-SNR is this, clamped to [0, t_max]: the inverse of `log_snr`."""
-        return self._t_of_log_snr(log_snr.double()).clamp(0.0, self.t_max).to(result_dtype(log_snr))
+    def t_of_log_snr(self, log_snr: Tensor, *, clamp: bool = True) -> Tensor:
+        """The time at which the log-SNR is this, clamped to [0, t_max]: the inverse of `log_snr`.
+
+        Without the clamp rounding may lead out of the range a little, but there is a derivative at its ends.
+        """
+        t = self._t_of_log_snr(log_snr.double())
+        return (t.clamp(0.0, self.t_max) if clamp else t).to(result_dtype(log_snr))
 
     def d_alpha(self, t: Tensor) -> Tensor:
         """d alpha / dt at t > 0."""

@@ -133,7 +133,10 @@ def sample(flags: Sample) -> None:
         pictures.save_grid(grid, out)
     led = f", guidance {guidance.label}" if guidance.scale != 1 else ""
     steps = f"{_words(flags.steps)} steps"
-    print(f"{out}: {len(grid):,} of {n:,} images by {generator.settings.label}, {steps}{led}, from {trained.path}")
+    each = " each" if len(generators) > 1 else ""
+    print(
+        f"{out}: {len(grid):,} of {n:,} images{each} by {generator.settings.label}, {steps}{led}, from {trained.path}"
+    )
 
 
 def _wishes(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str], dict[str, np.ndarray]]:
@@ -350,9 +353,9 @@ def export(flags: Export) -> None:
     config, process = trained.config, trained.config.diffusion
     if flags.to == "diffusers" and config.tuning.few_step in TAUGHT and process.objective in ("x0", "edm"):
         raise UserError(
-            f"a network of --few-step {config.tuning.few_step} and --objective {process.objective} cannot be exported, "
-            "as diffusers' ConsistencyModelPipeline tells its network another number for the noise level, and mixes in "
-            "x_t in another way; use --to safetensors."
+            f"a network of --few-step {config.tuning.few_step} and --objective {process.objective} cannot be exported: "
+            "diffusers' schedulers do not mix x_t into its estimates as it has learned, and ConsistencyModelPipeline "
+            "tells its network another number for the noise level; use --to safetensors."
         )
     with complete_folder(out) as folder:
         if flags.to == "diffusers":

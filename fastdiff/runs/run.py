@@ -182,13 +182,17 @@ class Run:
         return [row for row in self._rows() if row["kind"] == "eval"]
 
     def teacher_rows(self) -> list[Row]:
-        """The evaluation rows of the run whose network this one was taught by or began from; none if it is gone."""
-        told = {**self.config.get("optim", {}), **self.config.get("tuning", {})}
-        path = Path(told.get("teacher") or told.get("init_from") or os.devnull)
-        place = next((each for each in (path, path.parent.parent) if (each / "metrics.jsonl").is_file()), None)
-        with suppress(UserError, OSError):
-            return [row for row in _read_rows(place / "metrics.jsonl") if row["kind"] == "eval"] if place else []
-        return []
+        """The evaluation rows of the run whose network this one, trained for few steps, was taught by or began from."""
+        told = {"few_step": "none", **self.config.get("optim", {}), **self.config.get("tuning", {})}
+        named = told.get("teacher") or told.get("init_from")
+        if told["few_step"] == "none" or named is None:
+            return []
+        path = Path(named).expanduser()
+        rows: list[Row] = []
+        with suppress(UserError, OSError):  # it may be gone, or not ours to read
+            for folder in (path, path.parent.parent):  # a run, or a checkpoint in one
+                rows = rows or _read_rows(folder / "metrics.jsonl")
+        return [row for row in rows if row["kind"] == "eval"]
 
     def record_config(self, config: dict) -> None:
         """Have `config.json` hold this, where it does not."""

@@ -94,7 +94,7 @@ def make_step(
 def evaluation_samplers(config: Config) -> list[SamplerSettings]:
     """How evaluations draw, then how they draw in few steps. Raises UserError for what the schedule does not have."""
     wanted, schedule = config.eval, make_objective(**config.diffusion.arguments).schedule
-    few = "flow-map" if config.net.two_times else "consistency"
+    few = "flow-map" if config.tuning.two_times else "consistency"
     kinds = [(wanted.eval_sampler, wanted.eval_steps), *((few, n) for n in wanted.eval_few_steps)]
     samplers = [SamplerSettings(name, n, last_level=config.tuning.last_level) for name, n in kinds]
     for each in samplers:

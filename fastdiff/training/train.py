@@ -141,6 +141,9 @@ def train(
             )  # fmt: skip
         try:
             _loop(session, state, step, evaluator, saver, record, after_evaluation)
+        except TrainingFailed:
+            plot(state, run, progress)
+            raise
         except Stopped:
             saver.collect(wait=True)
             plot(state, run, progress)

@@ -91,7 +91,7 @@ def consistent(learned, t):
     return network
 
 
-T = torch.tensor([0.05, 0.3, 1.0, 5.0, 40.0], dtype=torch.float64)
+T = torch.tensor([0.05, 0.3, 1.0, 5.0, 40.0, 80.0], dtype=torch.float64)
 
 
 def test_scm_taught_by_the_exact_flow_is_at_rest_at_the_consistency_function():
@@ -102,7 +102,7 @@ def test_scm_taught_by_the_exact_flow_is_at_rest_at_the_consistency_function():
     learned = edm(teacher=teacher)
     assert learned.loss(consistent(learned, T), x0, T, eps).max() < 1e-10
     wrong = learned.loss(lambda y, c: 1.02 * consistent(learned, T)(y, c), x0, T, eps)
-    assert (wrong > 1e-6).all()
+    assert (wrong > 1e-7).all()
 
 
 def test_scm_s_gradient_without_a_norm_is_stationary_there_on_data(monkeypatch):
@@ -117,7 +117,7 @@ def test_scm_s_gradient_without_a_norm_is_stationary_there_on_data(monkeypatch):
         return 1e9 * torch.autograd.grad(loss.sum(), off)[0].abs().amax((0, 2, 3, 4))
 
     assert (gradient(1.0) < 1e-6).all()
-    assert (gradient(1.01) > 1e-4).all()
+    assert (gradient(1.01) > 1e-5).all()
 
 
 @pytest.mark.parametrize("taught", [False, True])

@@ -47,7 +47,7 @@ def test_sample_is_deterministic_and_writes_a_grid_and_an_npz(run, tmp_path, cap
 def test_several_numbers_of_steps_are_a_row_each_from_the_same_noise(run, tmp_path, capsys):
     common = ("sample", "--checkpoint", run, "--sampler", "consistency", "--n", 3)
     assert call(*common, "--steps", 1, 4, "--out", tmp_path / "both.png") == 0
-    assert "3 of 3 images by consistency, 1 4 steps" in capsys.readouterr().out
+    assert "3 of 3 images each by consistency, 1 4 steps" in capsys.readouterr().out
     both = np.asarray(Image.open(tmp_path / "both.png").convert("RGB"))
     assert len(both) == 2 * 66 + 2
     for row, steps in enumerate((1, 4)):
@@ -191,6 +191,7 @@ def test_evaluate_measures_several_numbers_of_steps_beside_the_teacher(run, caps
     pytest.importorskip("efficientnet_lite_pytorch")
     config = json.loads((run / "config.json").read_text())
     config["optim"]["init_from"] = str(run / "checkpoints" / "step-1")  # itself, which has rows
+    config["tuning"]["few_step"] = "consistency"
     (run / "config.json").write_text(json.dumps(config))
     told = []
     monkeypatch.setattr(plots, "plot_few_steps", lambda rows, path, teacher: told.append((len(rows), len(teacher))))

@@ -36,7 +36,7 @@ def test_a_consistency_model_is_exported_only_where_diffusers_draws_as_it_does(r
         out = tmp_path / objective
         assert call("export", "--checkpoint", run, "--to", "diffusers", "--out", out) == (objective == "x0")
         assert out.exists() == (objective == "v")
-    assert "ConsistencyModelPipeline tells its network another number" in capsys.readouterr().err
+    assert "do not mix x_t into its estimates as it has learned" in capsys.readouterr().err
 
 
 def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):

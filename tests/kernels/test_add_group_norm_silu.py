@@ -30,9 +30,7 @@ def cases(draw):
     return case, draw(st.sampled_from(SPEC.dtypes))
 
 
-@settings(
-    max_examples=DRAWN, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=DRAWN, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn_=cases())
 def test_drawn_shapes(drawn_, device):
     case, dtype = drawn_

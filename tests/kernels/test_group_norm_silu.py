@@ -36,9 +36,7 @@ def cases(draw):
     return _case("drawn", n, channels, h, w, groups, extras=extras, **plain), draw(st.sampled_from(SPEC.dtypes))
 
 
-@settings(
-    max_examples=DRAWN, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=DRAWN, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=cases())
 def test_drawn_shapes(drawn, device):
     case, dtype = drawn

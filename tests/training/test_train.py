@@ -159,6 +159,7 @@ def test_bad_starts_leave_no_run_directory(tiny_config, tmp_path):
         tiny_config(features="efficientnet_lite0", feature_size=1),
         tiny_config(data="digits", split="test"),
         tiny_config(eval_few_steps=(2,), last_level=1e9),
+        tiny_config(few_step="flow-map", objective="flow", eval_sampler="consistency", last_level=1e9),
     ):
         with pytest.raises(UserError):
             train(bad)
