@@ -45,6 +45,17 @@ def no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs in this process draw nothing, which takes them most of their time."""
+    for place in (
+        "reporting.plots.plot_run",
+        "training.train.draw_forward_noising",
+        "evaluation.evaluator.draw_trajectory",
+    ):
+        monkeypatch.setattr(f"fastdiff.{place}", lambda *arguments, **options: None)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root, from which commands are run."""

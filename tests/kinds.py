@@ -45,6 +45,7 @@ def pytest_cmdline_main(config):
         return
     if config.option.numprocesses is None and not (named(config) or config.option.usepdb):
         config.option.numprocesses, config.option.dist = os.cpu_count(), "loadfile"
+        config.option.loadscopereorder = False  # by how long files take, not by how many tests they have
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(items):
         for kind, places in KINDS.items():
             if item.path.is_relative_to(TESTS) and str(item.path.relative_to(TESTS)).startswith(places):
                 item.add_marker(getattr(pytest.mark, kind))
+    # The longest files first, so that no process is left with one of them while the others have ended.
+    items.sort(key=lambda item: all(item.get_closest_marker(kind) is None for kind in KINDS))
 
 
 def seconds() -> float:

@@ -19,6 +19,8 @@ from fastdiff.runs.weights import initial_weights, teacher_weights
 from fastdiff.training.train import train
 from tests.configs import TINY
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture
 def source(tiny_config, tmp_path):
@@ -115,12 +117,14 @@ def test_another_time_scale_is_refused(source, tiny_config, tmp_path):
         initial_weights(tiny_config(init_from=str(tmp_path / "unet"), time_scale=0.01))
 
 
-def test_a_teacher_is_where_a_student_starts_and_of_its_task(source, tiny_config):
-    run, weights = source
-    config = tiny_config(teacher=str(run), few_step="consistency")
+def test_a_teacher_is_where_a_student_starts_and_of_its_task(tiny_config, tmp_path):
+    train(tiny_config(objective="v", steps=1))
+    run = tmp_path / "working" / "1"
+    config = tiny_config(teacher=str(run), few_step="consistency", objective="v")
+    weights = checkpoint.load_latest(run / "checkpoints").state["ema"]
     for found in (initial_weights(config), teacher_weights(config, {})):
         assert all(torch.equal(found.state[name], value) for name, value in weights.items())
-    with pytest.raises(UserError, match=r"was trained as eps on ddpm-linear.* but this run trains edm on edm"):
+    with pytest.raises(UserError, match=r"was trained as v on ddpm-linear.* but this run trains edm on edm"):
         teacher_weights(tiny_config(teacher=str(run), few_step="consistency", objective="edm"), {})
 
 

@@ -15,6 +15,8 @@ from fastdiff.runs import checkpoint
 from fastdiff.training.train import train
 from tests.training.runs import assert_same_run, rows_of, stop_at
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.mark.parametrize("stop", [1, 7, 20])  # the 7th step holds the edge of the first epoch
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, monkeypatch, stop):
