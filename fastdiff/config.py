@@ -102,8 +102,8 @@ class Config:
             )
         if tuning.few_step == "consistency" and diffusion.objective in NEEDS_SIGNAL:
             raise UserError(
-                f"{flag} needs an estimate of the image that is bounded at the noisiest level; that of --objective "
-                f"{diffusion.objective} is not; choose x0, edm, v or flow."
+                f"{flag} compares estimates of the image. Those of --objective {diffusion.objective} are divided by "
+                "alpha, which is about 0 at the noisiest level; choose x0, edm, v or flow."
             )
         if tuning.few_step == "scm" and diffusion.objective != "edm":
             raise UserError(f"{flag} needs --objective edm, but this is {diffusion.objective}; choose it.")

@@ -19,8 +19,8 @@ KINDS = {
     ),
     "guarantee": (
         "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
-        "evaluation/test_conditional.py", "evaluation/test_export.py", "runs/test_data.py", "runs/test_weights.py",
-        "training/test_resume.py", "training/test_train.py",
+        "evaluation/test_conditional.py", "evaluation/test_export.py", "evaluation/test_sample.py",
+        "runs/test_data.py", "runs/test_weights.py", "training/test_resume.py", "training/test_train.py",
     ),
 }  # fmt: skip
 LONGEST = 3.0  # seconds of processor time: 2, and what a slower machine takes more
@@ -69,7 +69,7 @@ def pytest_runtest_call(item):
     began, compiler = seconds(), COMPILER in sys.modules
     result = yield
     took = seconds() - began
-    imports = not compiler and COMPILER in sys.modules  # for 5 s, in whichever test is the first
+    imports = not compiler and COMPILER in sys.modules  # for seconds, in whichever test is the first
     if took > LONGEST and not imports and not any(item.get_closest_marker(kind) for kind in KINDS):
         pytest.fail(f"took {took:.1f} s of processor time: make it quicker, or mark it lab or guarantee", pytrace=False)
     return result

@@ -49,7 +49,7 @@ def test_the_objective_changes_by_one_flag(preset, objective):
     refused = {
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
         **{
-            (each, kind): f"that of --objective {kind} is not"
+            (each, kind): f"Those of --objective {kind} are divided by alpha"
             for each in ("quick-consistency", "consistency-cifar10", "distil-cifar10")
             for kind in ("eps", "score")
         },
@@ -122,7 +122,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"few_step": "flow-map"},
             "averages the velocity of --objective flow on --schedule flow, but this is edm on edm",
         ),
-        ({"objective": "eps"}, "that of --objective eps is not; choose x0"),
+        ({"objective": "eps"}, "Those of --objective eps are divided by alpha, .*; choose x0"),
         ({"few_step": "scm", "teacher_solver": "heun"}, "--teacher-solver heun is for --few-step consistency, not scm"),
         ({"few_step": "scm", "objective": "v"}, "--few-step scm needs --objective edm, but this is v"),
         ({"few_step": "mean-flow"}, "averages the velocity of --objective flow on --schedule flow"),
@@ -164,6 +164,8 @@ def test_coarse_precision_is_for_the_stages_with_large_steps():
         Config.of(precision="bf16", steps=11, **stages)
     assert Config.of(**stages).resolved("cuda").machine.precision == "fp32"
     assert Config.of().resolved("cuda").machine.precision == "bf16"
+    exact = Config.of(few_step="scm", objective="edm").resolved("cuda").machine
+    assert (exact.kernels, exact.compile, exact.precision) == ("torch", "off", "fp32")
     assert [Config.of(**stages).tuning.at(n) for n in (1280, 1280 * 7, 10**9)] == [0.25, 2.0**-8, 2.0**-8]
 
 

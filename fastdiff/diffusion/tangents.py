@@ -1,7 +1,7 @@
 """Few-step objectives with the exact derivative of the network, by forward-mode differentiation.
 
-`consistency` and `flow-map` compare two times a small step apart; these are their limits, the step 0. One derivative of
-the network along a direction costs about another evaluation, and no compiled or fused network has one (torch 2.15).
+`consistency` and `flow-map` compare two times a small step apart; these are their limits, the step 0. The network is
+plain PyTorch: our kernels have no forward derivative, and torch.compile fails on one of the U-Net (PyTorch 2.15).
 """
 
 from collections.abc import Callable
@@ -68,8 +68,8 @@ class ContinuousConsistency(Tuned):
 
         y = cos(a) x0 / sigma_data + sin(a) eps,    f / sigma_data = cos(a) y + sin(a) F(y, a)
 
-    f is consistent where its derivative along the trajectory is 0. The loss is |F - stop-gradient(F - g)|^2, whose
-    gradient is that of Consistency's as its step falls to 0, with
+    f is consistent where its derivative along the trajectory is 0. The loss is |F - stop-gradient(F - g)|^2. Its
+    gradient is the limit of Consistency's gradient for a step of 0:
 
         g = sigma_data cos(a) d/da (f / sigma_data)
           = sigma_data (cos^2 (y' + F) + ramp cos sin (dF/da - y)),   divided by its norm + 0.1

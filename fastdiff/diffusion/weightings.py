@@ -24,7 +24,7 @@ SIGMOID_BIAS = 2.0  # Kingma & Gao 2023, section 5
 
 
 def image(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = 1: the plain error of the image, as `uniform` is for x0: high noise, where the content is decided, counts."""
+    """w = 1: the plain error of the image, as `uniform` is for x0."""
     return torch.zeros_like(log_snr)
 
 

@@ -18,14 +18,14 @@ from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
 from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
+from fastdiff.evaluation.asked import asked_for, shares_of
 from fastdiff.evaluation.evaluate import Trained, load_trained
 from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
 from fastdiff.evaluation.graph_loop import Conditions
-from fastdiff.evaluation.wishes import LabelAgreement, kept_features, parse_classes, wishes
-from fastdiff.few_step_section import TAUGHT
+from fastdiff.evaluation.wishes import LabelAgreement, kept_features, wishes
 from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.model_sections import Guidance
@@ -39,7 +39,6 @@ from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
 from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
 from fastdiff.runs.run import json_text, open_run
-from fastdiff.runs.texts import text_reader
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
 
@@ -102,8 +101,8 @@ def sample(flags: Sample) -> None:
     trained, generators = _trained(flags)
     generator = generators[0]
     generator.check(guidance)
-    asked, names, told = _wishes(flags, trained)
-    shares = _shares(flags, len(names))
+    asked, names, told = asked_for(flags, trained)
+    shares = shares_of(flags, len(names))
     n, row = sum(shares), np.repeat(np.arange(len(shares)), shares)  # of each image
     conditions = {name: v[row] for name, v in asked.items()}
     c, height, width = generator.image_shape
@@ -111,12 +110,8 @@ def sample(flags: Sample) -> None:
     arrays = {name: v[row] for name, v in told.items()}
     with bar("sampling", n * len(generators)) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
         for i, (draws, kept) in enumerate(zip(generators, shown, strict=True)):
-
-            def progress(drawn: float, before: int = n * i) -> None:
-                show(before + drawn)
-
             for images in draws.batches(
-                n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=progress
+                n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=lambda k, i=i: show(n * i + k)
             ):
                 array = _nhwc(images)
                 write(array)
@@ -132,64 +127,8 @@ def sample(flags: Sample) -> None:
     else:
         pictures.save_grid(grid, out)
     led = f", guidance {guidance.label}" if guidance.scale != 1 else ""
-    steps = f"{_words(flags.steps)} steps"
-    each = " each" if len(generators) > 1 else ""
-    print(
-        f"{out}: {len(grid):,} of {n:,} images{each} by {generator.settings.label}, {steps}{led}, from {trained.path}"
-    )
-
-
-def _wishes(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str], dict[str, np.ndarray]]:
-    """What to draw, a row for each class or prompt: the network's conditions, their names, and arrays that say it.
-
-    Nothing for a network without classes and texts, or for one with texts but no prompt.
-    """
-    names, prompts = trained.config.conditions.class_names, _prompts(flags)
-    if prompts and flags.classes:
-        raise UsageError("--prompt and --classes are both given; drop one of them.")
-    if prompts:
-        read = text_reader(trained.config, None)  # few texts, which no cache need keep
-        if read is None:
-            raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
-        try:
-            return read(prompts), prompts, {"prompts": np.array(prompts)}
-        except UserError as error:
-            raise UsageError(f"--prompt: {error}") from error
-    labels = parse_classes(flags.classes, names) or (list(range(len(names))) if trained.read is None else [])
-    if not labels:
-        return {}, (), {}
-    return {"labels": torch.tensor(labels)}, [names[label] for label in labels], {"labels": np.array(labels)}
-
-
-def _prompts(flags: Sample) -> list[str]:
-    """The prompts of the flag and of the file. Raises UsageError for an empty one, or a file that cannot be read."""
-    prompts = list(flags.prompt)
-    if flags.prompt_file is not None:
-        try:
-            prompts += flags.prompt_file.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt-file {flags.prompt_file} cannot be read as UTF-8 text ({error}).") from error
-        if not prompts:
-            raise UsageError(f"--prompt-file {flags.prompt_file} holds no prompt; write one a line.")
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise UsageError(f"prompt {i} of {len(prompts)} is empty; say what the picture shows, or remove it.")
-    return prompts
-
-
-def _shares(flags: Sample, rows: int) -> list[int]:
-    """How many images to draw for each of the rows; for a network that is asked for nothing, of all."""
-    per_class, n = flags.per_class, flags.n
-    if per_class is not None and (n is not None or not rows):
-        reason = "--n is given as well; drop one of them" if rows else "no class and no prompt is asked for; use --n"
-        raise UsageError(f"--per-class {per_class}: {reason}.")
-    for flag, value in (("--per-class", per_class), ("--n", n)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} is {value}, but must be at least 1.")
-    several = len(flags.steps) > 1
-    if not rows:
-        return [n or (8 if several else 64)]
-    return [per_class or (1 if several else 8)] * rows if n is None else [len(range(i, n, rows)) for i in range(rows)]
+    each, how = " each" if len(generators) > 1 else "", f"{generator.settings.label}, {_words(flags.steps)} steps{led}"
+    print(f"{out}: {len(grid):,} of {n:,} images{each} by {how}, from {trained.path}")
 
 
 def evaluate(flags: Evaluate) -> None:
@@ -351,11 +290,10 @@ def export(flags: Export) -> None:
         raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
     trained = load_trained(flags.checkpoint, device=torch.device("cpu"))
     config, process = trained.config, trained.config.diffusion
-    if flags.to == "diffusers" and config.tuning.few_step in TAUGHT and process.objective in ("x0", "edm"):
+    if flags.to == "diffusers" and (config.tuning.few_step, process.objective) == ("consistency", "x0"):
         raise UserError(
-            f"a network of --few-step {config.tuning.few_step} and --objective {process.objective} cannot be exported: "
-            "diffusers' schedulers do not mix x_t into its estimates as it has learned, and ConsistencyModelPipeline "
-            "tells its network another number for the noise level; use --to safetensors."
+            "a network of --few-step consistency and --objective x0 cannot be exported: diffusers' schedulers do not "
+            "add x_t to its estimates, as it has learned; use --to safetensors."
         )
     with complete_folder(out) as folder:
         if flags.to == "diffusers":

@@ -172,9 +172,10 @@ def test_no_gradient_flows_through_the_target_nor_to_the_teacher():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("boundary", [0.0, 0.1])
 @pytest.mark.parametrize("schedule", sorted(ALL))
-def test_the_loss_is_finite_at_all_times_of_every_schedule(schedule, dtype):
-    learned = build(schedule, q=256.0)
+def test_the_loss_is_finite_at_all_times_of_every_schedule(schedule, dtype, boundary):
+    learned = build(schedule, q=256.0, boundary=boundary)
     low, high = learned.schedule.t_min, learned.schedule.t_max
     t = learned.sample_t(1000, generator=torch.Generator().manual_seed(0))
     t[0], t[1] = low, high

@@ -64,7 +64,7 @@ def test_a_flow_map_s_gradient_tends_to_mean_flow_s():
 
     limit, errors = gradient(MeanFlow(flow(), lambda images: 0.0)), []
     for a in (0.02, 0.01):
-        near = a * gradient(FlowMap(flow(), lambda images, a=a: a))  # of which u itself is divided by a
+        near = a * gradient(FlowMap(flow(), lambda images, a=a: a))  # FlowMap divides by a before it squares
         errors.append((near - limit).norm() / limit.norm())
     assert errors[0] < 0.05
     assert (errors[0] / errors[1]).log2().item() == pytest.approx(1.0, abs=0.1)
@@ -152,6 +152,37 @@ def test_consistency_s_gradient_tends_to_scm_s(monkeypatch, taught):
         assert (T - r > 0).all()
     assert errors[0] < 0.01
     assert (errors[0] / errors[1]).log2().item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_scm_s_ramp_lets_the_derivative_come_in(monkeypatch):
+    """Without it the network is drawn to the velocity alone, as in diffusion."""
+    monkeypatch.setattr("fastdiff.diffusion.tangents.NORM", 1e9)
+    x0, eps = four_pixels(len(T))
+    learned = ContinuousConsistency(make_objective("edm", schedule="edm"), lambda images: images / 10)
+
+    def network(y, c_noise):
+        return 0.3 * y + c_noise[:, None, None, None] / 1000
+
+    losses = []
+    for images in (0, 5, 10):
+        learned.advance(images)
+        losses.append(1e18 * learned.loss(network, x0, T, eps))
+    cos = (T / 0.5).atan().cos()[:, None, None, None]
+    target = learned.target(x0, T, eps)
+    y, c_noise = learned.precondition(learned.add_noise(x0, T, eps), T)
+    pull = 0.5 * cos**2 * (network(y, c_noise) - target)
+    assert (losses[0] - pull.square().mean((1, 2, 3))).abs().max() < 1e-6
+    bend = losses[2] + losses[0] - 2 * losses[1]  # g is linear in the ramp, and so its square is no line
+    assert (bend > 1e-6).all()
+
+
+def test_scm_sees_fewer_extreme_levels_with_a_teacher():
+    spreads = []
+    for options in ({}, {"teacher": lambda x, t: x}):
+        learned = edm(**options)
+        t = learned.sample_t(4000, generator=torch.Generator().manual_seed(0))
+        spreads.append(t.log().std().item())
+    assert spreads == [pytest.approx(1.8, abs=0.1), pytest.approx(1.4, abs=0.1)]
 
 
 @pytest.mark.parametrize("schedule", ["edm", "cosine", "flow", "vp-sde"])

@@ -23,3 +23,11 @@ def test_a_sweep_of_guidance_is_a_row_each_and_a_picture(conditional, tmp_path, 
     assert [row["value"] for row in logged] == [row["value"] for row in rows]
     assert call("evaluate", "--checkpoint", conditional, "--interval", "1.5") == 2
     assert "--interval 1.5 is not of the form LO,HI" in capsys.readouterr().err
+
+
+def test_in_several_numbers_of_steps_each_class_is_drawn_once(conditional, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    assert call("sample", "--checkpoint", conditional, "--steps", 1, 2, "--out", out) == 0
+    assert "3 of 3 images each by ddim, 1 2 steps" in capsys.readouterr().out
+    assert call("sample", "--checkpoint", conditional, "--steps", 2, "--out", out) == 0
+    assert "24 of 24 images by ddim, 2 steps" in capsys.readouterr().out

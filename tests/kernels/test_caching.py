@@ -38,6 +38,8 @@ def test_compiled_operators_follow_their_code(repo, tmp_path, monkeypatch, compi
     file.write_text(text.replace(FORWARD, f"{FORWARD}\n    y = 2 * y"))
     doubled, _, hits = run()
     assert (doubled, hits) == (2 * y, 0)
+    file.write_text(text)
+    assert run() == (y, gradient, 1)
 
 
 def test_the_hash_is_of_names_and_contents(tmp_path):

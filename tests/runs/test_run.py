@@ -397,3 +397,23 @@ def test_a_config_that_a_full_disk_refuses_is_told_in_one_line(tmp_path, monkeyp
             run.record_config({"a": 2})
         monkeypatch.undo()
         assert json.loads((run.path / "config.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("told", "rows"),
+    [
+        ({"few_step": "consistency", "teacher": "{other}"}, 1),
+        ({"few_step": "consistency", "init_from": "{other}/checkpoints/step-5"}, 1),
+        ({"few_step": "none", "init_from": "{other}"}, 0),  # a run of its own
+        ({"few_step": "flow-map"}, 0),
+        ({"few_step": "consistency", "teacher": "gone"}, 0),
+    ],
+)
+def test_a_student_reads_its_teachers_evaluations(tmp_path, told, rows):
+    with create_run(tmp_path / "runs", config={}) as other:
+        other.log_eval({"step": 5, "metric": "fid", "value": 3.0})
+        other.log_train({"step": 5, "loss": 1.0})
+    told = {name: value.format(other=other.path) for name, value in told.items()}
+    tuning = {name: told.pop(name) for name in ("few_step", "teacher") if name in told}
+    with create_run(tmp_path / "runs", config={"tuning": tuning, "optim": told}) as run:
+        assert [row["value"] for row in run.teacher_rows()] == [3.0] * rows

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastdiff.evaluation.evaluator as evaluator_module
+import fastdiff.training.train as train_module
 from fastdiff.errors import TrainingFailed, UserError
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
@@ -196,6 +197,23 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, monkeypatch, final, 
     assert [row["value"] for row in state["fid_history"]] == [3.0, 1.0, 2.0, 4.0, 5.0, last]
     assert [row["samples"] for row in state["fid_history"]] == [4] * 5 + [final or 4]
     assert (run / "saves" / "fid.png").exists()
+
+
+def test_curves_are_drawn_after_evaluations_when_stopped_and_on_a_failure(tiny_config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_module, "plot", lambda state, *rest: drawn.append(state.step))
+    assert train(tiny_config(save_every=5, eval_every=20, steps=30)) == 0
+    assert drawn == [20, 30]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert train(tiny_config(save_every=5)) == 128 + signal.SIGTERM
+    assert drawn[2:] == [7]
+    with pytest.raises(TrainingFailed):
+        train(tiny_config(lr=1e30))
+    assert len(drawn) == 4
+    monkeypatch.setattr(train_module, "PLOT_SECONDS", 0.0)
+    assert train(tiny_config(steps=11, save_every=5)) == 0
+    assert drawn[4:] == [5, 10, 11, 11, 11]  # the last step is saved before its evaluation and after it
 
 
 def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monkeypatch):

@@ -1,10 +1,24 @@
+import pytest
 import torch
 
 from fastdiff.config import Config
+from fastdiff.diffusion.consistency import Consistency
+from fastdiff.diffusion.flow_map import FlowMap
+from fastdiff.diffusion.objectives import VObjective
+from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
 from fastdiff.nets.unet import UNet
 from fastdiff.runs.weights import TeacherWeights
 from fastdiff.training.tuning import objective_of
 from tests.configs import TINY
+
+
+@pytest.mark.parametrize(
+    ("few_step", "objective", "kind"),
+    [("none", "v", VObjective), ("consistency", "v", Consistency), ("flow-map", "flow", FlowMap),
+     ("mean-flow", "flow", MeanFlow), ("scm", "edm", ContinuousConsistency)],
+)  # fmt: skip
+def test_each_few_step_is_an_objective_of_its_own(few_step, objective, kind):
+    assert type(objective_of(Config.of(few_step=few_step, objective=objective), torch.device("cpu"))) is kind
 
 
 def test_a_guided_teacher_leads_away_from_no_class():
