@@ -30,20 +30,6 @@ log = logging.getLogger(__name__)
 Sums = tuple[Tensor, Tensor, Tensor]
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Images as they are stored: rounded, not truncated, which would darken every pixel by half a level.
-
-    Args:
-        x: floating point, any shape and layout; -1 becomes 0, 1 becomes 255, and what lies outside is clamped.
-
-    Returns:
-        uint8 of the same shape and memory format.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"expected floating-point images in [-1, 1], got {x.dtype}")
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """Squared Frechet (2-Wasserstein) distance between two Gaussians.
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench import inductor_mock, step_variants
+from fastdiff.data.pixels import normalize
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
-from fastdiff.training.step import normalize
 from kernels import launch
 from tests.numerics import FACTOR, assert_as_accurate
 

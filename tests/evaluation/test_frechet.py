@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from fastdiff.data.datasets import ImageSet
+from fastdiff.data.pixels import to_uint8
 from fastdiff.errors import UserError
 from fastdiff.evaluation import frechet
 from fastdiff.evaluation.features import EfficientNetLite0, FeatureExtractor
-from fastdiff.evaluation.frechet import FrechetDistance, frechet_distance, to_uint8
+from fastdiff.evaluation.frechet import FrechetDistance, frechet_distance
 
 
 @pytest.fixture(scope="module", autouse=True)
