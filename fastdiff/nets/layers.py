@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
-        c_embedding: width of the embedding of time and conditions.
+        c_embedding: width of the embedding of time and conditions; 0: the block has none.
         dropout: probability, in [0, 1).
         adaptive: the embedding gives the second norm's scale and offset instead (AdaGN; Dhariwal and Nichol 2021).
     """
@@ -90,27 +90,29 @@ class ResidualBlock(nn.Module):
         self,
         c_in: int,
         c_out: int,
-        c_embedding: int,
+        c_embedding: int = 0,
         *,
         groups: int,
         eps: float,
-        dropout: float,
+        dropout: float = 0.0,
         adaptive: bool = False,
     ) -> None:
         super().__init__()
         self.adaptive = adaptive
         self.norm_1 = nn.GroupNorm(groups, c_in, eps)
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.embedding = nn.Linear(c_embedding, 2 * c_out if adaptive else c_out)
+        self.embedding = nn.Linear(c_embedding, 2 * c_out if adaptive else c_out) if c_embedding else None
         self.norm_2 = nn.GroupNorm(groups, c_out, eps)
         self.dropout = Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None, dropout_seed: Tensor | None = None) -> Tensor:
         """x (N, c_in, H, W), embedding (N, c_embedding) -> (N, c_out, H, W)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
-        if self.adaptive:
+        if self.embedding is None:
+            h = self.norm_2(h)
+        elif self.adaptive:
             scale, offset = self.embedding(embedding).chunk(2, 1)
             h = self.norm_2(h) * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
         else:

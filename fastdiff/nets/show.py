@@ -18,8 +18,11 @@ def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def table(net: nn.Module, *, image_size: int, image_channels: int) -> str:
+def table(net: nn.Module, *shapes: tuple[int, ...]) -> str:
     """A row for each part, in the order in which the network calls them, and the sums.
+
+    Args:
+        shapes: of the network's arguments, for one image.
 
     Nothing is computed. Operations are the additions and multiplications for one image in convolutions, matrix
     products and attention; nothing else counts.
@@ -39,9 +42,8 @@ def table(net: nn.Module, *, image_size: int, image_channels: int) -> str:
 
         part.register_forward_pre_hook(begin)
         part.register_forward_hook(end)
-    x = torch.empty(1, image_channels, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as total:
-        net(x, torch.empty(1, device="meta"))
+        net(*(torch.empty(shape, device="meta") for shape in shapes))
     return "\n".join([*lines, _line("sum", "", "", *_costs(net, total))]) + "\n"
 
 

@@ -13,7 +13,7 @@ from fastdiff.presets import PRESETS
 
 
 def test_the_parts_of_the_cifar10_network_add_up():
-    lines = table(UNet(UNetConfig()), image_size=32, image_channels=3).splitlines()
+    lines = table(UNet(UNetConfig()), (1, 3, 32, 32), (1,)).splitlines()
     rows = {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in lines[1:]}
     assert rows["conv_in"] == ["32", "128", "3,584", f"{2 * 32 * 32 * 128 * 27 / 1e9:.3f}"]
     assert rows["down.0"][0] == "32 -> 16"

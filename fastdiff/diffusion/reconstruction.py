@@ -1,0 +1,104 @@
+"""What an autoencoder learns: to give images back from latents that stay near a standard normal."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.diffusion.objectives import Model
+
+HALVED = 0.25  # weight of images from latents of half the size, which have a quarter of the pixels
+
+
+def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) of each image in nats, summed over its latents (Kingma and Welling 2014, appendix B).
+
+    Args:
+        mean, log_var: (N, ...).
+
+    Returns:
+        (N,).
+    """
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1)
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of images (N, C, H, W), and of both halved and quartered in size, added up: (N,)."""
+    total = (x - y).abs().flatten(1).mean(1)
+    for _ in range(2):
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        total = total + (x - y).abs().flatten(1).mean(1)
+    return total
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of images (N, C, H, W): (N,)."""
+    return (x - y).square().flatten(1).mean(1)
+
+
+DISTANCES = {"l1": l1, "l2": l2}
+
+
+class Reconstruction:
+    """distance(x, decode(z)) + kl_weight KL / D with z = mean + std * noise, D values an image.
+
+    With the distance `l2` and the weight 2 s^2 it is, but for a constant, 2 s^2 / D times the negative evidence lower
+    bound of a decoder whose pixels have the variance s^2. With equivariance, latents are mirrored at random before they
+    are decoded, and decoded at half their size too; each must give the image that was changed alike (Kouzelis et al.
+    2025, https://arxiv.org/abs/2502.09509, with mirrors in place of quarter turns).
+
+    It stands in the place of an `Objective` in a training step, where t is a random number that decides how each image
+    is mirrored, and eps the latents' noise.
+
+    Args:
+        distance: a name in DISTANCES.
+        latent_shape: (c, h, w).
+    """
+
+    shares_dropout = False
+    schedule = None
+
+    def __init__(
+        self, distance: str, *, kl_weight: float, equivariance: bool, latent_shape: tuple[int, int, int]
+    ) -> None:
+        self.distance, self.kl_weight = DISTANCES[distance], kl_weight
+        self.equivariance, self.latent_shape = equivariance, latent_shape
+
+    def sample_t(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """(n,) in [0, 1): a quarter of them for each way to mirror an image."""
+        return torch.rand(n, generator=generator, device=device)
+
+    def advance(self, images: int) -> None:
+        """Nothing in it changes with the images seen."""
+
+    def log_snr(self, t: Tensor) -> None:
+        """There are no noise levels."""
+
+    def loss(self, model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss (N,) of each image, in the dtype of x0.
+
+        Args:
+            model: `model(x, noise, mirrored=)` as of `Autoencoder`.
+            x0: (N, 3, H, W) in [-1, 1].
+            t: (N,) from `sample_t`.
+            eps: (N, 3, H, W) standard normal, of which the latents take as many as they have values.
+        """
+        c, h, w = self.latent_shape
+        noise = eps.flatten(1)[:, : c * h * w].unflatten(1, (c, h, w))
+        mirrored = torch.stack([t < 0.5, (2 * t) % 1 < 0.5], 1)
+        whole, half, mean, log_var = model(x0, noise, mirrored=mirrored)
+        kl = kl_divergence(mean.to(x0.dtype), log_var.to(x0.dtype))
+        if self.equivariance:
+            x0 = mirror(x0, mirrored)
+        loss = self.distance(whole.to(x0.dtype), x0) + self.kl_weight * kl / x0[0].numel()
+        if self.equivariance:
+            loss = loss + HALVED * self.distance(half.to(x0.dtype), F.avg_pool2d(x0, 2))
+        return loss
+
+
+def mirror(x: Tensor, mirrored: Tensor) -> Tensor:
+    """x (N, C, H, W), each mirrored left to right and upside down where `mirrored` (N, 2) says so."""
+    sideways, upside_down = mirrored[:, 0, None, None, None], mirrored[:, 1, None, None, None]
+    x = torch.where(sideways, x.flip(3), x)
+    return torch.where(upside_down, x.flip(2), x)

@@ -1,0 +1,78 @@
+"""The sections of a config about latents: the autoencoder that makes them, and the network that works in them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from fastdiff.checks import at_least, check_words, positive, require
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape and loss of an autoencoder, which `python -m fastdiff autoencoder` trains."""
+
+    factor: int = 0
+    """How many times fewer pixels latents have in height and in width: a power of 2; 0: the run trains none."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    base_channels: int = 64
+    """Channels where the resolution is the images'; each halving doubles them, up to four times as many."""
+    blocks: int = 2
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    reconstruction: Literal["l1", "l2"] = "l1"
+    """Distance of an image and its reconstruction: `l1`: absolute differences of pixels, at full, half and quarter
+    resolution; `l2`: squared differences of pixels."""
+    kl_weight: float = 1e-6
+    """Weight of the latents' divergence from a standard normal, both summed over an image and divided by its number of
+    values, as of Stable Diffusion's autoencoder."""
+    equivariance: bool = True
+    """Latents that are mirrored or halved in size must give the mirrored or halved image (EQ-VAE)."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        factor, base = self.factor, self.base_channels
+        require(factor == 0 or (factor > 1 and factor.bit_count() == 1), "factor", factor, "2, 4, 8 or 16")
+        require(factor <= 16, "factor", factor, "at most 16")
+        at_least(1, "latent_channels", self.latent_channels)
+        at_least(1, "blocks", self.blocks)
+        require(base >= 4 and base % 4 == 0, "base_channels", base, "a multiple of 4")
+        require(base <= 128 or base % 32 == 0, "base_channels", base, "a multiple of 32 above 128, the norms' groups")
+        positive(self, "kl_weight")
+        most, channels = 3 * factor**2, self.latent_channels
+        require(factor == 0 or channels <= most, "latent_channels", channels, f"at most {most}, with --factor {factor}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each resolution, the images' first."""
+        return tuple(self.base_channels * min(2**level, 4) for level in range(self.factor.bit_length()))
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of each GroupNorm: four channels each, at most 32 groups."""
+        return min(32, self.base_channels // 4)
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """Whether the network works in the latents of an autoencoder, in place of pixels."""
+
+    latents: str | None = None
+    """A run of `python -m fastdiff autoencoder`, a checkpoint of one, or the folder of a diffusers AutoencoderKL: the
+    network works in its latents, which set --image-size and --sigma-data."""
+    pixels: int = 0
+    """Height and width of the images that --latents encodes; 0: as those that the autoencoder was trained on."""
+    latent_mean: tyro.conf.Fixed[tuple[float, ...]] = ()
+    """Mean of each channel of the training images' latents, which the network sees at mean 0."""
+    latent_std: tyro.conf.Fixed[tuple[float, ...]] = ()
+    """Standard deviation of each, which the network sees at 1."""
+    autoencoder_sha256: tyro.conf.Fixed[str] = ""
+    """Of the autoencoder's weights."""
+
+    def __post_init__(self) -> None:
+        at_least(0, "pixels", self.pixels)
+        require(self.pixels == 0 or self.latents is not None, "pixels", self.pixels, "left out without --latents")
+        if self.latents is not None:
+            require(self.latents.strip() != "", "latents", self.latents, "a path")
+        require(all(math.isfinite(s) and s > 0 for s in self.latent_std), "latent_std", self.latent_std, "above 0")
