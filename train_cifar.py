@@ -1,18 +1,14 @@
 """Train: `python train_cifar.py [--preset NAME] [--any-config-field VALUE ...] [--resume RUN_DIR]`."""
 
-import json
 import os
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import tyro
 
-from fastdiff.cli import run_command, told_once
+from fastdiff.cli import defaults, run_command, told_once
 from fastdiff.config import Config
-from fastdiff.errors import UserError
-from fastdiff.presets import PRESETS
 from fastdiff.runs.run import open_run
 
 
@@ -23,26 +19,6 @@ class Flags:
     config: Config
     resume: Path | None = None
     """Continue this run (e.g. working/1) from its newest checkpoint; its own config is the default of every flag."""
-
-
-def defaults(arguments: list[str]) -> Config:
-    """The config of --preset, or of the run that --resume names, over which the other flags go."""
-    given = {name: value for name, value in pairwise(arguments) if name in ("--preset", "--resume")}
-    given |= dict(a.split("=", 1) for a in arguments if a.startswith(("--preset=", "--resume=")))
-    if "--resume" in given:
-        path = Path(given["--resume"]) / "config.json"
-        try:
-            values = json.loads(path.read_bytes())
-            if not isinstance(values, dict):
-                raise ValueError(f"it holds a {type(values).__name__}, not fields")
-            return Config.from_dict(values)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
-            ) from error
-    return PRESETS.get(given.get("--preset", ""), Config())
 
 
 def parse(arguments: list[str]) -> Flags:

@@ -95,7 +95,7 @@ def sampling(size: Size, settings: SamplerSettings, n: int, *, captured: bool) -
     net = fuse(net) if size.ours else net
     side = size.config.net.image_size
     generator = Generator(
-        net, objective(size), settings, image_shape=(3, side, side), batch_size=n, device=size.device, bf16=size.bf16,
+        net, objective(size), settings, shape=(3, side, side), batch_size=n, device=size.device, bf16=size.bf16,
         compile=size.ours, graphs=captured,
     )  # fmt: skip
     batches = generator.batches(n * 2**40, seed=0, progress=lambda done: None)  # evaluations show theirs

@@ -1,4 +1,4 @@
-"""`python -m fastdiff {sample,evaluate,likelihood,export,show}`, installed `fastdiff`: use what a run has saved."""
+"""`python -m fastdiff {sample,evaluate,likelihood,export,show,autoencoder}`, installed `fastdiff`."""
 
 import json
 import os
@@ -13,8 +13,11 @@ from pathlib import Path
 
 import tyro
 
+from fastdiff.config import Config
 from fastdiff.errors import TrainingFailed, UsageError, UserError
-from fastdiff.flags import COMMANDS
+from fastdiff.flags import COMMANDS, Autoencoder
+from fastdiff.presets import PRESETS
+from fastdiff.runs.run import open_run
 from fastdiff.runtime import output
 
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end
@@ -107,12 +110,56 @@ def _refuse_blanks(arguments: list[str]) -> None:
             raise UsageError(f"{flag} is empty ({value!r}), perhaps by a variable that is not set; give a value.")
 
 
+def defaults(arguments: list[str], preset: str = "ddpm-cifar10") -> Config:
+    """The config of --preset, or of the run that --resume names, over which the other flags of a training go."""
+    given = {name: value for name, value in pairwise(arguments) if name in ("--preset", "--resume")}
+    given |= dict(a.split("=", 1) for a in arguments if a.startswith(("--preset=", "--resume=")))
+    if "--resume" in given:
+        path = Path(given["--resume"]) / "config.json"
+        try:
+            values = json.loads(path.read_bytes())
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, not fields")
+            return Config.from_dict(values)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
+            ) from error
+    return PRESETS.get(given.get("--preset", preset), PRESETS[preset])
+
+
+def train_autoencoder(arguments: list[str]) -> int:
+    """Parse the flags of `python -m fastdiff autoencoder`, train, and return the exit code."""
+    with told_once():
+        config = defaults(arguments, "autoencoder")
+        if config.autoencoder.factor == 0:
+            raise UsageError("--preset or --resume names a diffusion network; train it by `python train_cifar.py`.")
+        prog = f"{_prog()} autoencoder"
+        flags = tyro.cli(
+            Autoencoder, default=Autoencoder.of(config), args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
+        )
+        config = flags.over(config)
+    run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
+    from fastdiff.training.train import train  # torch takes seconds to import, which --help need not wait for
+
+    return train(config, resume=run)
+
+
+def _prog() -> str:
+    return "fastdiff" if Path(sys.argv[0]).name == "fastdiff" else "python -m fastdiff"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse `python -m fastdiff ...` and run the command; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["autoencoder"]:
+        return train_autoencoder(given[1:])
     flags = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+        {**COMMANDS, "autoencoder": Autoencoder},
         description="Use what a training run has saved. Train by `python train_cifar.py`, installed: `fastdiff-train`.",
-        prog="fastdiff" if Path(sys.argv[0]).name == "fastdiff" else "python -m fastdiff",
+        prog=_prog(),
         args=arguments,
     )
     from fastdiff.evaluation import commands  # torch takes seconds to import, which --help need not wait for

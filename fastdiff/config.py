@@ -4,9 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import tyro
+
 from fastdiff.checks import check_words, require
 from fastdiff.errors import UserError
 from fastdiff.few_step_section import TAUGHT, TuningConfig
+from fastdiff.latent_sections import AutoencoderConfig, LatentsConfig
 from fastdiff.model_sections import NEEDS_SIGNAL, ConditionsConfig, DiffusionConfig, UNetConfig
 from fastdiff.sections import EvalConfig, ImagesConfig, MachineConfig, OptimConfig, PresetName, RunConfig
 
@@ -23,6 +26,8 @@ class Config:
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    space: LatentsConfig = field(default_factory=LatentsConfig)
+    autoencoder: tyro.conf.Fixed[AutoencoderConfig] = field(default_factory=AutoencoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -30,7 +35,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_words(self)
-        require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
+        if self.space.latents is None:
+            require(self.net.image_channels == 3, "image_channels", self.net.image_channels, "3, as all data are RGB")
         steps, timesteps = self.eval.eval_steps, self.diffusion.timesteps
         if self.diffusion.discrete:
             require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
@@ -60,11 +66,20 @@ class Config:
             )
         self._check_decay()
         self._check_few_steps()
+        self._check_autoencoder()
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of the images of the data."""
+        return self.space.pixels or self.net.image_size
 
     @property
     def task(self) -> tuple[str, ...]:
         """What the network is trained for, in words, then the names of its classes; equal for networks that can mix."""
+        if self.autoencoder.factor:
+            return (f"an autoencoder of factor {self.autoencoder.factor}",)
         told, words = self.conditions, [self.diffusion.task]
+        words += [f"latents of {self.space.autoencoder_sha256[:12]}"] if self.space.latents is not None else []
         words += ["two times"] if self.net.two_times else []
         words += [f"texts by {told.text_fingerprint or told.text}"] if told.text != "none" else []
         return ", ".join(words), *told.class_names
@@ -124,6 +139,19 @@ class Config:
                 f"rounding drowns steps below {least:g}; lower --q or --stages"
                 + (", or drop --precision bf16." if precision == "bf16" else ".")
             )
+
+    def _check_autoencoder(self) -> None:
+        """Raises UserError where an autoencoder does not fit its images, and for flags that it would ignore."""
+        ours, none = self.autoencoder, EvalConfig()
+        if ours.factor == 0:
+            return
+        least = ours.factor * (2 if ours.equivariance else 1)
+        why = " (--equivariance halves the latents)" if ours.equivariance else ""
+        size = self.net.image_size
+        require(size % least == 0, "image_size", size, f"a multiple of {least}, with --factor {ours.factor}{why}")
+        for name in ("eval_sampler", "eval_steps", "eval_few_steps", "eval_guidance", "eval_guidance_interval"):
+            expected = "left out: an autoencoder draws no samples"
+            require(getattr(self.eval, name) == getattr(none, name), name, getattr(self.eval, name), expected)
 
     def _check_decay(self) -> None:
         """Raises UserError where the learning rate has no steps to fall over."""
@@ -231,7 +259,7 @@ RESUMABLE_CHANGES = frozenset(
         "final_eval_samples", "eval_batch_size", "eval_sampler", "eval_steps", "eval_guidance",
         "eval_guidance_interval", "grid_samples", "features", "feature_size", "data", "data_root", "split", "loader",
         "device", "compile", "graphs", "kernels", "accumulate", "run_root", "profile", "skip_nonfinite", "rank_timeout",
-        "deterministic", "lr_decay", "decay_fraction", "captions", "teacher",
+        "deterministic", "lr_decay", "decay_fraction", "captions", "teacher", "latents",
         "last_level", "eval_few_steps",
     }
 )  # fmt: skip

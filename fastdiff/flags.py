@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff.sections import PresetName, SamplerName, SpacingName
+from fastdiff.config import Config
+from fastdiff.latent_sections import AutoencoderConfig
+from fastdiff.sections import (
+    EvalConfig,
+    ImagesConfig,
+    MachineConfig,
+    OptimConfig,
+    PresetName,
+    RunConfig,
+    SamplerName,
+    SpacingName,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Sampling:
     guide: Path | None = None
     """An earlier checkpoint, of the same run, say, from which guidance leads away (autoguidance); by default guidance
     leads away from the network's own samples of no class."""
+    autoencoder: Path | None = None
+    """Of a run with --latents: where its autoencoder lies, if it has moved."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,8 @@ class Likelihood:
     """Folder for downloads and caches; default: the run's."""
     split: Literal["train", "test"] | None = None
     """Part of the data; default: the run's."""
+    autoencoder: Path | None = None
+    """Of a run with --latents: where its autoencoder lies, if it has moved."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,10 @@ class Export:
     out: Path
     """Folder to write, which must be new or empty."""
     to: Literal["diffusers", "safetensors"] = "diffusers"
-    """`diffusers`: a folder for DDPMPipeline.from_pretrained; `safetensors`: our weights and config.json."""
+    """`diffusers`: a folder for DDPMPipeline.from_pretrained, of an autoencoder for AutoencoderKL.from_pretrained;
+    `safetensors`: our weights and config.json."""
+    autoencoder: Path | None = None
+    """Of a run with --latents: where its autoencoder lies, if it has moved."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,39 @@ class Show:
     """Whose network."""
     code: bool = False
     """Print what the network runs with --kernels triton instead: layers, kernels and parameters, a call a line."""
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Train an autoencoder, in whose latents `train_cifar.py --latents RUN` then trains."""
+
+    preset: PresetName
+    """`autoencoder`, or `quick-autoencoder` for digits on a CPU: where the other fields' defaults come from."""
+    image_size: int
+    """Height and width of the images, in pixels; a multiple of twice --factor."""
+    autoencoder: AutoencoderConfig
+    images: ImagesConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    run: RunConfig
+    machine: MachineConfig
+    resume: Path | None = None
+    """Continue this run (e.g. working/1) from its newest checkpoint; its own config is the default of every flag."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Autoencoder":
+        """The flags of a config of an autoencoder."""
+        return cls(
+            config.preset, config.pixels, config.autoencoder, config.images, config.optim, config.eval, config.run,
+            config.machine,
+        )  # fmt: skip
+
+    def over(self, config: Config) -> Config:
+        """The config with these flags."""
+        return config.replace(
+            preset=self.preset, image_size=self.image_size, autoencoder=self.autoencoder, images=self.images,
+            optim=self.optim, eval=self.eval, run=self.run, machine=self.machine,
+        )  # fmt: skip
 
 
 COMMANDS: dict[str, Callable[..., object]] = {

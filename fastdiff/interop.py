@@ -204,15 +204,16 @@ def unet_to_diffusers(model: UNet) -> Any:
 
 def save_diffusers_pipeline(
     model: UNet, folder: Path, *, schedule: str, timesteps: int, objective: str = "eps",
-    zero_terminal_snr: bool = False, time_scale: float = 1.0,
+    zero_terminal_snr: bool = False, time_scale: float = 1.0, latents: bool = False,
 ) -> None:  # fmt: skip
     """Write a folder that `diffusers.DDPMPipeline.from_pretrained` loads, and that draws as our `ddpm` does.
 
     `DDIMPipeline.from_pretrained` loads it as well, and draws as our `ddim` with use_clipped_model_output=True.
-    A network with classes comes with a pipeline of its own, see `fastdiff/interop_pipeline.py`.
+    A network with classes or of latents comes with a pipeline of its own, see `fastdiff/interop_pipeline.py`.
 
     Args:
         model: a UNet that was trained with the following, see `scheduler_to_diffusers`.
+        latents: it draws latents, which an AutoencoderKL in the folder `vae` decodes; and which have no bounds.
         folder: made if missing; files of the same names are replaced.
 
     Raises:
@@ -224,8 +225,12 @@ def save_diffusers_pipeline(
     )  # fmt: skip
     if model.config.text_encoder != "none":
         raise UserError("a network that reads texts cannot be exported, as UNet2DModel has none; use --to safetensors.")
+    if latents:
+        scheduler["clip_sample"] = False
+    own = latents or model.config.num_classes > 0
     index = {
-        "_class_name": "ConditionalPipeline" if model.config.num_classes else "DDPMPipeline",
+        "_class_name": "ConditionalPipeline" if own else "DDPMPipeline",
+        **({"vae": ["diffusers", "AutoencoderKL"]} if latents else {}),
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
@@ -237,6 +242,6 @@ def save_diffusers_pipeline(
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
-    if model.config.num_classes:
+    if own:
         shutil.copyfile(Path(__file__).with_name("interop_pipeline.py"), folder / "pipeline.py")
     save_file(unet_state_to_diffusers(model), folder / "unet" / WEIGHTS[0])

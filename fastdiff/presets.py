@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastdiff.config import Config
+from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.model_sections import UNetConfig
 
 SMALL = UNetConfig(
@@ -34,6 +35,12 @@ AVERAGED = {
 def few_steps(**recipe: Any) -> Config:
     """CIFAR-10 in one and two steps, as in papers: no warm-up, no clipping of gradients."""
     return Config.of(warmup_steps=0, grad_clip=1e6, eval_steps=2, eval_few_steps=(1, 4), **recipe)
+
+
+def autoencoder(shape: AutoencoderConfig, *, image_size: int, **recipe: Any) -> Config:
+    """A run of `python -m fastdiff autoencoder`, which needs nothing of the U-Net but the images' size."""
+    net = UNetConfig(image_size=image_size, channel_mult=(1,), attention_resolutions=())
+    return Config.of(net=net, autoencoder=shape, lr_decay="linear-decay", **recipe)
 
 
 PRESETS: dict[str, Config] = {
@@ -75,6 +82,33 @@ PRESETS: dict[str, Config] = {
     ),
     "flow-map-cifar10": few_steps(
         preset="flow-map-cifar10", **AVERAGED, steps=800_000, batch_size=1024, dropout=0.3, q=3200.0
+    ),
+    "autoencoder": autoencoder(
+        AutoencoderConfig(factor=2),
+        image_size=32,
+        preset="autoencoder",
+        steps=50_000,
+        lr=5e-4,
+        warmup_steps=500,
+        ema_decay=0.999,
+    ),
+    "quick-autoencoder": autoencoder(
+        AutoencoderConfig(factor=2, base_channels=16, blocks=1),
+        image_size=16,
+        preset="quick-autoencoder",
+        data="digits",
+        steps=400,
+        batch_size=64,
+        lr=3e-3,
+        warmup_steps=50,
+        ema_decay=0.99,
+        log_every=25,
+        save_every=200,
+        features="efficientnet_lite0",
+        eval_samples=300,
+        eval_every=400,
+        eval_batch_size=100,
+        grid_samples=40,
     ),
     "v-cosine": Config.of(preset="v-cosine", objective="v", schedule="cosine", eval_sampler="dpmpp-2m", eval_steps=25),
     "edm": Config.of(preset="edm", objective="edm", weighting="edm", eval_sampler="heun", eval_steps=18),

@@ -120,7 +120,7 @@ class Sample(_Topic):
         batch, steps = config.eval.eval_batch_size, config.eval.eval_steps
         settings = SamplerSettings(config.eval.eval_sampler, steps)
         generator = Generator(
-            model, objective, settings, image_shape=(net.image_channels, net.image_size, net.image_size),
+            model, objective, settings, shape=(net.image_channels, net.image_size, net.image_size),
             batch_size=batch, device=device, bf16=bf16, compile=compiles, graphs=config.machine.graphs,
         )  # fmt: skip
         batches = generator.batches((lead + steps_needed(config.run.profile)) * batch, seed=config.run.seed)

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdiff.config import Config
+from fastdiff.config import SECTIONS, Config
 from fastdiff.model_sections import UNetConfig
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1)
 
-BY_DATA = ("num_classes", "class_names", "text_encoder", "text_fingerprint", "two_times")  # which no flag sets
+BY_DATA = (  # which no flag sets
+    *("num_classes", "class_names", "text_encoder", "text_fingerprint", "two_times"),
+    *("latent_mean", "latent_std", "autoencoder_sha256", *SECTIONS["autoencoder"]),
+)
 
 
 def small_config(folder: Path, root: Path | str = "working", **changes) -> Config:

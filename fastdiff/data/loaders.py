@@ -7,6 +7,7 @@ resumed run sees exactly what the uninterrupted run would have seen.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
-    """uint8 (N, H, W, C), contiguous."""
+    """uint8 (N, H, W, C), contiguous; or moments of latents, float16."""
     index: Tensor
     """int64 (N,): where each image stands in the set."""
 
@@ -77,6 +78,19 @@ def batch_plan(
     return indices, flips
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Means and log variances of the latents of images, in the place of an `ImageSet`.
+
+    Attributes:
+        images: float16 (N, V, H, W, 2 C): of each image as it is and, with V = 2, mirrored.
+        name: of the image set.
+    """
+
+    images: np.ndarray
+    name: str
+
+
 class Loader:
     """An endless iterator of batches.
 
@@ -105,7 +119,7 @@ class Loader:
 
 def make_loader(
     kind: str,
-    image_set: ImageSet,
+    image_set: "ImageSet | Moments",
     *,
     batch_size: int,
     seed: int,
@@ -118,6 +132,7 @@ def make_loader(
     """An endless loader over `image_set`, with the batches of `batch_plan`.
 
     Args:
+        image_set: the images, or the moments of their latents.
         kind: "dali" (images stay in host memory; a prefetching NVIDIA DALI pipeline, its GPU operators on CUDA) or
             "resident" (the whole set on the device, indexed there).
         batch_size: images per rank and step; may exceed the set, which then repeats within a batch.
@@ -149,8 +164,11 @@ def make_loader(
     return Loader(next_batch, start_step)
 
 
-def _resident(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
+def _resident(
+    image_set: ImageSet | Moments, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool
+):
     """The set is copied to the device once; a step uploads 16 bytes an image (its index and flip)."""
+    stored = isinstance(image_set, Moments)  # mirrored images' latents are no mirrored latents
     try:
         images = torch.from_numpy(image_set.images).to(device)
     except torch.OutOfMemoryError as error:
@@ -162,6 +180,9 @@ def _resident(image_set: ImageSet, plan: Callable, batch_size: int, device: torc
         if device.type == "cuda":
             host = host.pin_memory()  # else the copy would wait for the device
         index, mirrored = host.to(device, non_blocking=True)
+        if stored:
+            place = images.shape[1] * index + (mirrored if flip else 0)
+            return Batch(images.flatten(0, 1).index_select(0, place), index)
         batch = images.index_select(0, index)
         if flip:
             batch = torch.where(mirrored.bool()[:, None, None, None], batch.flip(2), batch)
@@ -184,18 +205,22 @@ def check_loader(kind: str) -> None:
         ) from error
 
 
-def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool):
+def _dali(
+    image_set: ImageSet | Moments, plan: Callable, batch_size: int, device: torch.device, start_step: int, flip: bool
+):
     """The host gathers a batch, DALI uploads and flips it, `PREFETCH` batches ahead."""
     check_loader("dali")
     from nvidia.dali import Pipeline, fn
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    cuda = device.type == "cuda"
+    cuda, stored = device.type == "cuda", isinstance(image_set, Moments)
     if cuda and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
 
     def gather(iteration: int) -> tuple[np.ndarray, ...]:
         index, mirrored = plan(step=start_step + iteration)
+        if stored:
+            return image_set.images[index, mirrored.astype(np.int64) if flip else 0], index
         batch = image_set.images[index], index
         return (*batch, mirrored.astype(np.int32)) if flip else batch
 
@@ -208,11 +233,12 @@ def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.de
         exec_dynamic=True,
     )
     with pipeline:
-        layout = ["HWC", "", ""] if flip else ["HWC", ""]
+        flips = flip and not stored
+        layout = ["HWC", "", ""] if flips else ["HWC", ""]
         images, index, *mirrored = fn.external_source(gather, num_outputs=len(layout), batch=True, layout=layout)
         if cuda:
             images, index = images.gpu(), index.gpu()
-        pipeline.set_outputs(fn.flip(images, horizontal=mirrored[0]) if flip else images, index)
+        pipeline.set_outputs(fn.flip(images, horizontal=mirrored[0]) if flips else images, index)
     pipeline.build()
 
     def to_torch(tensor_list, dtype: torch.dtype, stream) -> Tensor:
@@ -223,7 +249,8 @@ def _dali(image_set: ImageSet, plan: Callable, batch_size: int, device: torch.de
     def next_batch(step: int) -> Batch:  # the pipeline counts the steps itself, ahead of this one
         stream = torch.cuda.current_stream(device) if cuda else None  # outputs and copies are ordered on it: no wait
         images, index = pipeline.run(stream)
-        return Batch(to_torch(images, torch.uint8, stream), to_torch(index, torch.int64, stream))
+        dtype = torch.float16 if stored else torch.uint8
+        return Batch(to_torch(images, dtype, stream), to_torch(index, torch.int64, stream))
 
     return next_batch
 

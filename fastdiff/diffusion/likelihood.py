@@ -96,13 +96,16 @@ def likelihood_grid(schedule: Schedule, n: int) -> Tensor:
     return ts
 
 
-def bits_per_dim(log_p: Tensor, dims: int) -> Tensor:
+LEVEL = 1 / 127.5  # width of a grey level in [-1, 1]
+
+
+def bits_per_dim(log_p: Tensor, dims: int, *, scale: float = LEVEL) -> Tensor:
     """Bits for each of the `dims` numbers of an 8-bit image, from log p (N,) in nats of the image in [-1, 1].
 
-    A grey level is 1 / 127.5 wide there, so a density over levels is smaller by 127.5 in each dimension. The images
-    must be dequantised, as `dequantize` does.
+    A density over grey levels is smaller by 127.5 in each dimension. The images must be dequantised, as `dequantize`
+    does. With a scale of 1 they are bits of the density itself, as of latents.
     """
-    return -log_p / (dims * math.log(2.0)) + math.log2(127.5)
+    return -log_p / (dims * math.log(2.0)) - math.log2(scale)
 
 
 def dequantize(images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

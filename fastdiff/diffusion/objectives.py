@@ -86,6 +86,10 @@ class Objective(ABC):
     def advance(self, images: int) -> None:  # noqa: B027
         """Told on the host, before each step, how many images the run has seen."""
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Of training times (N,), or (N, 2) of which the first counts: (N,)."""
+        return self.schedule.log_snr(t if t.ndim == 1 else t[:, 0])
+
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given: x_in (N, C, H, W) and c_noise (N,)."""
         return per_image(self.schedule.c_in(t), x_t) * x_t, self.c_noise(t)

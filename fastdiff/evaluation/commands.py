@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet, load_dataset
-from fastdiff.diffusion.likelihood import bits_per_dim, dequantize, likelihood_grid, log_likelihood
+from fastdiff.diffusion.likelihood import LEVEL, bits_per_dim, likelihood_grid, log_likelihood
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.asked import asked_for, shares_of
 from fastdiff.evaluation.evaluate import Trained, load_trained
@@ -25,10 +25,13 @@ from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
 from fastdiff.evaluation.graph_loop import Conditions
+from fastdiff.evaluation.space import Latents
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, wishes
 from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
 from fastdiff.interop import save_diffusers_pipeline
+from fastdiff.interop_autoencoder import save_autoencoder_kl
 from fastdiff.model_sections import Guidance
+from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
 from fastdiff.nets.unet import UNet
@@ -39,6 +42,7 @@ from fastdiff.runs.data import load_run_data
 from fastdiff.runs.files import write_atomically
 from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
 from fastdiff.runs.run import json_text, open_run
+from fastdiff.runs.weights import TrainedWeights, read_trained
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
 
@@ -54,10 +58,10 @@ def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
     samplers = [SamplerSettings(flags.sampler, n, flags.eta, flags.spacing, options) for n in flags.steps]
     device = resolve_device(flags.device)
     set_backends(device)
-    trained = load_trained(flags.checkpoint, device=device)
+    trained = load_trained(flags.checkpoint, device=device, autoencoder=flags.autoencoder, graphs=flags.graphs)
     last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
     samplers = [replace(each, last_level=last_level) for each in samplers]
-    guide = load_trained(flags.guide, device=device) if flags.guide is not None else None
+    guide = load_trained(flags.guide, device=device, autoencoder=flags.autoencoder) if flags.guide else None
     if guide is not None and guide.config.task != trained.config.task:
         raise UsageError(
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
@@ -219,14 +223,18 @@ def _record(trained: Trained, *rows: dict[str, Any], sweep: Sequence[dict[str, A
 
 
 def likelihood(flags: Likelihood) -> None:
-    """Print the bits per dimension of n random images, by the probability flow in float32: mean and standard error."""
+    """Print the bits per dimension of n random images, by the probability flow in float32: mean and standard error.
+
+    Of a network that works in latents they are of the density of the latents, which says nothing of the images' own.
+    """
     _check_seed(flags.seed)
     for name, least in (("n", 2), ("steps", 2), ("probes", 1), ("batch_size", 1)):
         if getattr(flags, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, but must be at least {least}.")
     device, n = resolve_device(flags.device), flags.n
     set_backends(device)
-    trained = load_trained(flags.checkpoint, device=device)
+    trained = load_trained(flags.checkpoint, device=device, autoencoder=flags.autoencoder)
+    latents = trained.config.space.latents is not None
     schedule = trained.objective.schedule
     images = _images(_at(trained.config, flags.data_root), trained, flags.data, flags.split)
     if len(images.images) < n:
@@ -241,17 +249,18 @@ def likelihood(flags: Likelihood) -> None:
     with bar("likelihood", n) as tell:
         for start in range(0, n, flags.batch_size):
             part = images.images[chosen[start : start + flags.batch_size]]
-            x = dequantize(torch.from_numpy(part).to(device).permute(0, 3, 1, 2), generator=generator)
+            x = trained.space.encode(torch.from_numpy(part).to(device), generator)
             cond = {name: v[start : start + len(part)] for name, v in conditions.items()}
             log_p, _ = log_likelihood(
                 lambda x_t, t, cond=cond: trained.objective.denoise(network, x_t, t, **cond), schedule, x, ts,
                 probes=flags.probes, generator=generator,
             )  # fmt: skip
-            bits.append(bits_per_dim(log_p.double(), x[0].numel()).cpu())
+            bits.append(bits_per_dim(log_p.double(), x[0].numel(), scale=1.0 if latents else LEVEL).cpu())
             tell(start + len(part))
     values = torch.cat(bits)
     row = {
-        "bits_per_dim": values.mean().item(), "standard_error": values.std().item() / n**0.5, "images": n,
+        "bits_per_latent_dim" if latents else "bits_per_dim": values.mean().item(),
+        "standard_error": values.std().item() / n**0.5, "images": n,
         "drawn": f"at random from {len(images.images)}, seed {flags.seed}", "data": images.name,
         "steps": flags.steps, "probes": flags.probes, "step": trained.step, "checkpoint": trained.path.name,
     }  # fmt: skip
@@ -288,8 +297,12 @@ def export(flags: Export) -> None:
     out = flags.out
     if out.exists() and not is_empty_folder(out):
         raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
-    trained = load_trained(flags.checkpoint, device=torch.device("cpu"))
-    config, process = trained.config, trained.config.diffusion
+    found = read_trained(flags.checkpoint)
+    if found.config.autoencoder.factor:
+        _export_autoencoder(found, flags)
+        return
+    trained = load_trained(flags.checkpoint, device=torch.device("cpu"), autoencoder=flags.autoencoder)
+    config, process, space = trained.config, trained.config.diffusion, trained.space
     if flags.to == "diffusers" and (config.tuning.few_step, process.objective) == ("consistency", "x0"):
         raise UserError(
             "a network of --few-step consistency and --objective x0 cannot be exported: diffusers' schedulers do not "
@@ -300,16 +313,22 @@ def export(flags: Export) -> None:
             save_diffusers_pipeline(
                 trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
                 objective=process.objective, zero_terminal_snr=process.zero_terminal_snr, time_scale=process.time_scale,
+                latents=isinstance(space, Latents),
             )  # fmt: skip
+            if isinstance(space, Latents):
+                mean, std = config.space.latent_mean, config.space.latent_std
+                save_autoencoder_kl(space.autoencoder, folder / "vae", pixels=config.pixels, mean=mean, std=std)
         else:
             state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
             save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
             write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
     print(f"{out}: {flags.to}, averaged weights of {trained.path}")
-    if flags.to == "diffusers" and config.net.num_classes:
+    own = config.net.num_classes > 0 or isinstance(space, Latents)
+    if flags.to == "diffusers" and own:
+        how = "class_labels and guidance_scale" if config.net.num_classes else "batch_size"
         print(
             f"DiffusionPipeline.from_pretrained({str(out)!r}, custom_pipeline={str(out)!r}, trust_remote_code=True) "
-            "draws from it: call it with class_labels and guidance_scale."
+            f"draws from it: call it with {how}."
         )
     elif flags.to == "diffusers":
         print(
@@ -319,14 +338,37 @@ def export(flags: Export) -> None:
         )
 
 
+def _export_autoencoder(found: TrainedWeights, flags: Export) -> None:
+    """Write an autoencoder, as `export` does a network."""
+    config = found.config
+    model = Autoencoder(config.autoencoder)
+    model.load_state_dict(found.state)
+    with complete_folder(flags.out) as folder:
+        if flags.to == "diffusers":
+            save_autoencoder_kl(model, folder, pixels=config.pixels)
+        else:
+            state = {name: value.contiguous() for name, value in found.state.items()}
+            save_file(state, folder / "model.safetensors", metadata={"step": str(found.step)})
+            write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
+    print(f"{flags.out}: {flags.to}, the averaged autoencoder of {found.path}")
+    if flags.to == "diffusers":
+        print(f"AutoencoderKL.from_pretrained({str(flags.out)!r}) loads it.")
+
+
 def show(flags: Show) -> None:
     """Print a preset's network as a table, or the program that it is fused into."""
     from fastdiff.nets.show import table  # its FLOP counter warns where Triton is missing
 
-    config = PRESETS[flags.preset].net
-    net = UNet(config)
-    size = {"image_size": config.image_size, "image_channels": config.image_channels}
-    print(program(fuse(net)) if flags.code else table(net, **size), end="")
+    config = PRESETS[flags.preset]
+    side, shape = config.pixels, config.autoencoder
+    image = (1, config.net.image_channels, side, side)
+    nets = [("", UNet(config.net), [image, (1,)])]
+    if shape.factor:
+        both, small = Autoencoder(shape), side // shape.factor
+        latents = (1, shape.latent_channels, small, small)
+        nets = [("encoder\n", both.encoder, [image]), ("\ndecoder\n", both.decoder, [latents])]
+    for title, net, inputs in nets:
+        print(title + (program(fuse(net)) if flags.code else table(net, *inputs)), end="")
 
 
 def _check_seed(seed: int) -> None:
@@ -344,7 +386,7 @@ def _images(config: Config, trained: Trained, data: str | None, split: Any = Non
         return load_run_data(config, trained.saved, split=split)[0]
     told = config.conditions
     return load_dataset(
-        data, root=config.images.data_root, split=split or config.images.split, image_size=config.net.image_size,
+        data, root=config.images.data_root, split=split or config.images.split, image_size=config.pixels,
         captions=told.text != "none" and (told.captions or True),
     )  # fmt: skip
 

@@ -20,14 +20,17 @@ from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.schedules import unnoised_end
+from fastdiff.errors import UserError
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import NONE, Generator, SamplerSettings
 from fastdiff.evaluation.graph_loop import Conditions
+from fastdiff.evaluation.space import PIXELS, Latents, Space
 from fastdiff.evaluation.wishes import nothing
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.unet import UNet
 from fastdiff.reporting.progress import bar
+from fastdiff.runs.latents import AutoencoderWeights, autoencoder_weights
 from fastdiff.runs.texts import Texts, text_reader
 from fastdiff.runs.weights import read_trained
 from fastdiff.runtime.signals import Stopped
@@ -42,6 +45,7 @@ class Trained:
     network   what runs, by the run's --kernels: the model itself, or fused over the same weights
     run       the run directory of a checkpoint that lies in one
     saved     the rest of the checkpoint's state, without tensors
+    space     what the network works in
     """
 
     config: Config
@@ -52,14 +56,15 @@ class Trained:
     path: Path
     run: Path | None
     saved: dict[str, Any]
+    space: Space
 
     def generator(self, settings: SamplerSettings, **options: Any) -> Generator:
         """Draws from it; see `Generator` for the options."""
         net = self.config.net
         shape = net.image_channels, net.image_size, net.image_size
         return Generator(
-            self.network, self.objective, settings, image_shape=shape, nothing=nothing(self.config, self.read),
-            encoder=self.model.text, **options,
+            self.network, self.objective, settings, shape=shape, space=self.space,
+            nothing=nothing(self.config, self.read), encoder=self.model.text, **options,
         )  # fmt: skip
 
     @cached_property
@@ -68,14 +73,23 @@ class Trained:
         return text_reader(self.config, cache_folder(self.config.images.data_root))
 
 
-def load_trained(path: Path | str, *, device: torch.device) -> Trained:
+def load_trained(
+    path: Path | str, *, device: torch.device, autoencoder: Path | None = None, graphs: bool = True
+) -> Trained:
     """Load averaged weights (see `read_trained`), to run with the run's --kernels.
 
+    Args:
+        autoencoder: where the run's autoencoder lies, if it has moved.
+        graphs: capture its decoder in CUDA graphs.
+
     Raises:
-        UserError: nothing there, or nothing that verifies.
+        UserError: nothing there, or nothing that verifies; or the run's autoencoder is missing, or another one.
     """
     saved = read_trained(path)
     config = saved.config
+    if config.autoencoder.factor:
+        raise UserError(f"{path} holds an autoencoder, not a diffusion network; train one in it by --latents {path}.")
+    weights = autoencoder_weights(config, saved.rest, moved=autoencoder)
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()
@@ -88,7 +102,17 @@ def load_trained(path: Path | str, *, device: torch.device) -> Trained:
         objective = Consistency(objective, config.tuning.at, device=device)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
-    return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest)
+    space = space_of(config, weights, device, graphs=graphs)
+    return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest, space)
+
+
+def space_of(config: Config, autoencoder: AutoencoderWeights | None, device: torch.device, *, graphs: bool) -> Space:
+    """What the config's network works in."""
+    if autoencoder is None:
+        return PIXELS
+    ours = config.resolved(device.type).machine.kernels == "triton" and (TRITON_INSTALLED or device.type == "cpu")
+    latents = config.space
+    return Latents(autoencoder.make(device), latents.latent_mean, latents.latent_std, fused=ours, graphs=graphs)
 
 
 def evaluate(

@@ -7,22 +7,26 @@ import torch
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective
-from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.generate import NONE, Generator
+from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.evaluation.wishes import Wishes
 from fastdiff.model_sections import Guidance
 from fastdiff.reporting import pictures
 
 
-def draw_forward_noising(objective: Objective, image_set: ImageSet, path: Path, *, seed: int) -> None:
+def draw_forward_noising(
+    objective: Objective, image_set: ImageSet, path: Path, *, seed: int, space: Space = PIXELS
+) -> None:
     """How up to four random images dissolve: x_t, scaled as for the network, at eight times up to the noisiest."""
     images = image_set.images[image_set.draw(min(4, len(image_set.images)), seed=seed)]
     schedule = objective.schedule
     later = schedule.time_at(torch.linspace(0, 1, 8, dtype=torch.float64)[1:])
     times = torch.cat([later.new_zeros(1), later])
-    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype)
-    columns = [to_uint8(schedule.c_in(t) * objective.add_noise(x0, t.expand(len(x0)), eps)) for t in times]
+    x0 = space.encode(torch.from_numpy(images)).double()
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(x0.device)
+    times = times.to(x0.device)
+    noised = (schedule.c_in(t) * objective.add_noise(x0, t.expand(len(x0)), eps) for t in times)
+    columns = [space.decode(x_t).cpu() for x_t in noised]
     labels = [f"t = {t:.3g}\nlog-SNR {schedule.log_snr(t):.1f}" for t in times]
     pictures.plot_forward_noising(_nhwc(torch.stack(columns, 1)), labels, path)
 

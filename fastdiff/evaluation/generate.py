@@ -17,8 +17,8 @@ from fastdiff.diffusion.plan import OnStep, Plan
 from fastdiff.diffusion.samplers import PLANS, own_options
 from fastdiff.diffusion.schedule import FEW_STEP_LEVEL, Schedule
 from fastdiff.errors import UsageError
-from fastdiff.evaluation.frechet import to_uint8
 from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
+from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import half_parameters
 from fastdiff.runtime.device import compiled
@@ -160,13 +160,14 @@ def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
 class Generator:
     """Draws images from a network.
 
-    The network runs in bfloat16 if asked; the state of the sampler is float32. Estimates of x0 are clamped to [-1, 1].
+    The network runs in bfloat16 if asked; the state of the sampler is float32. Estimates of x0 that are pixels are
+    clamped to [-1, 1].
     Every batch has the same size, and the last is cut, so that a compiled network sees one shape. Only one batch is in
     memory at a time. Each kind of step is compiled and captured once, however many images are drawn.
 
     Args:
         network: `network(x_t, t, **conditions)`, in eval mode; its weights may change in place between calls.
-        image_shape: (C, H, W).
+        shape: (C, H, W) of what the network sees.
         batch_size: images drawn at a time, at least 1.
         bf16: autocast activations, and compute with bfloat16 copies of the weights.
         compile: torch.compile the network.
@@ -175,6 +176,10 @@ class Generator:
         encoder: turns the bytes of `text` into tokens and their mask.
         guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
             network with `nothing`.
+        space: of the network.
+
+    Attributes:
+        image_shape: (3, H, W) of the images.
 
     Raises:
         UserError: a batch size below 1, or steps that the schedule does not have.
@@ -186,7 +191,7 @@ class Generator:
         objective: Objective,
         settings: SamplerSettings,
         *,
-        image_shape: tuple[int, int, int],
+        shape: tuple[int, int, int],
         batch_size: int,
         device: torch.device,
         bf16: bool = False,
@@ -195,11 +200,13 @@ class Generator:
         nothing: Conditions | None = None,
         encoder: nn.Module | None = None,
         guide: nn.Module | None = None,
+        space: Space = PIXELS,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"cannot draw images in batches of {batch_size}; it must be at least 1.")
         self.network, self.objective, self.settings = network, objective, settings
-        self.image_shape, self.batch_size, self.device = image_shape, batch_size, device
+        self.shape, self.batch_size, self.device = shape, batch_size, device
+        self.space, self.image_shape = space, space.image_shape(shape)
         self.bf16, self.graphs = bf16, graphs
         self.plan = settings.plan(objective.schedule)
         self.net = half_weights(network) if bf16 else network  # what computes
@@ -215,13 +222,13 @@ class Generator:
             x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 if guidance is None:
-                    return x0_hat(model, x_t, t, *r, **conditions).clamp(-1.0, 1.0)
+                    return self.space.clip(x0_hat(model, x_t, t, *r, **conditions))
                 if other is None:  # the conditions have 2 N rows: what is asked for, then nothing
                     asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, *r, **conditions).chunk(2)
                 else:
                     asked, rest = (x0_hat(net, x_t, t, *r, **conditions) for net in (model, other))
                 weight = guidance_weight(self.objective.schedule, t, guidance)
-                return guide(asked, rest, weight).clamp(-1.0, 1.0)
+                return self.space.clip(guide(asked, rest, weight))
 
         return denoise
 
@@ -287,14 +294,14 @@ class Generator:
                 x_0 = self._draw(self.loop, self._noise(self.loop, _batch_seed(seed, start // size), size), given, told)
             else:
                 x_0 = self._draw(self.few_loop, self._noise(self.few_loop, seed, columns)[place % columns], given, told)
-            yield to_uint8(x_0[: n - start])
+            yield self._images(x_0)[: n - start]
 
     def trajectory(
         self, *, seed: int, conditions: Conditions | None = None, guidance: Guidance = NONE, samples: int = 4,
         columns: int = 10,
     ) -> tuple[Tensor, Tensor, list[float]]:  # fmt: skip
         """What the sampler sees on its way: x_t, scaled as for the network, and x0_hat at evenly spaced steps, first
-        and last included.
+        and last included; latents as the decoder shows them.
 
         Args:
             conditions: one row for each sample.
@@ -312,12 +319,17 @@ class Generator:
 
         def on_step(i: int, x_t: Tensor, x0_hat: Tensor) -> None:
             if i in kept:
-                seen.append((to_uint8(scales[i] * x_t), to_uint8(x0_hat)))
+                seen.append((self._images(scales[i] * x_t), self._images(x0_hat)))
 
         given = self._asked(samples, dict(conditions or {}), guidance)
         self._draw(self.few_loop, self._noise(self.few_loop, seed, samples), given, on_step)
         x_t, x0_hat = (torch.stack(images, 1).cpu() for images in zip(*seen, strict=True))
         return x_t, x0_hat, [times[i].item() for i in sorted(kept)]
+
+    def _images(self, x0: Tensor) -> Tensor:
+        """uint8 (n, 3, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.space.decode(x0)
 
     def _take_weights(self) -> None:
         if self.net is not self.network:
@@ -350,7 +362,7 @@ class Generator:
 
     def _noise(self, loop: GraphLoop, seed: int, n: int) -> Tensor:
         """x_T, float32 (n, C, H, W); what the loop's sampler draws later is of the same seed."""
-        generator, (c, height, width) = loop.generator.manual_seed(seed), self.image_shape
+        generator, (c, height, width) = loop.generator.manual_seed(seed), self.shape
         # Drawn in NHWC order, so that the state is channels_last from the start.
         z = torch.randn(n, height, width, c, generator=generator, device=self.device).permute(0, 3, 1, 2)
         return self.objective.schedule.prior_std * z

@@ -40,7 +40,7 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
         )
     for place in there or places:
         images = load_dataset(
-            place, root=config.images.data_root, split=split, image_size=config.net.image_size,
+            place, root=config.images.data_root, split=split, image_size=config.pixels,
             captions=config.conditions.text != "none" and (config.conditions.captions or True),
         )  # fmt: skip
         if sha256 in ("", images.sha256):

@@ -37,6 +37,7 @@ EVAL_COLUMNS = (
     *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
     *("features", "feature_size", "reference", "seconds", "checkpoint"),
     *("labels", "guidance", "guidance_interval", "guide", "label_agreement", "label_agreement_real"),
+    *("psnr", "ssim", "latent_mean", "latent_std"),
 )
 CSV_HEADER = tuple(dict.fromkeys(("kind", *TRAIN_COLUMNS, *EVAL_COLUMNS)))  # their union, in this order
 TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second")

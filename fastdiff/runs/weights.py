@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
+from fastdiff.interop_autoencoder import autoencoder_shapes
 from fastdiff.model_sections import UNetConfig
 from fastdiff.runs import checkpoint
 
@@ -78,7 +79,8 @@ def _read_export(path: Path) -> TrainedWeights:
     values, state = read_json(path / "config.json"), read_tensors(file)
     try:
         config = Config.from_dict(values)
-        check_shapes(state, unet_shapes(config.net))
+        ours = config.autoencoder
+        check_shapes(state, autoencoder_shapes(ours) if ours.factor else unet_shapes(config.net))
         with safe_open(file, framework="pt") as opened:
             step = (opened.metadata() or {}).get("step", "")
         if not step.isdecimal():
@@ -117,10 +119,14 @@ def initial_weights(config: Config) -> InitialWeights | None:
     text = ""
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
+        if config.autoencoder.factor or trained.config.autoencoder.factor:
+            return _initial_autoencoder(flag, config, trained)
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
         names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
         source, text = f"{trained.path}, step {trained.step:,}", trained.config.conditions.text_fingerprint
     else:
+        if config.autoencoder.factor:
+            raise UserError(f"{flag} is no run of `python -m fastdiff autoencoder`; name one.")
         network = read_diffusers(path, image_size=config.net.image_size)
         net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
     if config.diffusion.time_scale != scale:
@@ -138,6 +144,20 @@ def initial_weights(config: Config) -> InitialWeights | None:
     other = task is not None and task != config.diffusion.task
     warning = f"{flag} was trained as {task}, but this run trains {config.diffusion.task}." if other else None
     return InitialWeights(state, source, warning)
+
+
+def _initial_autoencoder(flag: str, config: Config, trained: TrainedWeights) -> InitialWeights:
+    """Raises UserError unless both are autoencoders of one shape."""
+    here, there = config.autoencoder, trained.config.autoencoder
+    if 0 in (here.factor, there.factor):
+        kinds = [f"an autoencoder of factor {each.factor}" if each.factor else "a network" for each in (there, here)]
+        raise UserError(f"{flag} holds {kinds[0]}, but this run trains {kinds[1]}; name a run of the same kind.")
+    for name in ("factor", "latent_channels", "base_channels", "blocks"):
+        ours, theirs = getattr(here, name), getattr(there, name)
+        if ours != theirs:
+            as_flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has {as_flag} {theirs}, but this run has {ours}; add {as_flag} {theirs}.")
+    return InitialWeights(trained.state, f"{trained.path}, step {trained.step:,}", None)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ import torch
 from fastdiff.config import Config
 from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
-from fastdiff.diffusion.objectives import make_objective
+from fastdiff.diffusion.objectives import Objective, make_objective
+from fastdiff.diffusion.reconstruction import Reconstruction
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import FeatureExtractor, make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
+from fastdiff.evaluation.reconstructions import ReconstructionEvaluator
+from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.evaluation.wishes import nothing, wishes
 from fastdiff.model_sections import Guidance
+from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.text import POSITIONS
 from fastdiff.nets.unet import UNet
@@ -62,16 +66,24 @@ def make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> FrechetD
 
 def make_step(
     config: Config, conditions: list[Table], ranks: Ranks, initial: InitialWeights | None,
-    teacher: TeacherWeights | None,
-) -> tuple[TrainStep, UNet, EMA]:  # fmt: skip
+    teacher: TeacherWeights | None, space: Space = PIXELS,
+) -> tuple[TrainStep, UNet | Autoencoder, EMA]:  # fmt: skip
     """The network, its average, and the step that trains it."""
-    read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
-    objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     optim, machine = config.optim, config.machine
     bf16, compile = machine.precision == "bf16", machine.compile == "on"
     graphs = machine.graphs and not config.tuning.exact  # no test on a CPU can see such a step in a graph
     torch.manual_seed(config.run.seed)
-    model = UNet(config.net).to(ranks.device)
+    objective: Objective | Reconstruction
+    if (shape := config.autoencoder).factor:
+        model, side = Autoencoder(shape).to(ranks.device), config.pixels // shape.factor
+        objective = Reconstruction(
+            shape.reconstruction, kl_weight=shape.kl_weight, equivariance=shape.equivariance,
+            latent_shape=(shape.latent_channels, side, side),
+        )  # fmt: skip
+    else:
+        model = UNet(config.net).to(ranks.device)
+        read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
+        objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     if initial is not None:
         second_time = {name: v for name, v in model.state_dict().items() if name.startswith("span.")}
         model.load_state_dict(second_time | initial.state)  # which may lack it
@@ -86,7 +98,7 @@ def make_step(
         network, objective, update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
-        encoder=model.text,
+        encoder=model.text if isinstance(model, UNet) else None, space=space,
     )  # fmt: skip
     return step, model, ema
 
@@ -105,16 +117,23 @@ def evaluation_samplers(config: Config) -> list[SamplerSettings]:
 def make_evaluator(
     config: Config, image_set: ImageSet, ranks: Ranks, run: Run | None, step: TrainStep, ema: EMA,
     distance: FrechetDistance | None, say: Callable[[str], None],
-) -> Evaluator:  # fmt: skip
-    """What measures and draws the average's samples."""
+) -> Evaluator | ReconstructionEvaluator:  # fmt: skip
+    """What measures and draws the average's samples, or reconstructions."""
     net, machine, wanted = config.net, config.machine, config.eval
+    if isinstance(ema.model, Autoencoder):
+        return ReconstructionEvaluator(
+            ema.model, image_set, distance, ranks, run, batch_size=wanted.eval_batch_size, shown=wanted.grid_samples,
+            seed=step_seed(config.run.seed, EVALUATION_STREAM), say=say,
+        )  # fmt: skip
+    assert isinstance(step.objective, Objective)
     read = text_reader(config, cache_folder(config.images.data_root))
     first, *few = evaluation_samplers(config)
     generator = Generator(
         fuse(ema.model) if machine.kernels == "triton" else ema.model, step.objective, first,
-        batch_size=wanted.eval_batch_size, image_shape=(net.image_channels, net.image_size, net.image_size),
+        batch_size=wanted.eval_batch_size, shape=(net.image_channels, net.image_size, net.image_size),
         device=ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
-        nothing=nothing(config, read), encoder=ema.model.text if isinstance(ema.model, UNet) else None,
+        space=step.space, nothing=nothing(config, read),
+        encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
     guidance = Guidance(wanted.eval_guidance, wanted.eval_guidance_interval)
     return Evaluator(

@@ -36,6 +36,13 @@ def facts(
     learning = f"weighting {diffusion.weighting}" if few_step == "none" else few_step
     if config.tuning.teacher is not None:
         learning += f" by the teacher {config.tuning.teacher}"
+    objective = f"{diffusion.objective} on {diffusion.schedule}, {learning}"
+    network, latents = "U-Net", config.space
+    if (shape := config.autoencoder).factor:
+        equivariance = ", equivariance" if shape.equivariance else ""
+        objective = f"reconstruction, {shape.reconstruction}, KL weight {shape.kl_weight:g}{equivariance}"
+        side = config.pixels // shape.factor
+        network = f"autoencoder, latents {side}x{side} of {shape.latent_channels} channels"
     return {
         "ranks": f"{size}, each with {batch // size} of {batch} images",
         "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -47,12 +54,20 @@ def facts(
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g}, {LearningRate.of(config)}",
         "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
-        "objective": f"{diffusion.objective} on {diffusion.schedule}, {learning}",
-        "network": f"U-Net, {sum(p.numel() for p in model.parameters()):,} parameters",
+        **({} if latents.latents is None else {"latents": _latents(config)}),
+        "objective": objective,
+        "network": f"{network}, {sum(p.numel() for p in model.parameters()):,} parameters",
         **({"weights": f"from {initial.source}"} if initial is not None else {}),
         "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
         "run": str(run.path),
     }
+
+
+def _latents(config: Config) -> str:
+    net, latents = config.net, config.space
+    spread = ", ".join(f"{s:.3g}" for s in latents.latent_std)
+    shape = f"{net.image_size}x{net.image_size} of {net.image_channels} channels"
+    return f"{shape} by {latents.latents}, with standard deviations of {spread} before they are scaled to 1"
 
 
 def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:

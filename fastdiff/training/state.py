@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from fastdiff.config import Config
-from fastdiff.nets.unet import UNet
 from fastdiff.training.ema import EMA
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
@@ -32,7 +33,7 @@ class RunState:
     COUNTERS = ("seconds", "last_log", "loss_history", "fid_history", "noise_history", "best", "evaluated")
 
     def __init__(
-        self, config: Config, data: Mapping[str, Any], model: UNet, ema: EMA, update: Update,
+        self, config: Config, data: Mapping[str, Any], model: nn.Module, ema: EMA, update: Update,
         metrics: Metrics, noise_levels: NoiseLevels,
     ) -> None:  # fmt: skip
         self.config, self.data = config, data

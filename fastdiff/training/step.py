@@ -9,7 +9,9 @@ from torch.func import functional_call
 from torch.profiler import record_function
 
 from fastdiff.diffusion.objectives import Objective
+from fastdiff.diffusion.reconstruction import Reconstruction
 from fastdiff.errors import UserError
+from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.nets.fuse import seed_or_drawn
 from fastdiff.runtime.device import compiled
 from fastdiff.runtime.graphs import Captured
@@ -27,13 +29,8 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]; a view of the same memory order, so channels_last."""
-    return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
-
-
 class TrainStep:
-    """batch -> [-1, 1] -> t, eps -> loss under autocast -> backward -> clip -> optimizer -> EMA.
+    """batch -> x0 -> t, eps -> loss under autocast -> backward -> clip -> optimizer -> EMA.
 
     A call has a part on the host, which seeds the generators and writes what changes from step to step (batch, step
     number, learning rate, decay) to the device, and a body that depends on nothing else, so that a CUDA graph can
@@ -61,12 +58,13 @@ class TrainStep:
             must be made with accumulate=True.
         conditions: what the network is told about an image by its index in the set.
         encoder: turns the bytes of captions into tokens, trained with the network as its part `text`.
+        space: what x0 is of a batch: its pixels, or latents.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Objective | Reconstruction,
         update: Update,
         *,
         lr: Callable[[int], float],
@@ -80,8 +78,9 @@ class TrainStep:
         ranks: Ranks | None = None,
         conditions: Sequence[Table] = (),
         encoder: nn.Module | None = None,
+        space: Space = PIXELS,
     ) -> None:
-        self.conditions, self.encoder = conditions, encoder
+        self.conditions, self.encoder, self.space = conditions, encoder, space
         self.model, self.objective, self.update = model, objective, update
         self.lr, self.grad_clip = lr, grad_clip
         self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
@@ -115,7 +114,7 @@ class TrainStep:
 
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
-        x0 = normalize(images)
+        x0 = self.space.x0(images)
         if self.objective.shares_dropout:
             cond["dropout_seed"] = seed_or_drawn(None, images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
@@ -138,8 +137,8 @@ class TrainStep:
         """Take one step.
 
         Args:
-            images: uint8 (N, H, W, C) on the model's device, contiguous, this rank's part of the batch; free to be
-                overwritten by work that is queued after the call.
+            images: uint8 (N, H, W, C), or what `space` has in its place, on the model's device, contiguous, this rank's
+                part of the batch; free to be overwritten by work that is queued after the call.
             step: the number of updates made before this one.
             index: (N,) int64, where each image stands in the set; `conditions` look them up by it.
 
@@ -179,11 +178,16 @@ class TrainStep:
     def _body(self) -> None:
         """All that a step does on the device; the same kernels on the same addresses in every step."""
         images, *index = self.batch
-        n, height, width, channels = images.shape
+        n = len(images)
         total, mine = n * self.size, slice(n * self.rank, n * (self.rank + 1))
+
+        def normal(shape: torch.Size) -> Tensor:
+            """Of all ranks' images, this one's: (n, ...)."""
+            return torch.randn(total, *shape[1:], generator=self.noise, device=self.device)[mine]
+
         t = self.objective.sample_t(total, generator=self.noise, device=self.device)
-        eps = torch.randn(total, height, width, channels, generator=self.noise, device=self.device)
-        batch, cond = (images, t[mine], eps[mine].permute(0, 3, 1, 2)), {}
+        images = self.space.sample(images, normal)
+        batch, cond = (images, t[mine], normal(images.shape).permute(0, 3, 1, 2)), {}
         if self.conditions:
             uniform = torch.rand(total, UNIFORMS, generator=self.noise, device=self.device)[mine]
             cond = {name: value for table in self.conditions for name, value in table(*index, uniform).items()}
@@ -211,7 +215,9 @@ class TrainStep:
 
     def _account(self, t: Tensor, losses: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
         """Add a step to the sums: t (N,) or (N, 2) and losses (N,) of all its images; their mean and gradient norm."""
-        self.noise_levels.update(self.objective.schedule.log_snr(t if t.ndim == 1 else t[:, 0]), losses)
+        log_snr = self.objective.log_snr(t)
+        if log_snr is not None:
+            self.noise_levels.update(log_snr, losses)
         self.metrics.add(loss, grad_norm, self.number, allowed=self.skip_nonfinite)
 
     def times(self, n: int, step: int) -> Tensor:

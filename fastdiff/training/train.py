@@ -19,21 +19,26 @@ from torch.profiler import record_function
 
 from fastdiff.config import Config
 from fastdiff.data.datasets import ImageSet
-from fastdiff.data.loaders import check_loader, make_loader
+from fastdiff.data.loaders import Moments, check_loader, make_loader
+from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
+from fastdiff.evaluation.evaluate import space_of
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.figures import draw_forward_noising
+from fastdiff.evaluation.reconstructions import ReconstructionEvaluator
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data, with_conditions
+from fastdiff.runs.latents import autoencoder_weights, with_latents
 from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.weights import initial_weights, teacher_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
+from fastdiff.training.moments import latent_moments, with_statistics
 from fastdiff.training.parts import evaluation_samplers, make_conditions, make_distance, make_evaluator, make_step
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
@@ -48,11 +53,12 @@ SIGNAL_GRACE = 3.0  # seconds in which torchrun's copy of a signal, and a schedu
 
 @dataclass(frozen=True)
 class Session:
-    """What surrounds the training: its resolved config and images, the ranks, the run directory (None but on rank 0),
-    the screen, and what may stop it."""
+    """What surrounds the training: its resolved config and images, what the loader reads (the images, or the moments of
+    their latents), the ranks, the run directory (None but on rank 0), the screen, and what may stop it."""
 
     config: Config
     image_set: ImageSet
+    inputs: ImageSet | Moments
     ranks: Ranks
     run: Run | None
     progress: TrainingProgress
@@ -89,14 +95,23 @@ def train(
             checkpoint.recover(run.checkpoints)
             saved = find_checkpoint(asked, run.path)
         saved = ranks.share(saved, "the checkpoint")
+        learned = saved.state if saved is not None else {}
+        autoencoder = ranks.share(autoencoder_weights(config, learned) if ranks.is_main else None, "the autoencoder")
+        asked, config = (with_latents(each, autoencoder) for each in (asked, config))
+        moments = None
         with ranks.first_on_host("loading the data"):
-            image_set, data = load_run_data(config, saved.state if saved is not None else {})
+            image_set, data = load_run_data(config, learned)
+            if autoencoder is not None:
+                data |= autoencoder.saved
+                moments = latent_moments(
+                    autoencoder, image_set, mirrored=config.images.flips, root=config.images.data_root,
+                    device=ranks.device,
+                )  # fmt: skip
         ranks.check_equal(**{"--data": image_set.sha256, "captions": image_set.captions_sha256})
-        asked, config = (with_conditions(each, image_set) for each in (asked, config))
+        asked, config = (with_statistics(with_conditions(each, image_set), moments) for each in (asked, config))
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
-        learned = saved.state if saved is not None else {}
         teacher = ranks.share(teacher_weights(config, learned) if ranks.is_main else None, "the teacher")
         data |= teacher.saved if teacher is not None else {}
         distance = make_distance(config, image_set, ranks) if config.eval.features != "none" else None
@@ -110,9 +125,11 @@ def train(
         ranks.limit_waits()
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
-        session = Session(config, image_set, ranks, run, progress, stop)
+        inputs = image_set if moments is None else moments
+        session = Session(config, image_set, inputs, ranks, run, progress, stop)
 
-        step, model, ema = make_step(config, conditions, ranks, initial, teacher)
+        space = space_of(config, autoencoder, ranks.device, graphs=config.machine.graphs)
+        step, model, ema = make_step(config, conditions, ranks, initial, teacher, space)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
             state.load_state_dict(saved.state, step=saved.step)
@@ -128,7 +145,8 @@ def train(
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
             for warning in (
-                initial.warning if initial else config.unprepared, unnoised_end(step.objective.schedule),
+                initial.warning if initial else config.unprepared,
+                unnoised_end(step.objective.schedule) if step.objective.schedule is not None else None,
                 config.machine.warning,
             ):  # fmt: skip
                 if warning:
@@ -161,7 +179,7 @@ def train(
 
 
 def _loop(
-    session: Session, state: RunState, step: TrainStep, evaluator: Evaluator, saver: Saver,
+    session: Session, state: RunState, step: TrainStep, evaluator: Evaluator | ReconstructionEvaluator, saver: Saver,
     record: Callable[[], AbstractContextManager[StepRecorder | None]], after_evaluation: Callable[[Run], object],
 ) -> None:  # fmt: skip
     """Train until the last step, or until a signal asks to stop; either way the last step is saved.
@@ -215,9 +233,11 @@ def _loop(
         return state.step % config.eval.eval_every == 0 or state.step == config.run.steps
 
     _check_ranks(session, state, saver)
-    if run is not None and state.step == 0:
+    if run is not None and state.step == 0 and isinstance(step.objective, Objective):
         with run.spared(progress.print):
-            draw_forward_noising(step.objective, image_set, run.saves / "forward-noising.png", seed=config.run.seed)
+            draw_forward_noising(
+                step.objective, image_set, run.saves / "forward-noising.png", seed=config.run.seed, space=step.space
+            )
     due = config.eval.eval_at_start if state.step == 0 else evaluation_due()
     if due and state.evaluated != state.step:  # at the start, or where the last process was stopped before it
         try:
@@ -233,7 +253,7 @@ def _loop(
         progress.print(f"step {state.step:,} of --steps {config.run.steps:,} is reached")
         return
     loader = make_loader(
-        config.images.loader, image_set, batch_size=config.optim.batch_size // ranks.size, seed=config.run.seed,
+        config.images.loader, session.inputs, batch_size=config.optim.batch_size // ranks.size, seed=config.run.seed,
         rank=ranks.rank, world_size=ranks.size, device=ranks.device, start_step=state.step,
         flip=config.images.flip == "on",
     )  # fmt: skip
@@ -261,7 +281,8 @@ def _loop(
             if log_due:
                 log(state, run, progress)
             # Not at a last step between two rows: a longer run would go on with the sums.
-            if state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0:
+            window = state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0
+            if window and step.objective.schedule is not None:
                 state.noise_history.append({"step": state.step, **step.noise_levels.read()})
             if save_due:
                 _check_ranks(session, state, saver)

@@ -83,7 +83,7 @@ def shared_samples(config: dict) -> None:
             p.data += 0.02 * torch.randn_like(p)  # no layer is zero
         objective = make_objective("eps", schedule="ddpm-linear", timesteps=100, weighting="uniform")
         generator = Generator(
-            model, objective, SamplerSettings("ddpm", 3), image_shape=(3, 8, 8), batch_size=4, device=ranks.device
+            model, objective, SamplerSettings("ddpm", 3), shape=(3, 8, 8), batch_size=4, device=ranks.device
         )
         row, grid = evaluate(generator, distances[0], n=22, seed=3, keep=10, ranks=ranks)
         if ranks.is_main:

@@ -19,7 +19,7 @@ def model(x, t):
 
 def drawer(name="ddim", steps=5, eta=0.0, spacing="auto", extra=None, batch_size=4, model=model, **options):
     return Generator(
-        model, OBJECTIVE, SamplerSettings(name, steps, eta, spacing, extra or {}), image_shape=SHAPE,
+        model, OBJECTIVE, SamplerSettings(name, steps, eta, spacing, extra or {}), shape=SHAPE,
         batch_size=batch_size, device=torch.device("cpu"), **options,
     )  # fmt: skip
 

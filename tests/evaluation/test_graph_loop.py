@@ -169,7 +169,7 @@ def test_each_call_sees_its_own_conditions(replaying, name):
 
 def drawer(net, *, device="cpu", bf16=False, batch_size=4, **options):
     return Generator(
-        net, OBJECTIVE, SamplerSettings("ddim", STEPS, 0.5), image_shape=(3, 8, 8), batch_size=batch_size,
+        net, OBJECTIVE, SamplerSettings("ddim", STEPS, 0.5), shape=(3, 8, 8), batch_size=batch_size,
         device=torch.device(device), bf16=bf16, **options,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ def network(x, t, labels):
 
 def generator(model=network, *, classes=3, sampler="ddim", batch_size=4, **options):
     return Generator(
-        model, OBJECTIVE, SamplerSettings(sampler, 5), image_shape=(3, 4, 4), batch_size=batch_size,
+        model, OBJECTIVE, SamplerSettings(sampler, 5), shape=(3, 4, 4), batch_size=batch_size,
         device=torch.device("cpu"), nothing={"labels": torch.tensor(classes)} if classes else {}, **options,
     )  # fmt: skip
 

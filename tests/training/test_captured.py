@@ -7,8 +7,13 @@ from functools import partial
 import pytest
 import torch
 
+from fastdiff.diffusion.reconstruction import Reconstruction
 from fastdiff.errors import UserError
-from fastdiff.runtime.graphs import WARMUP, Captured
+from fastdiff.evaluation.space import Latents
+from fastdiff.latent_sections import AutoencoderConfig
+from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.runtime import graphs as graphs_module
+from fastdiff.runtime.graphs import WARMUP, Captured, CapturedFunction
 from fastdiff.runtime.world import Ranks
 from fastdiff.training import step as step_module
 from tests.recorded import captured, recorded_cuda
@@ -117,6 +122,58 @@ def test_a_replayed_step_sees_each_stage_of_few_steps(captured_step, make_object
     assert replayed.run.graph.replays == 12 - WARMUP
     assert replayed.objective.stage == plain.objective.stage == pytest.approx(stage)
     assert_same_state(replayed, plain)
+
+
+AUTOENCODER = AutoencoderConfig(factor=2, base_channels=8, blocks=1)
+
+
+def test_a_replayed_step_of_an_autoencoder_is_the_plain_one(captured_step):
+    plain, replayed = (
+        make(
+            net=AUTOENCODER,
+            objective=Reconstruction("l1", kl_weight=1e-3, equivariance=True, latent_shape=(4, 4, 4)),
+        )
+        for make in (partial(make_step, kernels="triton", graphs=True), captured_step)
+    )
+    assert curve(replayed, 9) == curve(plain, 9)
+    assert replayed.run.graph.replays == 9 - WARMUP
+    assert_same_state(replayed, plain)
+
+
+def test_a_replayed_step_draws_its_latents(captured_step):
+    def moments(step, device="cpu"):
+        return batch(step).repeat(1, 1, 1, 3)[:, ::2, ::2, :8].half() / 64 - 2
+
+    space = Latents(Autoencoder(AUTOENCODER), (0.1, 0.2, 0.3, 0.4), (0.5, 1.0, 1.5, 2.0))
+    net = replace(SMALL, image_size=4, image_channels=4)
+    plain, replayed = (
+        make(net=net, space=space) for make in (partial(make_step, kernels="triton", graphs=True), captured_step)
+    )
+    losses = curve(plain, 9, batch=moments)
+    assert curve(replayed, 9, batch=moments) == losses
+    assert_same_state(replayed, plain)
+    sure = curve(
+        make_step(net=net, space=space, kernels="triton", graphs=True), 9,
+        batch=lambda step, device: moments(step).index_fill(3, torch.arange(4, 8), -60.0),
+    )  # fmt: skip
+    assert sure != losses  # without a variance
+
+
+def test_a_captured_function_gives_results_of_its_own(cuda, monkeypatch):
+    monkeypatch.setattr(graphs_module, "Captured", captured)
+    calls = []
+
+    def function(x):
+        calls.append(x.shape)
+        return 2 * x + 1
+
+    call = CapturedFunction(function, device=torch.device("cpu"), capture=True, what="the decoder")
+    inputs = [torch.full((n, 2), float(i)) for i in range(WARMUP + 3) for n in (1, 3)]
+    results = [call(x) for x in inputs]
+    for x, y in zip(inputs, results, strict=True):
+        assert torch.equal(y, 2 * x + 1)
+    assert len(cuda.made) == 2
+    assert calls.count((1, 2)) == WARMUP + 1
 
 
 def test_a_replayed_step_goes_on_from_a_loaded_state(captured_step):

@@ -4,15 +4,19 @@ import dataclasses
 import pytest
 import torch
 
+from fastdiff.data.pixels import normalize
 from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.evaluation.space import PIXELS
 from fastdiff.few_step_section import TuningConfig
+from fastdiff.latent_sections import AutoencoderConfig
+from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse, half_parameters
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
-from fastdiff.training.step import TrainStep, normalize, step_seed
+from fastdiff.training.step import TrainStep, step_seed
 
 SMALL = UNetConfig(
     image_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, dropout=0.1
@@ -21,10 +25,11 @@ SMALL = UNetConfig(
 
 def make_step(
     device="cpu", *, net=SMALL, kernels="torch", bf16=False, compile=False, grad_clip=1.0, seed=0, accumulate=1,
-    graphs=False, ranks=None, wrap=lambda model: model, objective=None,
+    graphs=False, ranks=None, wrap=lambda model: model, objective=None, space=PIXELS,
 ):  # fmt: skip
     torch.manual_seed(0)
-    model = wrap(UNet(net).to(device))
+    kind = Autoencoder if isinstance(net, AutoencoderConfig) else UNet
+    model = wrap(kind(net).to(device))
     network = fuse(model) if kernels == "triton" else model
     objective = objective or make_objective("eps", schedule="ddpm-linear", timesteps=1000, weighting="uniform")
     update = make_update(
@@ -33,7 +38,7 @@ def make_step(
     )  # fmt: skip
     return TrainStep(
         network, objective, update, lr=LearningRate(1e-3, 5), grad_clip=grad_clip, seed=seed,
-        bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks,
+        bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks, space=space,
     )  # fmt: skip
 
 
@@ -42,7 +47,7 @@ def batch(step, device="cpu", n=16):
     return torch.randint(0, 256, (n, 8, 8, 3), dtype=torch.uint8, generator=generator).to(device)
 
 
-def curve(train_step, steps, device="cpu", start=0):
+def curve(train_step, steps, device="cpu", start=0, batch=batch):
     losses = []
     for step in range(start, start + steps):
         train_step(batch(step, device), step)

@@ -1,0 +1,154 @@
+"""Evaluations of an autoencoder while it trains: how well it gives images back, and what its latents are like."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.data.datasets import ImageSet
+from fastdiff.data.pixels import normalize, to_uint8
+from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.reporting import pictures
+from fastdiff.reporting.progress import bar
+from fastdiff.runs.run import Run
+from fastdiff.runtime.signals import Stopped
+from fastdiff.runtime.world import Ranks
+
+COLUMNS = 10  # of the picture
+SSIM_SIDE = 11  # pixels of its window
+
+
+@dataclass(frozen=True)
+class ReconstructionEvaluator:
+    """Encodes training images, decodes the means of their latents, and compares.
+
+    The rows have `psnr` (dB) and `ssim`, means over the images; `latent_mean` and `latent_std`, over all latents; and
+    as metric the Frechet distance of reconstructions to all training images (`rfd_...`, `rfid`), or without an
+    extractor `rmse` in grey levels. All in float32.
+
+    Args:
+        autoencoder: the average.
+        distance: to the training images; None for none.
+        run: the run directory; None on ranks other than 0.
+        shown: images in the picture.
+        seed: which images; the same at every evaluation.
+        say: prints a line.
+    """
+
+    autoencoder: Autoencoder
+    images: ImageSet
+    distance: FrechetDistance | None
+    ranks: Ranks
+    run: Run | None
+    batch_size: int
+    shown: int
+    seed: int
+    say: Callable[[str], None]
+
+    def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
+        """Evaluate; every rank must call it.
+
+        Args:
+            step, images: how far the run is.
+            check: called before each batch; may raise Stopped to break off, on all ranks.
+            samples: how many images; at most as many as there are.
+
+        Returns:
+            The row that was logged; None on ranks other than 0.
+        """
+        started, n = time.perf_counter(), min(samples, len(self.images.images))
+        chosen = np.sort(self.images.draw(n, seed=self.seed))
+        sums = torch.zeros(6, dtype=torch.float64, device=self.ranks.device)
+        if self.distance is not None:
+            self.distance.reset()
+        mine = range(self.ranks.rank * self.batch_size, n, self.ranks.size * self.batch_size)
+        rounds = -(-n // (self.ranks.size * self.batch_size))
+        starts = [*mine, *[None] * (rounds - len(mine))]  # as often on every rank
+        with bar("reconstructing", n) as tell:
+            for start in starts:
+                try:
+                    check()
+                    stopped = False
+                except Stopped:
+                    stopped = True
+                if self.ranks.any(stopped, "reconstructing"):
+                    raise Stopped
+                if start is not None:
+                    part = self.images.images[chosen[start : start + self.batch_size]]
+                    sums += self._measure(torch.from_numpy(part).to(self.ranks.device))
+                    tell(min(n, start + len(part) * self.ranks.size))
+        self.ranks.sum_([sums, *(self.distance.sums if self.distance is not None else ())], "the reconstructions' sums")
+        if self.run is None:
+            return None
+        squared, psnr, ssim, total, total_squared, values = sums.tolist()
+        row: dict[str, Any] = {"metric": "rmse", "value": (squared / n) ** 0.5}
+        if self.distance is not None:
+            extractor = self.distance.extractor
+            row = {
+                "metric": f"r{self.distance.metric}", "value": self.distance.compute(), "features": extractor.name,
+                "feature_size": extractor.size,
+            }  # fmt: skip
+        mean = total / values
+        row |= {
+            "samples": n, "reference": self.images.name, "psnr": psnr / n,
+            "ssim": ssim / n if self._has_ssim else None, "latent_mean": mean,
+            "latent_std": (total_squared / values - mean**2) ** 0.5, "seconds": time.perf_counter() - started,
+            "step": step, "images": images, "checkpoint": f"step-{step}" if step else None,
+        }  # fmt: skip
+        with self.run.spared(self.say):
+            self._draw(step)
+        self.run.log_eval(row)
+        self.say(
+            f"step {step:,}: {row['metric']} {row['value']:.3f}, PSNR {row['psnr']:.2f} dB ({n:,} reconstructions, "
+            f"latents {mean:.2f} +- {row['latent_std']:.2f}, {row['seconds']:.0f} s)"
+        )
+        return row
+
+    @property
+    def _has_ssim(self) -> bool:
+        return min(self.images.images.shape[1:3]) >= SSIM_SIDE
+
+    @torch.no_grad()
+    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images uint8 (N, H, W, 3) -> reconstructions uint8 (N, 3, H, W); mean and log variance of their latents."""
+        mean, log_var = self.autoencoder.encode(normalize(images))
+        return to_uint8(self.autoencoder.decode(mean)), mean, log_var
+
+    def _measure(self, images: Tensor) -> Tensor:
+        """Sums over images: squared error, PSNR, SSIM, latents, their second moments, and how many values they have."""
+        from torchmetrics.functional.image import structural_similarity_index_measure  # its import takes seconds
+
+        y, mean, log_var = self._reconstruct(images)
+        if self.distance is not None:
+            self.distance.update(y)
+        x, y = images.permute(0, 3, 1, 2).float(), y.float()
+        squared = (x - y).square().flatten(1).mean(1).double()
+        psnr = 10 * torch.log10(255.0**2 / squared.clamp(min=1e-3))  # a perfect image has 78 dB, not infinity
+        ssim = torch.zeros((), device=x.device)
+        if self._has_ssim:
+            each = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
+            assert isinstance(each, Tensor)
+            ssim = each.double().sum()
+        second = mean.double().square() + log_var.double().exp()
+        count = torch.tensor(float(mean.numel()), device=x.device)
+        return torch.stack([squared.sum(), psnr.sum(), ssim, mean.double().sum(), second.sum(), count])
+
+    def _draw(self, step: int) -> None:
+        """Rows of images, each above their reconstructions."""
+        assert self.run is not None
+        chosen = self.images.images[self.images.draw(min(self.shown, len(self.images.images)), seed=self.seed)]
+        rebuilt, _, _ = self._reconstruct(torch.from_numpy(chosen).to(self.ranks.device))
+        pairs = zip(*(_rows(each) for each in (chosen, rebuilt.permute(0, 2, 3, 1).cpu().numpy())), strict=True)
+        rows = [row for pair in pairs for row in pair]
+        names = ["images", "decoded"] * (len(rows) // 2)
+        pictures.save_rows(rows, names, self.run.saves / f"reconstructions-{step:08d}.png")
+        self.run.log_image("reconstructions", pictures.image_grid(np.concatenate(rows), columns=COLUMNS), step)
+
+
+def _rows(images: np.ndarray) -> list[np.ndarray]:
+    return [images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)]

@@ -1,0 +1,125 @@
+"""What a network works in: pixels, or the latents of an autoencoder. All else is the same for both."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.data.pixels import normalize, to_uint8
+from fastdiff.diffusion.likelihood import dequantize
+from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.nets.fuse import fuse
+from fastdiff.runtime.graphs import CapturedFunction
+
+Shape = tuple[int, int, int]
+Normal = Callable[[torch.Size], Tensor]  # shape (N, ...) of this rank's images -> standard normal
+
+
+class Space(Protocol):
+    """Between stored images and the x0 that a network sees, (N, C, H, W)."""
+
+    def sample(self, batch: Tensor, normal: Normal) -> Tensor:
+        """A batch of a loader as (N, H, W, C), all that is random in it drawn."""
+        ...
+
+    def x0(self, batch: Tensor) -> Tensor:
+        """What the network sees of a batch from `sample`: (N, C, H, W), float32, channels_last."""
+        ...
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What the network sees of images, uint8 (N, H, W, 3); what is random is drawn if there is a generator."""
+        ...
+
+    def clip(self, x0_hat: Tensor) -> Tensor:
+        """An estimate of x0, kept where x0 can lie."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images, uint8 (N, 3, H, W)."""
+        ...
+
+    def image_shape(self, shape: Shape) -> Shape:
+        """Shape (3, H, W) of the images that a network of this shape draws."""
+        ...
+
+
+class Pixels:
+    """Pixels from -1 to 1."""
+
+    def sample(self, batch: Tensor, normal: Normal) -> Tensor:
+        return batch
+
+    def x0(self, batch: Tensor) -> Tensor:
+        return normalize(batch)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """With a generator dequantised: a uniform variate spreads each level (Theis et al. 2016)."""
+        if generator is None:
+            return normalize(images)
+        return dequantize(images.permute(0, 3, 1, 2), generator=generator)
+
+    def clip(self, x0_hat: Tensor) -> Tensor:
+        return x0_hat.clamp(-1.0, 1.0)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return to_uint8(x0)
+
+    def image_shape(self, shape: Shape) -> Shape:
+        return shape
+
+
+class Latents:
+    """Latents of an autoencoder, each channel with mean 0 and standard deviation 1 over the training images.
+
+    Args:
+        autoencoder: in eval mode, its weights fixed, on the device.
+        mean, std: of each channel over the training images.
+        fused: decode by our kernels.
+        graphs: capture the decoder in CUDA graphs.
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, mean: tuple[float, ...], std: tuple[float, ...], *, fused: bool = False,
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
+        self.autoencoder = autoencoder
+        device = next(autoencoder.parameters()).device
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (mean, std))
+        decoder = fuse(autoencoder.decoder) if fused else autoencoder.decoder
+        self._decode = CapturedFunction(
+            lambda z: to_uint8(decoder(z)), device=device, capture=graphs, what="the decoder"
+        )
+
+    def sample(self, batch: Tensor, normal: Normal) -> Tensor:
+        """batch: moments (N, H, W, 2 C), float16."""
+        mean, log_var = batch.float().chunk(2, -1)
+        return mean + (0.5 * log_var).exp() * normal(mean.shape)
+
+    def x0(self, batch: Tensor) -> Tensor:
+        return ((batch - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The means of their latents, or with a generator random latents."""
+        z, log_var = self.autoencoder.encode(normalize(images.to(self.mean.device)))
+        if generator is not None:
+            z = z + (0.5 * log_var).exp() * torch.randn(z.shape, generator=generator, device=z.device)
+        return self.x0(z.permute(0, 2, 3, 1))
+
+    def clip(self, x0_hat: Tensor) -> Tensor:
+        """Latents have no bounds."""
+        return x0_hat
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        z = x0.float() * self.std[:, None, None] + self.mean[:, None, None]
+        return self._decode(z.contiguous(memory_format=torch.channels_last))
+
+    def image_shape(self, shape: Shape) -> Shape:
+        _, height, width = shape
+        factor = self.autoencoder.config.factor
+        return 3, factor * height, factor * width
+
+
+PIXELS = Pixels()
