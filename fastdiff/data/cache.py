@@ -1,12 +1,14 @@
 """Decoded image sets and encoded texts on disk: written once under a temporary name, checked whenever they are read.
 
 A cache saves time and nothing else: one that cannot be read or written is a warning, and what it would hold is built.
+Large arrays are mapped: they stay on the disk, and the system keeps in memory what is used of them.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -16,7 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fastdiff.errors import UserError
+
 log = logging.getLogger(__name__)
+
+MAPPED = 2**30  # bytes from which on an array is mapped
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
@@ -85,6 +91,8 @@ def _cached(
         for old in path.parent.glob(outdated) if outdated else ():
             if old != path:
                 old.unlink(missing_ok=True)
+        if any(isinstance(array, np.memmap) for array in pack(built).values()):
+            built = unpack(_read(path))  # the file without a name goes
     except OSError as error:
         log.warning("%s cannot be written (%s); what it would hold is made anew each time", path, error)
     return built
@@ -109,10 +117,49 @@ def _checksum(arrays: Arrays) -> str:
 
 def _read(path: Path) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+        large = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist() if info.file_size >= MAPPED}
+        arrays = {name: _mapped(path, large[name]) if name in large else file[name] for name in file.files}
     if str(arrays.pop("sha256")) != _checksum(arrays):
         raise ValueError("its checksum differs")
     return arrays
+
+
+def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an .npz that is not compressed, in its place in the file; writes stay in memory."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = np.frombuffer(file.read(4), "<u2")
+        file.seek(info.header_offset + 30 + int(name) + int(extra))
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its arrays are not plain numbers")
+        return np.memmap(path, dtype, "c", file.tell(), shape, "F" if fortran else "C")
+
+
+def new_images(n: int, size: int, folder: Path | None = None) -> np.ndarray:
+    """An uninitialised uint8 array (n, size, size, 3); a large one in a file in the folder that has no name.
+
+    Raises:
+        UserError: the memory, or the disk, does not suffice.
+    """
+    needed = n * size * size * 3
+    gigabytes = f"{n:,} images of {size} x {size} need {needed / 2**30:.1f} GiB"
+    if needed >= MAPPED and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < 2 * needed:  # this file, and the one that it is copied into
+            raise UserError(
+                f"{gigabytes} twice, for a moment, in {folder}, where {free / 2**30:.1f} are free: free some, name "
+                "another disk by --data-root, or choose a smaller image size"
+            )
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return np.memmap(file, np.uint8, "w+", shape=(n, size, size, 3))
+    try:
+        return np.empty((n, size, size, 3), dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise UserError(f"{gigabytes}: choose a smaller image size") from error
 
 
 def _write(path: Path, arrays: Arrays) -> None:

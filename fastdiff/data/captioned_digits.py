@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdiff.data.cache import new_images
 from fastdiff.data.captions import Captions
-from fastdiff.data.decoding import new_images
 from fastdiff.data.digits import enlarged, load_greys
 from fastdiff.errors import UserError
 

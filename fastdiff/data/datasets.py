@@ -258,7 +258,7 @@ def _files(path: Path, cache: Path | None, split: str, size: int, captions: bool
         _at_least_two(len(names), path)  # before anything is decoded
         place = {name: i for i, name in enumerate(names)}
         items = ((place[name], name, data) for name, data in files.read(names))
-        images, remarks = decode_all(items, len(names), size, path)
+        images, remarks = decode_all(items, len(names), size, path, cache)
         _range(images, path)  # before anything is stored
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastdiff.data.cache import new_images
 from fastdiff.data.layout import some
 from fastdiff.errors import UserError
 
@@ -83,13 +84,18 @@ def decode(data: bytes, size: int, remark: Callable[[str], object] = lambda what
 
 
 def decode_all(
-    items: Iterable[tuple[int, str, bytes | Path | Exception]], n: int, size: int, origin: Path
+    items: Iterable[tuple[int, str, bytes | Path | Exception]],
+    n: int,
+    size: int,
+    origin: Path,
+    folder: Path | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """Decode `n` images.
 
     Args:
         items: (place among the n, name, content or file or the error that reading it met) of each, in any order.
         origin: the folder or archive that they are from, for an error's text.
+        folder: where large arrays are kept, see `new_images`; None: in memory.
 
     Returns:
         uint8 (n, size, size, 3), and remarks on images that may not be what they should, one line a kind.
@@ -97,7 +103,7 @@ def decode_all(
     Raises:
         UserError: names up to ten files that cannot be read or decoded.
     """
-    images = new_images(n, size)
+    images = new_images(n, size, folder)
     bad: list[tuple[int, str]] = []
     remarks: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
 
@@ -137,15 +143,6 @@ def resize_all(arrays: np.ndarray, size: int) -> np.ndarray:
     for _ in in_parallel(resize_one, range(len(arrays)), len(arrays), "resizing images"):
         pass
     return images
-
-
-def new_images(n: int, size: int) -> np.ndarray:
-    """An uninitialised uint8 array (n, size, size, 3); a UserError where the memory does not suffice."""
-    try:
-        return np.empty((n, size, size, 3), dtype=np.uint8)
-    except (MemoryError, ValueError) as error:
-        needed = n * size * size * 3 / 2**30
-        raise UserError(f"{n} images of {size} x {size} need {needed:.1f} GiB: choose a smaller image size") from error
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], total: int, title: str) -> Iterator[R]:

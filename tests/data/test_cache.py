@@ -2,11 +2,14 @@
 
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastdiff.data import cache
 from fastdiff.data.cache import Decoded, cache_folder, cached, content_sha256
+from fastdiff.errors import UserError
 
 IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 LABELS = np.array([3, 1])
@@ -123,3 +126,41 @@ def test_the_hash_tells_images_labels_and_shapes_apart():
     }
     assert len(hashes) == 5
     assert content_sha256(IMAGES[:, ::2], None) == content_sha256(IMAGES[:, ::2].copy(), None)
+
+
+def test_large_arrays_stay_on_the_disk(tmp_path, monkeypatch):
+    """And are what was stored, bit for bit; a write to them is not one to the file."""
+    monkeypatch.setattr(cache, "MAPPED", IMAGES.nbytes + 128)  # with their header
+    path = tmp_path / "set.npz"
+    built = cached(path, lambda: Decoded(IMAGES, LABELS, ABOUT))
+    assert not isinstance(built.images, np.memmap)
+    for _ in range(2):
+        images, labels, about = cached(path, lambda: None)
+        assert isinstance(images, np.memmap)
+        assert not isinstance(labels, np.memmap)
+        np.testing.assert_array_equal(images, IMAGES)
+        assert (labels == LABELS).all()
+        assert about == ABOUT
+        images[:] = 0
+    fortran = np.asfortranarray(np.arange(24.0, dtype=np.float16).reshape(2, 3, 4))
+    cache._write(path, {"moments": fortran})
+    monkeypatch.setattr(cache, "MAPPED", 1)
+    np.testing.assert_array_equal(cache._read(path)["moments"], fortran)
+    np.savez_compressed(path, images=IMAGES, sha256=np.array("x"))
+    assert cached(path, lambda: Decoded(IMAGES + 1, None, {})).images[0, 0, 0, 0] == 1  # compressed: made again
+
+
+def test_what_is_decoded_for_the_disk_is_decoded_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "MAPPED", 1)
+    images = cache.new_images(3, 4, tmp_path / "new")
+    assert isinstance(images, np.memmap)
+    assert not os.listdir(tmp_path / "new")  # it has no name
+    images[:] = 7
+    assert not isinstance(cache.new_images(3, 4), np.memmap)
+    read = cached(tmp_path / "set.npz", lambda: Decoded(images, None, {})).images
+    assert isinstance(read, np.memmap)
+    assert read.filename == tmp_path / "set.npz"
+    assert (read == 7).all()
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=287))
+    with pytest.raises(UserError, match=r"3 images of 4 x 4 need 0.0 GiB twice, for a moment, in .*--data-root"):
+        cache.new_images(3, 4, tmp_path)

@@ -2,13 +2,15 @@
 
 import hashlib
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.data import datasets, decoding
+from fastdiff.data import cache, datasets, decoding
 from fastdiff.data.datasets import ImageSet, load_dataset
+from fastdiff.data.loaders import make_loader
 
 
 @pytest.fixture
@@ -278,3 +280,24 @@ def test_images_are_drawn_from_the_whole_set():
     assert (drawn == image_set.draw(300, seed=3)).all()
     assert (drawn != image_set.draw(300, seed=4)).any()
     assert sorted(image_set.draw(1000, seed=0)) == list(range(1000))
+
+
+@pytest.mark.lab
+def test_a_large_set_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    """Neither while it is decoded nor later, through the loader that reads from the host."""
+    monkeypatch.setattr(cache, "MAPPED", 2**20)
+    (tmp_path / "set").mkdir()
+    for i in range(180):
+        Image.fromarray(np.full((256, 256, 3), i, np.uint8)).save(tmp_path / "set" / f"{i:03}.png")
+    whole = 180 * 256 * 256 * 3
+    for _ in range(2):  # decoded, then read
+        tracemalloc.start()
+        images = load_dataset(tmp_path / "set", root=tmp_path, image_size=256)
+        loader = make_loader("dali", images, batch_size=4, seed=0)
+        batch = next(loader)
+        loader.close()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < whole / 2  # NumPy writes 16 MiB at a time
+        assert images.images.nbytes == whole
+        assert (batch.images[:, 0, 0, 0] == batch.index).all()
