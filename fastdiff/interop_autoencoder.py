@@ -1,4 +1,7 @@
-"""Autoencoders from and to diffusers' `AutoencoderKL`, whose layout ours has; diffusers itself is not needed."""
+"""Autoencoders from and to diffusers' `AutoencoderKL`, whose layout ours has; and its `AutoencoderTiny` as it is.
+
+diffusers itself is needed for the second only.
+"""
 
 import json
 import re
@@ -9,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors
 from fastdiff.latent_sections import AutoencoderConfig
-from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.nets.autoencoder import LOG_VAR, Autoencoder
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
@@ -37,17 +40,47 @@ NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
 @dataclass(frozen=True)
 class FoundAutoencoder:
-    """An autoencoder as diffusers saved it, under our names.
+    """An autoencoder as diffusers saved it.
 
     Attributes:
-        config: its shape.
-        state: its weights, on the CPU.
-        pixels: height and width of the images it was trained on.
+        config: its shape; of a tiny one factor and latent_channels.
+        state: its weights, on the CPU; under our names but for a tiny one.
+        pixels: height and width of the images it was trained on; 0 if it does not say.
+        tiny: the settings of an AutoencoderTiny.
     """
 
     config: AutoencoderConfig
     state: dict[str, Tensor]
     pixels: int
+    tiny: dict[str, Any] | None = None
+
+
+class TinyAutoencoder(nn.Module):
+    """An AutoencoderTiny in the place of an `Autoencoder`: its latents have no variance.
+
+    Raises:
+        UserError: diffusers is not installed, or the weights are of another shape.
+    """
+
+    def __init__(self, config: AutoencoderConfig, settings: dict[str, Any], state: dict[str, Tensor]) -> None:
+        super().__init__()
+        try:
+            from diffusers import AutoencoderTiny
+        except ImportError as error:
+            raise UserError("an AutoencoderTiny needs diffusers; run `pip install diffusers`.") from error
+        made: Any = AutoencoderTiny.from_config(settings)
+        check_shapes(state, {name: tuple(value.shape) for name, value in made.state_dict().items()})
+        made.load_state_dict(state)
+        self.config, self.model = config, made
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Autoencoder.encode`."""
+        z = self.model.encode(x).latents
+        return z, torch.full_like(z, LOG_VAR[0])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """As `Autoencoder.decode`."""
+        return self.model.decode(z).sample
 
 
 def is_autoencoder(folder: Path) -> bool:
@@ -56,8 +89,8 @@ def is_autoencoder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in NAMES
 
 
-def read_autoencoder_kl(folder: Path) -> FoundAutoencoder:
-    """Read the folder of an AutoencoderKL, or of a pipeline with one as its `vae`. No code of a .bin file is run.
+def read_autoencoder(folder: Path) -> FoundAutoencoder:
+    """Read the folder of an autoencoder, or of a pipeline with one as its `vae`. No code of a .bin file is run.
 
     Raises:
         UserError: a damaged file, or an autoencoder of another layout.
@@ -65,13 +98,16 @@ def read_autoencoder_kl(folder: Path) -> FoundAutoencoder:
     folder = _part(folder)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
     settings, theirs = read_json(folder / "config.json"), read_tensors(weights)
+    size = settings.get("sample_size")
+    size = size if isinstance(size, int) else 0
     try:
+        if settings["_class_name"] == "AutoencoderTiny":
+            return FoundAutoencoder(_tiny_config(settings), theirs, size, settings)
         config = _config(settings)
         state = _state(config, settings, theirs)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    size = settings.get("sample_size")
-    return FoundAutoencoder(config, state, size if isinstance(size, int) else 32)
+    return FoundAutoencoder(config, state, size)
 
 
 def autoencoder_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
@@ -91,7 +127,11 @@ def save_autoencoder_kl(
         mean, std: of each channel of its latents, if the saved one's shall have mean 0 and standard deviation 1: its
             first and last 1x1 convolutions take them in.
     """
-    ours = {name: value.detach().cpu().float().clone() for name, value in model.state_dict().items()}
+    ours = {
+        name: value.detach().cpu().float().clone()
+        for name, value in model.state_dict().items()
+        if not name.startswith("critic.")
+    }
     if mean:
         m, s = torch.tensor(mean), torch.tensor(std)
         weight, bias = ours["encoder.moments.weight"], ours["encoder.moments.bias"]
@@ -125,10 +165,16 @@ def _part(folder: Path) -> Path:
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
+def _tiny_config(settings: dict[str, Any]) -> AutoencoderConfig:
+    """Factor and channels of an AutoencoderTiny. Raises UserError for settings of none."""
+    widths = settings.get("encoder_block_out_channels", [64] * 4)
+    if not isinstance(widths, list):
+        raise UserError(f"encoder_block_out_channels is {widths!r}, but must list channels.")
+    return AutoencoderConfig(factor=2 ** (len(widths) - 1), latent_channels=settings.get("latent_channels", 4))
+
+
 def _config(settings: dict[str, Any]) -> AutoencoderConfig:
     """Its shape. Raises UserError for what ours cannot be."""
-    if settings["_class_name"] != "AutoencoderKL":
-        raise UserError(f"it holds an {settings['_class_name']}, of another layout; use an AutoencoderKL.")
     widths, blocks = settings.get("block_out_channels"), settings.get("layers_per_block", 1)
     if not (isinstance(widths, list) and widths and all(isinstance(w, int) for w in widths)):
         raise UserError(f"block_out_channels is {widths!r}, but must list channels.")

@@ -29,6 +29,10 @@ class AutoencoderConfig:
     values, as of Stable Diffusion's autoencoder."""
     equivariance: bool = True
     """Latents that are mirrored or halved in size must give the mirrored or halved image (EQ-VAE)."""
+    critic_weight: float = 0.0
+    """Weight of what a patch discriminator, trained beside the autoencoder, says of reconstructions; 0: none."""
+    critic_start: int = 0
+    """Training images before it is listened to; it learns from the first."""
 
     def __post_init__(self) -> None:
         check_words(self)
@@ -40,6 +44,11 @@ class AutoencoderConfig:
         require(base >= 4 and base % 4 == 0, "base_channels", base, "a multiple of 4")
         require(base <= 128 or base % 32 == 0, "base_channels", base, "a multiple of 32 above 128, the norms' groups")
         positive(self, "kl_weight")
+        weight = self.critic_weight
+        require(math.isfinite(weight) and weight >= 0, "critic_weight", weight, "a finite number, at least 0")
+        at_least(0, "critic_start", self.critic_start)
+        unheard = self.critic_start > 0 and weight == 0
+        require(not unheard, "critic_start", self.critic_start, "left out without --critic-weight")
         most, channels = 3 * factor**2, self.latent_channels
         require(factor == 0 or channels <= most, "latent_channels", channels, f"at most {most}, with --factor {factor}")
 

@@ -1,11 +1,15 @@
 """What an autoencoder learns: to give images back from latents that stay near a standard normal."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.diffusion.objectives import Model
 
+PENALTY = 0.1  # weight of the squared slope of the critic at real images
+SLOPE_STEP = 0.05  # standard deviation of the noise by which the slope is measured
 HALVED = 0.25  # weight of images from latents of half the size, which have a quarter of the pixels
 
 
@@ -46,22 +50,35 @@ class Reconstruction:
     are decoded, and decoded at half their size too; each must give the image that was changed alike (Kouzelis et al.
     2025, https://arxiv.org/abs/2502.09509, with mirrors in place of quarter turns).
 
+    With a critic, decoder and critic play for the hinge loss (Lim and Ye 2017): the decoder raises critic_weight times
+    what the critic says of its images; the critic, by gradients of its own, tells them apart, and its slope at real
+    images is held small (R1, Mescheder et al. 2018, by a difference in place of a second derivative).
+
     It stands in the place of an `Objective` in a training step, where t is a random number that decides how each image
     is mirrored, and eps the latents' noise.
 
     Args:
         distance: a name in DISTANCES.
         latent_shape: (c, h, w).
+        critic_weight, critic_start: the latter in training images.
+        device: where the loss is computed.
+
+    Attributes:
+        critic: `critic(images, frozen=False)`, or None; frozen, its weights have no gradient.
     """
 
     shares_dropout = False
     schedule = None
 
     def __init__(
-        self, distance: str, *, kl_weight: float, equivariance: bool, latent_shape: tuple[int, int, int]
-    ) -> None:
+        self, distance: str, *, kl_weight: float, equivariance: bool, latent_shape: tuple[int, int, int],
+        critic_weight: float = 0.0, critic_start: int = 0, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.distance, self.kl_weight = DISTANCES[distance], kl_weight
         self.equivariance, self.latent_shape = equivariance, latent_shape
+        self.critic_weight, self.critic_start = critic_weight, critic_start
+        self.critic: Callable[..., Tensor] | None = None
+        self.heard = torch.zeros((), device=device)  # the critic's weight now, on the device
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -70,7 +87,8 @@ class Reconstruction:
         return torch.rand(n, generator=generator, device=device)
 
     def advance(self, images: int) -> None:
-        """Nothing in it changes with the images seen."""
+        """The critic is heard from `critic_start` images on."""
+        self.heard.fill_(self.critic_weight if images >= self.critic_start else 0.0)
 
     def log_snr(self, t: Tensor) -> None:
         """There are no noise levels."""
@@ -94,7 +112,18 @@ class Reconstruction:
         loss = self.distance(whole.to(x0.dtype), x0) + self.kl_weight * kl / x0[0].numel()
         if self.equivariance:
             loss = loss + HALVED * self.distance(half.to(x0.dtype), F.avg_pool2d(x0, 2))
-        return loss
+        return loss if self.critic is None else loss + self._played(self.critic, whole, x0, eps)
+
+    def _played(self, critic: Callable[..., Tensor], fake: Tensor, real: Tensor, eps: Tensor) -> Tensor:
+        """What decoder and critic lose (N,), each with gradients of its own."""
+
+        def mean(scores: Tensor) -> Tensor:
+            return scores.to(real.dtype).flatten(1).mean(1)
+
+        of_real, of_near = critic(real), critic(real + SLOPE_STEP * eps)
+        slope = (of_near - of_real).to(real.dtype).square() / SLOPE_STEP**2
+        told_apart = mean(F.relu(1 - of_real)) + mean(F.relu(1 + critic(fake.detach())))
+        return told_apart + PENALTY * mean(slope) - self.heard * mean(critic(fake, frozen=True))
 
 
 def mirror(x: Tensor, mirrored: Tensor) -> Tensor:

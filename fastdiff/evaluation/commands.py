@@ -308,6 +308,12 @@ def export(flags: Export) -> None:
             "a network of --few-step consistency and --objective x0 cannot be exported: diffusers' schedulers do not "
             "add x_t to its estimates, as it has learned; use --to safetensors."
         )
+    tiny = isinstance(space, Latents) and not isinstance(space.autoencoder, Autoencoder)
+    if flags.to == "diffusers" and tiny:
+        raise UserError(
+            "a network in the latents of an AutoencoderTiny cannot be exported: diffusers' would not scale them; use "
+            "--to safetensors."
+        )
     with complete_folder(out) as folder:
         if flags.to == "diffusers":
             save_diffusers_pipeline(
@@ -315,7 +321,7 @@ def export(flags: Export) -> None:
                 objective=process.objective, zero_terminal_snr=process.zero_terminal_snr, time_scale=process.time_scale,
                 latents=isinstance(space, Latents),
             )  # fmt: skip
-            if isinstance(space, Latents):
+            if isinstance(space, Latents) and isinstance(space.autoencoder, Autoencoder):
                 mean, std = config.space.latent_mean, config.space.latent_std
                 save_autoencoder_kl(space.autoencoder, folder / "vae", pixels=config.pixels, mean=mean, std=std)
         else:

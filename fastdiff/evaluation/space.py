@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdiff.data.pixels import normalize, to_uint8
 from fastdiff.diffusion.likelihood import dequantize
+from fastdiff.interop_autoencoder import TinyAutoencoder
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse
 from fastdiff.runtime.graphs import CapturedFunction
@@ -80,13 +81,14 @@ class Latents:
     """
 
     def __init__(
-        self, autoencoder: Autoencoder, mean: tuple[float, ...], std: tuple[float, ...], *, fused: bool = False,
-        graphs: bool = True,
+        self, autoencoder: Autoencoder | TinyAutoencoder, mean: tuple[float, ...], std: tuple[float, ...], *,
+        fused: bool = False, graphs: bool = True,
     ) -> None:  # fmt: skip
         self.autoencoder = autoencoder
         device = next(autoencoder.parameters()).device
         self.mean, self.std = (torch.tensor(v, device=device) for v in (mean, std))
-        decoder = fuse(autoencoder.decoder) if fused else autoencoder.decoder
+        ours = fused and isinstance(autoencoder, Autoencoder)
+        decoder = fuse(autoencoder.decoder) if ours else autoencoder.decode
         self._decode = CapturedFunction(
             lambda z: to_uint8(decoder(z)), device=device, capture=graphs, what="the decoder"
         )

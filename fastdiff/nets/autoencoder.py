@@ -71,6 +71,21 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+class Critic(nn.Module):
+    """A patch discriminator: images (N, 3, H, W) -> (N, 1, h, w), above 0 where they look real (Isola et al. 2017)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (3, channels, 2 * channels, 4 * channels)
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, 4, stride=2, padding=1) for pair in pairwise(widths))
+        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+        return self.conv_out(x)
+
+
 class Autoencoder(nn.Module):
     """Images in [-1, 1] to Gaussian latents and back. Weights are made in channels_last memory.
 
@@ -82,6 +97,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.critic = Critic(config.base_channels) if config.critic_weight else None  # called beside `forward`
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.checks import require
 from fastdiff.config import Config
 from fastdiff.errors import UserError
-from fastdiff.interop_autoencoder import is_autoencoder, read_autoencoder_kl
+from fastdiff.interop_autoencoder import TinyAutoencoder, is_autoencoder, read_autoencoder
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.runs.weights import read_trained
@@ -25,9 +25,10 @@ class AutoencoderWeights:
     Attributes:
         config: its shape.
         state: its weights, on the CPU.
-        pixels: height and width of the images that it was trained on.
+        pixels: height and width of the images that it was trained on; 0 if it does not say.
         path: where it lies.
         sha256: of its weights.
+        tiny: the settings of diffusers' AutoencoderTiny, if it is one.
     """
 
     config: AutoencoderConfig
@@ -35,16 +36,20 @@ class AutoencoderWeights:
     pixels: int
     path: str
     sha256: str
+    tiny: dict[str, Any] | None = None
 
     @property
     def saved(self) -> dict[str, str]:
         """What a checkpoint keeps of it."""
         return {"autoencoder_path": self.path}
 
-    def make(self, device: torch.device) -> Autoencoder:
-        """The network, in eval mode, its weights fixed."""
-        model = Autoencoder(self.config)
-        model.load_state_dict(self.state)
+    def make(self, device: torch.device) -> Autoencoder | TinyAutoencoder:
+        """The network, in eval mode, its weights fixed. Raises UserError for a tiny one where diffusers is missing."""
+        if self.tiny is not None:
+            model = TinyAutoencoder(self.config, self.tiny, self.state)
+        else:
+            model = Autoencoder(self.config)
+            model.load_state_dict(self.state)
         return model.to(device).eval().requires_grad_(False)
 
 
@@ -73,11 +78,12 @@ def autoencoder_weights(
         place = "--latents" if moved is None and not saved else "--autoencoder, or --latents to go on training,"
         raise UserError(f"{flag} is not there; if the autoencoder has moved, add {place} and its new place.")
     if is_autoencoder(path):
-        found = read_autoencoder_kl(path)
-        ours, state, pixels, where = found.config, found.state, found.pixels, path
+        found = read_autoencoder(path)
+        ours, state, pixels, where, tiny = found.config, found.state, found.pixels, path, found.tiny
     else:
         trained = read_trained(path)
         ours, state, pixels, where = trained.config.autoencoder, trained.state, trained.config.pixels, trained.path
+        tiny = None
         if ours.factor == 0:
             raise UserError(
                 f"{flag} holds a diffusion network, not an autoencoder; train one by `python -m fastdiff autoencoder`."
@@ -89,7 +95,7 @@ def autoencoder_weights(
         raise UserError(
             f"{flag} is another autoencoder than the one whose latents the network has learned; restore it."
         )
-    return AutoencoderWeights(ours, state, pixels, str(where.resolve()), digest.hexdigest())
+    return AutoencoderWeights(ours, state, pixels, str(where.resolve()), digest.hexdigest(), tiny)
 
 
 def with_latents(config: Config, autoencoder: AutoencoderWeights | None) -> Config:
@@ -101,6 +107,7 @@ def with_latents(config: Config, autoencoder: AutoencoderWeights | None) -> Conf
     if autoencoder is None:
         return config
     shape, pixels = autoencoder.config, config.space.pixels or autoencoder.pixels
+    require(pixels > 0, "pixels", pixels, "given, as the autoencoder does not say what images it was trained on")
     expected = f"a multiple of the autoencoder's factor, {shape.factor}"
     require(pixels % shape.factor == 0, "pixels", pixels, expected)
     return config.replace(

@@ -78,7 +78,8 @@ def make_step(
         model, side = Autoencoder(shape).to(ranks.device), config.pixels // shape.factor
         objective = Reconstruction(
             shape.reconstruction, kl_weight=shape.kl_weight, equivariance=shape.equivariance,
-            latent_shape=(shape.latent_channels, side, side),
+            latent_shape=(shape.latent_channels, side, side), critic_weight=shape.critic_weight,
+            critic_start=shape.critic_start, device=ranks.device,
         )  # fmt: skip
     else:
         model = UNet(config.net).to(ranks.device)
@@ -99,6 +100,7 @@ def make_step(
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
         encoder=model.text if isinstance(model, UNet) else None, space=space,
+        critic=model.critic if isinstance(model, Autoencoder) else None,
     )  # fmt: skip
     return step, model, ema
 

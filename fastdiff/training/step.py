@@ -20,7 +20,7 @@ from fastdiff.training.conditions import UNIFORMS, Table
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
-TEXT = "text."  # before the names of the text encoder's weights
+TEXT, CRITIC = "text.", "critic."  # before the names of the weights of parts that are called beside the network
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -59,6 +59,7 @@ class TrainStep:
         conditions: what the network is told about an image by its index in the set.
         encoder: turns the bytes of captions into tokens, trained with the network as its part `text`.
         space: what x0 is of a batch: its pixels, or latents.
+        critic: an autoencoder's, trained with it as its part `critic`.
     """
 
     def __init__(
@@ -79,9 +80,12 @@ class TrainStep:
         conditions: Sequence[Table] = (),
         encoder: nn.Module | None = None,
         space: Space = PIXELS,
+        critic: nn.Module | None = None,
     ) -> None:
-        self.conditions, self.encoder, self.space = conditions, encoder, space
+        self.conditions, self.encoder, self.space, self.critic = conditions, encoder, space, critic
         self.model, self.objective, self.update = model, objective, update
+        if isinstance(objective, Reconstruction) and critic is not None:
+            objective.critic = self._judge
         self.lr, self.grad_clip = lr, grad_clip
         self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
         self.skip_nonfinite = skip_nonfinite
@@ -125,12 +129,20 @@ class TrainStep:
         """The network's arguments: bytes become tokens."""
         if self.encoder is None:
             return cond
-        weights = {n.removeprefix(TEXT): w for n, w in self.update.weights.items() if n.startswith(TEXT)}
-        text, mask = functional_call(self.encoder, weights, (cond["text"],))
+        text, mask = functional_call(self.encoder, self._weights_of(TEXT), (cond["text"],))
         return {**cond, "text": text, "text_mask": mask}
 
+    def _judge(self, images: Tensor, frozen: bool = False) -> Tensor:
+        """What the critic says, with or without a gradient of its weights."""
+        assert self.critic is not None
+        weights = {n: w.detach() if frozen else w for n, w in self._weights_of(CRITIC).items()}
+        return functional_call(self.critic, weights, (images,))
+
+    def _weights_of(self, part: str) -> dict[str, Tensor]:
+        return {n.removeprefix(part): w for n, w in self.update.weights.items() if n.startswith(part)}
+
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
-        weights = {n: w for n, w in self.update.weights.items() if not n.startswith(TEXT)}  # no encoder is in it
+        weights = {n: w for n, w in self.update.weights.items() if not n.startswith((TEXT, CRITIC))}  # called apart
         return functional_call(self.model, weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from fastdiff.diffusion.reconstruction import HALVED, Reconstruction, l1, l2, mirror
+from fastdiff.diffusion.reconstruction import HALVED, PENALTY, SLOPE_STEP, Reconstruction, l1, l2, mirror
 from fastdiff.diffusion.reconstruction import kl_divergence as ours
 
 
@@ -135,3 +135,51 @@ def test_the_latents_take_their_noise_from_that_of_the_images():
 
     assert not loss.loss(model, torch.zeros(3, 3, 4, 4), torch.rand(3), eps).any()
     assert torch.equal(noises[0].flatten(1), eps.flatten(1)[:, :8])
+
+
+def test_decoder_and_critic_have_gradients_of_their_own():
+    """The decoder's is that of what the critic says, times the weight; the critic's knows nothing of the weight."""
+    torch.manual_seed(0)
+    fake, real, eps = (torch.randn(4, 3, 8, 8).double() for _ in range(3))
+    fake.requires_grad_()
+    weight = torch.randn(3, 8, 8).double().requires_grad_()
+
+    def critic(images, frozen=False):
+        return torch.tanh(images * (weight.detach() if frozen else weight)).sum((1, 2, 3))[:, None]
+
+    def model(x, noise, mirrored):
+        return fake, None, torch.zeros(4, 3, 1, 1).double(), torch.zeros(4, 3, 1, 1).double()
+
+    shape = {"kl_weight": 1.0, "equivariance": False, "latent_shape": (3, 1, 1)}
+    gradients = {}
+    for heard in (0.0, 0.3):
+        loss = Reconstruction("l2", **shape, critic_weight=0.3, critic_start=100)
+        loss.heard = loss.heard.double()
+        loss.advance(100 if heard else 99)
+        assert loss.heard == heard
+        loss.critic = critic
+        total = loss.loss(model, real, torch.zeros(4), eps).sum()
+        gradients[heard] = torch.autograd.grad(total, [fake, weight])
+    plain = Reconstruction("l2", **shape).loss(model, real, torch.zeros(4), eps).sum()
+    (without,) = torch.autograd.grad(plain, [fake])
+    (opinion,) = torch.autograd.grad(critic(fake).sum(), [fake])
+    torch.testing.assert_close(gradients[0.0][0], without)
+    torch.testing.assert_close(gradients[0.3][0], without - 0.3 * opinion)
+    torch.testing.assert_close(gradients[0.3][1], gradients[0.0][1])
+    hinge = F.relu(1 - critic(real)).sum() + F.relu(1 + critic(fake.detach())).sum()
+    slope = ((critic(real + SLOPE_STEP * eps) - critic(real)) / SLOPE_STEP).square().sum()
+    (expected,) = torch.autograd.grad(hinge + PENALTY * slope, [weight])
+    torch.testing.assert_close(gradients[0.0][1], expected)
+
+
+def test_the_slope_is_the_squared_gradient_at_real_images():
+    weight, real = torch.randn(3, 8, 8).double(), torch.randn(1, 3, 8, 8).double()
+
+    def critic(images, frozen=False):
+        return 5 + (images * weight).sum((1, 2, 3))[:, None]  # so that the hinge at real images is 0
+
+    eps = torch.randn(20_000, 3, 8, 8).double()
+    loss = Reconstruction("l2", kl_weight=1.0, equivariance=False, latent_shape=(3, 1, 1))
+    fake = torch.zeros(20_000, 3, 8, 8).double()
+    played = loss._played(critic, fake, real.expand_as(fake) * 0, eps) - 6
+    assert (played.mean() / PENALTY).item() == pytest.approx(weight.square().sum().item(), rel=0.05)
