@@ -9,6 +9,7 @@ import tyro
 
 from fastdiff.cli import defaults, run_command, told_once
 from fastdiff.config import Config
+from fastdiff.errors import UsageError
 from fastdiff.runs.run import open_run
 
 
@@ -30,6 +31,8 @@ def main() -> int:
     """Parse, train, and return the exit code."""
     with told_once():
         flags = parse(sys.argv[1:])
+        if flags.config.autoencoder.factor:
+            raise UsageError("--preset or --resume names an autoencoder; train it by `python -m fastdiff autoencoder`.")
     # torch takes seconds to import, which --help need not wait for, nor who names a run that is in use.
     run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
     from fastdiff.training.train import train

@@ -141,6 +141,8 @@ def train_autoencoder(arguments: list[str]) -> int:
             Autoencoder, default=Autoencoder.of(config), args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
         )
         config = flags.over(config)
+        if config.autoencoder.factor == 0:
+            raise UsageError("--factor is 0, but must be 2, 4, 8 or 16.")
     run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
     from fastdiff.training.train import train  # torch takes seconds to import, which --help need not wait for
 

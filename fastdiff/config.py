@@ -145,6 +145,12 @@ class Config:
         ours, none = self.autoencoder, EvalConfig()
         if ours.factor == 0:
             return
+        for flag, given in (
+            ("conditional or --text", self.conditions.any), ("latents", self.space.latents is not None),
+            ("few-step", self.tuning.few_step != "none"),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"--{flag} is for diffusion networks, but this run trains an autoencoder; drop it.")
         least = ours.factor * (2 if ours.equivariance else 1)
         why = " (--equivariance halves the latents)" if ours.equivariance else ""
         size = self.net.image_size

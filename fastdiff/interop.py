@@ -8,7 +8,7 @@ only to build one of its objects.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from fastdiff.interop_settings import (
 )
 from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.unet import UNet
+
+Renames = Sequence[tuple[str, str]]
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
@@ -50,9 +52,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
-def _diffusers_names(name: str) -> list[str]:
+def _theirs(name: str, renames: Renames) -> list[str]:
     """The diffusers parameters that make up one of ours; several are concatenated along dimension 0."""
-    for pattern, replacement in _RENAMES:
+    for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return [name.replace(".qkv.", f".to_{part}.") for part in "qkv"] if ".qkv." in name else [name]
 
@@ -61,26 +63,31 @@ def _modern_name(name: str) -> str:
     return re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name)
 
 
-def unet_state_to_diffusers(model: UNet) -> dict[str, Tensor]:
+def state_to_diffusers(ours: Mapping[str, Tensor], renames: Renames = _RENAMES) -> dict[str, Tensor]:
     """The weights under diffusers' names, contiguous, on the CPU."""
     state = {}
-    for name, value in model.state_dict().items():
-        names = _diffusers_names(name)
+    for name, value in ours.items():
+        names = _theirs(name, renames)
         for other, part in zip(names, value.chunk(len(names)), strict=True):
             state[other] = part.detach().cpu().contiguous().clone()
     return state
 
 
-def unet_state_from_diffusers(config: UNetConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unet_state_to_diffusers`, from a network of this shape. Raises UserError if it has another."""
-    shapes, expected = unet_shapes(config), {}
-    names = {name: _diffusers_names(name) for name in shapes}
+def state_from_diffusers(
+    theirs: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], renames: Renames = _RENAMES
+) -> dict[str, Tensor]:
+    """The inverse, for a network of these shapes. Raises UserError if it has others."""
+    expected = {}
+    names = {name: _theirs(name, renames) for name in shapes}
     for name, others in names.items():
         rows, *rest = shapes[name]
         expected |= {other: (rows // len(others), *rest) for other in others}
     modern = {_modern_name(name): value for name, value in theirs.items()}
     if len(modern) < len(theirs):
         raise UserError("the weights have parts of attention under both their old names (query) and the new (to_q).")
+    for name, value in modern.items():  # attention of autoencoders was made of 1x1 convolutions once
+        if value.ndim == 4 and expected.get(name) == tuple(value.shape[:2]):
+            modern[name] = value.flatten(1)
     check_shapes(modern, expected)
     return {name: torch.cat([modern[other] for other in others]) for name, others in names.items()}
 
@@ -136,7 +143,7 @@ def read_diffusers(folder: Path, *, image_size: int | None = None) -> DiffusersN
     settings, theirs = read_json(unet / "config.json"), read_tensors(weights)
     try:
         config = unet_config_from_diffusers(settings, image_size=image_size)
-        state = unet_state_from_diffusers(config, theirs)
+        state = state_from_diffusers(theirs, unet_shapes(config))
     except UserError as error:
         raise UserError(f"{unet}: {error}") from error
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -185,7 +192,7 @@ def unet_from_diffusers(source: Any, *, image_size: int | None = None) -> UNet:
         config, state = found.config, found.state
     else:
         config = unet_config_from_diffusers(source.config, image_size=image_size)
-        state = unet_state_from_diffusers(config, source.state_dict())
+        state = state_from_diffusers(source.state_dict(), unet_shapes(config))
     model = UNet(config)
     model.load_state_dict(state)
     return model
@@ -198,7 +205,7 @@ def unet_to_diffusers(model: UNet) -> Any:
     except ImportError as error:
         raise UserError("diffusers is not installed; run `pip install diffusers`.") from error
     other: Any = UNet2DModel(**unet_config_to_diffusers(model.config))
-    other.load_state_dict(unet_state_to_diffusers(model))
+    other.load_state_dict(state_to_diffusers(model.state_dict()))
     return other
 
 
@@ -244,4 +251,4 @@ def save_diffusers_pipeline(
         path.write_text(json.dumps(content, indent=2) + "\n")
     if own:
         shutil.copyfile(Path(__file__).with_name("interop_pipeline.py"), folder / "pipeline.py")
-    save_file(unet_state_to_diffusers(model), folder / "unet" / WEIGHTS[0])
+    save_file(state_to_diffusers(model.state_dict()), folder / "unet" / WEIGHTS[0])

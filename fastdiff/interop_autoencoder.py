@@ -4,8 +4,7 @@ diffusers itself is needed for the second only.
 """
 
 import json
-import re
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
-from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors
+from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors, state_from_diffusers, state_to_diffusers
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import LOG_VAR, Autoencoder
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
+    (r"^encoder\.moments\.", "quant_conv."),
+    (r"^decoder\.latents\.", "post_quant_conv."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.(down|up)\.(\d+)\.\d+\.conv\.", r".\1_blocks.\2.\1samplers.0.conv."),
+    (r"\.(down|up)\.(\d+)\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"(resnets\.\d+\.)(norm|conv)_([12])\.", r"\1\2\3."),
+    (r"(resnets\.\d+\.)shortcut\.", r"\1conv_shortcut."),
+    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
+    (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
+]
+NAMES = [
     (r"^encoder\.moments\.", "quant_conv."),
     (r"^decoder\.latents\.", "post_quant_conv."),
     (r"\.norm_out\.", ".conv_norm_out."),
@@ -56,11 +69,14 @@ class FoundAutoencoder:
 
 
 class TinyAutoencoder(nn.Module):
-    """An AutoencoderTiny in the place of an `Autoencoder`: its latents have no variance.
+    """An AutoencoderTiny in the place of an `Autoencoder`: its latents have no variance of their own.
 
     Raises:
         UserError: diffusers is not installed, or the weights are of another shape.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(self, config: AutoencoderConfig, settings: dict[str, Any], state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -72,6 +88,8 @@ class TinyAutoencoder(nn.Module):
         check_shapes(state, {name: tuple(value.shape) for name, value in made.state_dict().items()})
         made.load_state_dict(state)
         self.config, self.model = config, made
+        for name, value in zip(("mean", "std"), _mean_and_std(settings, config.latent_channels, 1.0), strict=True):
+            self.register_buffer(f"latent_{name}", value)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `Autoencoder.encode`."""
@@ -98,9 +116,8 @@ def read_autoencoder(folder: Path) -> FoundAutoencoder:
     folder = _part(folder)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
     settings, theirs = read_json(folder / "config.json"), read_tensors(weights)
-    size = settings.get("sample_size")
-    size = size if isinstance(size, int) else 0
     try:
+        size = _number(settings, "sample_size", 0) if settings.get("sample_size") else 0
         if settings["_class_name"] == "AutoencoderTiny":
             return FoundAutoencoder(_tiny_config(settings), theirs, size, settings)
         config = _config(settings)
@@ -116,48 +133,40 @@ def autoencoder_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in Autoencoder(config).state_dict().items()}
 
 
-def save_autoencoder_kl(
-    model: Autoencoder, folder: Path, *, pixels: int, mean: Sequence[float] = (), std: Sequence[float] = ()
-) -> None:
+def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> None:
     """Write a folder that `AutoencoderKL.from_pretrained` loads.
+
+    Each channel of its latents has mean 0 and standard deviation 1: its 1x1 convolutions take in those of ours.
 
     Args:
         folder: made if missing.
         pixels: height and width of its images.
-        mean, std: of each channel of its latents, if the saved one's shall have mean 0 and standard deviation 1: its
-            first and last 1x1 convolutions take them in.
+
+    Raises:
+        UserError: no evaluation has measured the latents.
     """
-    ours = {
-        name: value.detach().cpu().float().clone()
-        for name, value in model.state_dict().items()
-        if not name.startswith("critic.")
-    }
-    if mean:
-        m, s = torch.tensor(mean), torch.tensor(std)
-        weight, bias = ours["encoder.moments.weight"], ours["encoder.moments.bias"]
-        c = len(m)
-        weight[:c] /= s[:, None, None, None]
-        bias[:c] = (bias[:c] - m) / s
-        bias[c:] -= 2 * s.log()
-        weight, bias = ours["decoder.latents.weight"], ours["decoder.latents.bias"]
-        bias += weight[:, :, 0, 0] @ m
-        weight *= s[None, :, None, None]
-    state = {}
-    for name, value in ours.items():
-        names = _theirs(name)
-        for other, part in zip(names, value.chunk(len(names)), strict=True):
-            state[other] = part.contiguous().clone()
-    config = model.config
-    levels = len(config.widths)
+    state = {name: value.detach().cpu().float().clone() for name, value in model.state_dict().items()}
+    ours = {name: value for name, value in state.items() if name.startswith(("encoder.", "decoder."))}
+    m, s, c = state["latent_mean"], state["latent_std"], model.config.latent_channels
+    if not s.all():
+        raise UserError("the autoencoder has not been evaluated yet; let it train to its first evaluation.")
+    weight, bias = ours["encoder.moments.weight"], ours["encoder.moments.bias"]
+    weight[:c] /= s[:, None, None, None]
+    bias[:c] = (bias[:c] - m) / s
+    bias[c:] -= 2 * s.log()
+    weight, bias = ours["decoder.latents.weight"], ours["decoder.latents.bias"]
+    bias += weight[:, :, 0, 0] @ m
+    weight *= s[None, :, None, None]
+    config, levels = model.config, len(model.config.widths)
     settings = {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": config.latent_channels,
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": c,
         "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": list(config.widths), "layers_per_block": config.blocks, "act_fn": "silu",
         "norm_num_groups": config.norm_groups, "sample_size": pixels, "scaling_factor": 1.0, "force_upcast": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    save_file(state, folder / WEIGHTS[0])
+    save_file(state_to_diffusers(ours, _RENAMES), folder / WEIGHTS[0])
 
 
 def _part(folder: Path) -> Path:
@@ -165,24 +174,39 @@ def _part(folder: Path) -> Path:
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
+def _number(settings: dict[str, Any], name: str, default: float, kind: type = int) -> Any:
+    """A setting that is a number above 0. Raises UserError for another."""
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (kind, int)) or not 0 < value < 2**31:
+        raise UserError(f"{name} is {value!r}, but must be a number above 0.")
+    return value
+
+
+def _widths(settings: dict[str, Any], name: str, default: list[int] | None = None) -> list[int]:
+    """A setting that lists the channels of each resolution. Raises UserError for another."""
+    widths = settings.get(name, default)
+    if not (isinstance(widths, list) and all(isinstance(w, int) and w > 0 for w in widths) and 2 <= len(widths) <= 5):
+        raise UserError(f"{name} is {widths!r}, but must list the channels of two to five resolutions.")
+    return widths
+
+
 def _tiny_config(settings: dict[str, Any]) -> AutoencoderConfig:
     """Factor and channels of an AutoencoderTiny. Raises UserError for settings of none."""
-    widths = settings.get("encoder_block_out_channels", [64] * 4)
-    if not isinstance(widths, list):
-        raise UserError(f"encoder_block_out_channels is {widths!r}, but must list channels.")
-    return AutoencoderConfig(factor=2 ** (len(widths) - 1), latent_channels=settings.get("latent_channels", 4))
+    widths = _widths(settings, "encoder_block_out_channels", [64] * 4)
+    channels = _number(settings, "latent_channels", 4)
+    return AutoencoderConfig(factor=2 ** (len(widths) - 1), latent_channels=channels, equivariance=False)
 
 
 def _config(settings: dict[str, Any]) -> AutoencoderConfig:
     """Its shape. Raises UserError for what ours cannot be."""
-    widths, blocks = settings.get("block_out_channels"), settings.get("layers_per_block", 1)
-    if not (isinstance(widths, list) and widths and all(isinstance(w, int) for w in widths)):
-        raise UserError(f"block_out_channels is {widths!r}, but must list channels.")
+    widths = _widths(settings, "block_out_channels")
+    channels, levels = _number(settings, "latent_channels", 4), len(widths)
+    if widths[0] % 4 or (widths[0] > 128 and widths[0] % 32):
+        raise UserError(f"block_out_channels begins with {widths[0]}, but ours with a multiple of 4, above 128 of 32.")
     config = AutoencoderConfig(
-        factor=2 ** (len(widths) - 1), latent_channels=settings.get("latent_channels", 4), base_channels=widths[0],
-        blocks=blocks,
+        factor=2 ** (levels - 1), latent_channels=channels, base_channels=widths[0],
+        blocks=_number(settings, "layers_per_block", 1), equivariance=False,
     )  # fmt: skip
-    levels = len(widths)
     for name, expected, default in (
         ("in_channels", 3, 3), ("out_channels", 3, 3), ("block_out_channels", list(config.widths), None),
         ("norm_num_groups", config.norm_groups, 32), ("act_fn", "silu", "silu"),
@@ -197,29 +221,20 @@ def _config(settings: dict[str, Any]) -> AutoencoderConfig:
 
 def _state(config: AutoencoderConfig, settings: dict[str, Any], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Their weights under our names. Raises UserError for other shapes."""
-    modern = {_modern_name(name): value for name, value in theirs.items()}
     c = config.latent_channels
     for flag, name, n in (("use_quant_conv", "quant_conv", 2 * c), ("use_post_quant_conv", "post_quant_conv", c)):
         if not settings.get(flag, True):
-            modern |= {f"{name}.weight": torch.eye(n)[:, :, None, None], f"{name}.bias": torch.zeros(n)}
-    shapes, expected = autoencoder_shapes(config), {}
-    for name, shape in shapes.items():
-        others = _theirs(name)
-        for other in others:
-            expected[other] = (shape[0] // len(others), *shape[1:])
-    for name, v in modern.items():  # attention was made of 1x1 convolutions once
-        if v.ndim == 4 and expected.get(name) == tuple(v.shape[:2]):
-            modern[name] = v.flatten(1)
-    check_shapes(modern, expected)
-    return {name: torch.cat([modern[other] for other in _theirs(name)]).float() for name in shapes}
+            theirs |= {f"{name}.weight": torch.eye(n)[:, :, None, None], f"{name}.bias": torch.zeros(n)}
+    shapes = autoencoder_shapes(config)
+    known = dict(zip(("latent_mean", "latent_std"), _mean_and_std(settings, c, 0.18215), strict=True))
+    state = state_from_diffusers(theirs, {name: v for name, v in shapes.items() if name not in known}, _RENAMES)
+    return {name: value.float() for name, value in state.items()} | known
 
 
-def _theirs(name: str) -> list[str]:
-    """The diffusers parameters that make up one of ours; several are concatenated along dimension 0."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return [name.replace(".qkv.", f".to_{part}.") for part in "qkv"] if ".qkv." in name else [name]
-
-
-def _modern_name(name: str) -> str:
-    return re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name)
+def _mean_and_std(settings: dict[str, Any], channels: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Of each channel of the latents, as diffusers counts them: shift_factor and 1 / scaling_factor."""
+    shift = settings.get("shift_factor") or 0.0
+    if not isinstance(shift, int | float) or not math.isfinite(shift):
+        raise UserError(f"shift_factor is {shift!r}, but must be a finite number.")
+    scale = _number(settings, "scaling_factor", scale, float)
+    return torch.full((channels,), float(shift)), torch.full((channels,), 1 / scale)

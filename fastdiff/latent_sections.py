@@ -14,7 +14,7 @@ class AutoencoderConfig:
     """Shape and loss of an autoencoder, which `python -m fastdiff autoencoder` trains."""
 
     factor: int = 0
-    """How many times fewer pixels latents have in height and in width: a power of 2; 0: the run trains none."""
+    """How many times fewer pixels latents have in height and in width: 2, 4, 8 or 16."""
     latent_channels: int = 4
     """Channels of the latents."""
     base_channels: int = 64
@@ -68,14 +68,10 @@ class LatentsConfig:
     """Whether the network works in the latents of an autoencoder, in place of pixels."""
 
     latents: str | None = None
-    """A run of `python -m fastdiff autoencoder`, a checkpoint of one, or the folder of a diffusers AutoencoderKL: the
-    network works in its latents, which set --image-size and --sigma-data."""
+    """A run of `python -m fastdiff autoencoder`, a checkpoint of one, or the folder of a diffusers AutoencoderKL or
+    AutoencoderTiny: the network works in its latents, which set --image-size, --image-channels and --sigma-data."""
     pixels: int = 0
     """Height and width of the images that --latents encodes; 0: as those that the autoencoder was trained on."""
-    latent_mean: tyro.conf.Fixed[tuple[float, ...]] = ()
-    """Mean of each channel of the training images' latents, which the network sees at mean 0."""
-    latent_std: tyro.conf.Fixed[tuple[float, ...]] = ()
-    """Standard deviation of each, which the network sees at 1."""
     autoencoder_sha256: tyro.conf.Fixed[str] = ""
     """Of the autoencoder's weights."""
 
@@ -84,4 +80,3 @@ class LatentsConfig:
         require(self.pixels == 0 or self.latents is not None, "pixels", self.pixels, "left out without --latents")
         if self.latents is not None:
             require(self.latents.strip() != "", "latents", self.latents, "a path")
-        require(all(math.isfinite(s) and s > 0 for s in self.latent_std), "latent_std", self.latent_std, "above 0")

@@ -26,9 +26,12 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of images (N, C, H, W), and of both halved and quartered in size, added up: (N,)."""
+    """Mean absolute difference of images (N, C, H, W), and of both halved and quartered in size, added up: (N,).
+
+    Images of one pixel are not halved.
+    """
     total = (x - y).abs().flatten(1).mean(1)
-    for _ in range(2):
+    for _ in range(2 if min(x.shape[2:]) >= 4 else 1):
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         total = total + (x - y).abs().flatten(1).mean(1)
     return total

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.config import Config
@@ -21,15 +20,13 @@ from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.asked import asked_for, shares_of
 from fastdiff.evaluation.evaluate import Trained, load_trained
 from fastdiff.evaluation.evaluate import evaluate as measure
+from fastdiff.evaluation.exporting import export as export
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
 from fastdiff.evaluation.graph_loop import Conditions
-from fastdiff.evaluation.space import Latents
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, wishes
-from fastdiff.flags import Evaluate, Export, Likelihood, Sample, Sampling, Show
-from fastdiff.interop import save_diffusers_pipeline
-from fastdiff.interop_autoencoder import save_autoencoder_kl
+from fastdiff.flags import Evaluate, Likelihood, Sample, Sampling, Show
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse
@@ -39,10 +36,8 @@ from fastdiff.presets import PRESETS
 from fastdiff.reporting import pictures
 from fastdiff.reporting.progress import bar
 from fastdiff.runs.data import load_run_data
-from fastdiff.runs.files import write_atomically
-from fastdiff.runs.outputs import check_output, complete_folder, is_empty_folder, npz_writer
-from fastdiff.runs.run import json_text, open_run
-from fastdiff.runs.weights import TrainedWeights, read_trained
+from fastdiff.runs.outputs import check_output, npz_writer
+from fastdiff.runs.run import open_run
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
 
@@ -58,10 +53,10 @@ def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
     samplers = [SamplerSettings(flags.sampler, n, flags.eta, flags.spacing, options) for n in flags.steps]
     device = resolve_device(flags.device)
     set_backends(device)
-    trained = load_trained(flags.checkpoint, device=device, autoencoder=flags.autoencoder, graphs=flags.graphs)
+    trained = load_trained(flags.checkpoint, device=device, moved=flags.autoencoder, graphs=flags.graphs)
     last_level = trained.config.tuning.last_level if flags.last_level is None else flags.last_level
     samplers = [replace(each, last_level=last_level) for each in samplers]
-    guide = load_trained(flags.guide, device=device, autoencoder=flags.autoencoder) if flags.guide else None
+    guide = load_trained(flags.guide, device=device) if flags.guide else None
     if guide is not None and guide.config.task != trained.config.task:
         raise UsageError(
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
@@ -233,7 +228,7 @@ def likelihood(flags: Likelihood) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, but must be at least {least}.")
     device, n = resolve_device(flags.device), flags.n
     set_backends(device)
-    trained = load_trained(flags.checkpoint, device=device, autoencoder=flags.autoencoder)
+    trained = load_trained(flags.checkpoint, device=device, moved=flags.autoencoder)
     latents = trained.config.space.latents is not None
     schedule = trained.objective.schedule
     images = _images(_at(trained.config, flags.data_root), trained, flags.data, flags.split)
@@ -290,75 +285,6 @@ def _check_classes(trained: Trained, images: ImageSet) -> np.ndarray:
         has = f"the classes {', '.join(theirs)}" if theirs else "no classes"
         raise UserError(f"{images.name} has {has}, but the network was trained on the classes {', '.join(names)}.")
     return images.labels
-
-
-def export(flags: Export) -> None:
-    """Write the averaged weights into the folder `out`, new or empty, where they appear only when they are complete."""
-    out = flags.out
-    if out.exists() and not is_empty_folder(out):
-        raise UserError(f"--out {out} exists already; name a folder that does not, or an empty one.")
-    found = read_trained(flags.checkpoint)
-    if found.config.autoencoder.factor:
-        _export_autoencoder(found, flags)
-        return
-    trained = load_trained(flags.checkpoint, device=torch.device("cpu"), autoencoder=flags.autoencoder)
-    config, process, space = trained.config, trained.config.diffusion, trained.space
-    if flags.to == "diffusers" and (config.tuning.few_step, process.objective) == ("consistency", "x0"):
-        raise UserError(
-            "a network of --few-step consistency and --objective x0 cannot be exported: diffusers' schedulers do not "
-            "add x_t to its estimates, as it has learned; use --to safetensors."
-        )
-    tiny = isinstance(space, Latents) and not isinstance(space.autoencoder, Autoencoder)
-    if flags.to == "diffusers" and tiny:
-        raise UserError(
-            "a network in the latents of an AutoencoderTiny cannot be exported: diffusers' would not scale them; use "
-            "--to safetensors."
-        )
-    with complete_folder(out) as folder:
-        if flags.to == "diffusers":
-            save_diffusers_pipeline(
-                trained.model, folder, schedule=process.resolved_schedule, timesteps=process.timesteps,
-                objective=process.objective, zero_terminal_snr=process.zero_terminal_snr, time_scale=process.time_scale,
-                latents=isinstance(space, Latents),
-            )  # fmt: skip
-            if isinstance(space, Latents) and isinstance(space.autoencoder, Autoencoder):
-                mean, std = config.space.latent_mean, config.space.latent_std
-                save_autoencoder_kl(space.autoencoder, folder / "vae", pixels=config.pixels, mean=mean, std=std)
-        else:
-            state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-            save_file(state, folder / "model.safetensors", metadata={"step": str(trained.step)})
-            write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
-    print(f"{out}: {flags.to}, averaged weights of {trained.path}")
-    own = config.net.num_classes > 0 or isinstance(space, Latents)
-    if flags.to == "diffusers" and own:
-        how = "class_labels and guidance_scale" if config.net.num_classes else "batch_size"
-        print(
-            f"DiffusionPipeline.from_pretrained({str(out)!r}, custom_pipeline={str(out)!r}, trust_remote_code=True) "
-            f"draws from it: call it with {how}."
-        )
-    elif flags.to == "diffusers":
-        print(
-            "DDPMPipeline draws from it as `sample --sampler ddpm` does, and DDIMPipeline with "
-            "use_clipped_model_output=True as `--sampler ddim`; with both, choose num_inference_steps among the "
-            f"divisors of {process.timesteps}, as diffusers rounds other grids differently."
-        )
-
-
-def _export_autoencoder(found: TrainedWeights, flags: Export) -> None:
-    """Write an autoencoder, as `export` does a network."""
-    config = found.config
-    model = Autoencoder(config.autoencoder)
-    model.load_state_dict(found.state)
-    with complete_folder(flags.out) as folder:
-        if flags.to == "diffusers":
-            save_autoencoder_kl(model, folder, pixels=config.pixels)
-        else:
-            state = {name: value.contiguous() for name, value in found.state.items()}
-            save_file(state, folder / "model.safetensors", metadata={"step": str(found.step)})
-            write_atomically(folder / "config.json", json_text(config.to_dict()).encode())
-    print(f"{flags.out}: {flags.to}, the averaged autoencoder of {found.path}")
-    if flags.to == "diffusers":
-        print(f"AutoencoderKL.from_pretrained({str(flags.out)!r}) loads it.")
 
 
 def show(flags: Show) -> None:

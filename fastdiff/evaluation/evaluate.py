@@ -45,7 +45,8 @@ class Trained:
     network   what runs, by the run's --kernels: the model itself, or fused over the same weights
     run       the run directory of a checkpoint that lies in one
     saved     the rest of the checkpoint's state, without tensors
-    space     what the network works in
+    moved     where the run's autoencoder lies now
+    graphs    capture its decoder in CUDA graphs
     """
 
     config: Config
@@ -56,7 +57,8 @@ class Trained:
     path: Path
     run: Path | None
     saved: dict[str, Any]
-    space: Space
+    moved: Path | None = None
+    graphs: bool = True
 
     def generator(self, settings: SamplerSettings, **options: Any) -> Generator:
         """Draws from it; see `Generator` for the options."""
@@ -68,28 +70,35 @@ class Trained:
         )  # fmt: skip
 
     @cached_property
+    def autoencoder(self) -> AutoencoderWeights | None:
+        """Of a network that works in latents. Raises UserError if it is missing, or another one than the run's."""
+        return autoencoder_weights(self.config, self.saved, home=self.run or self.path, moved=self.moved)
+
+    @cached_property
+    def space(self) -> Space:
+        """What the network works in. Raises UserError as `autoencoder`."""
+        device = next(self.model.parameters()).device
+        return space_of(self.config, self.autoencoder, device, graphs=self.graphs)
+
+    @cached_property
     def read(self) -> Texts | None:
         """What turns texts into the network's arguments."""
         return text_reader(self.config, cache_folder(self.config.images.data_root))
 
 
-def load_trained(
-    path: Path | str, *, device: torch.device, autoencoder: Path | None = None, graphs: bool = True
-) -> Trained:
+def load_trained(path: Path | str, *, device: torch.device, moved: Path | None = None, graphs: bool = True) -> Trained:
     """Load averaged weights (see `read_trained`), to run with the run's --kernels.
 
     Args:
-        autoencoder: where the run's autoencoder lies, if it has moved.
-        graphs: capture its decoder in CUDA graphs.
+        moved, graphs: see `Trained`.
 
     Raises:
-        UserError: nothing there, or nothing that verifies; or the run's autoencoder is missing, or another one.
+        UserError: nothing there, or nothing that verifies.
     """
     saved = read_trained(path)
     config = saved.config
     if config.autoencoder.factor:
         raise UserError(f"{path} holds an autoencoder, not a diffusion network; train one in it by --latents {path}.")
-    weights = autoencoder_weights(config, saved.rest, moved=autoencoder)
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()
@@ -102,8 +111,9 @@ def load_trained(
         objective = Consistency(objective, config.tuning.at, device=device)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
-    space = space_of(config, weights, device, graphs=graphs)
-    return Trained(config, model, network, objective, saved.step, saved.path, saved.run, saved.rest, space)
+    return Trained(
+        config, model, network, objective, saved.step, saved.path, saved.run, saved.rest, moved=moved, graphs=graphs
+    )
 
 
 def space_of(config: Config, autoencoder: AutoencoderWeights | None, device: torch.device, *, graphs: bool) -> Space:
@@ -111,8 +121,7 @@ def space_of(config: Config, autoencoder: AutoencoderWeights | None, device: tor
     if autoencoder is None:
         return PIXELS
     ours = config.resolved(device.type).machine.kernels == "triton" and (TRITON_INSTALLED or device.type == "cpu")
-    latents = config.space
-    return Latents(autoencoder.make(device), latents.latent_mean, latents.latent_std, fused=ours, graphs=graphs)
+    return Latents(autoencoder.make(device), fused=ours, graphs=graphs)
 
 
 def evaluate(

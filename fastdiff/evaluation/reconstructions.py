@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ SSIM_SIDE = 11  # pixels of its window
 class ReconstructionEvaluator:
     """Encodes training images, decodes the means of their latents, and compares.
 
-    The rows have `psnr` (dB) and `ssim`, means over the images; `latent_mean` and `latent_std`, over all latents; and
+    The rows have `psnr` (dB) and `ssim`, means over the images; `latent_mean` and `latent_std`, over the channels; and
     as metric the Frechet distance of reconstructions to all training images (`rfd_...`, `rfid`), or without an
     extractor `rmse` in grey levels. All in float32.
 
@@ -38,6 +39,7 @@ class ReconstructionEvaluator:
         shown: images in the picture.
         seed: which images; the same at every evaluation.
         say: prints a line.
+        measured: is given the latents' mean and standard deviation, (latent_channels,) each.
     """
 
     autoencoder: Autoencoder
@@ -49,6 +51,7 @@ class ReconstructionEvaluator:
     shown: int
     seed: int
     say: Callable[[str], None]
+    measured: Callable[[Tensor, Tensor], None]
 
     def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
         """Evaluate; every rank must call it.
@@ -63,13 +66,14 @@ class ReconstructionEvaluator:
         """
         started, n = time.perf_counter(), min(samples, len(self.images.images))
         chosen = np.sort(self.images.draw(n, seed=self.seed))
-        sums = torch.zeros(6, dtype=torch.float64, device=self.ranks.device)
+        channels = self.autoencoder.config.latent_channels
+        sums = torch.zeros(4 + 2 * channels, dtype=torch.float64, device=self.ranks.device)
         if self.distance is not None:
             self.distance.reset()
         mine = range(self.ranks.rank * self.batch_size, n, self.ranks.size * self.batch_size)
         rounds = -(-n // (self.ranks.size * self.batch_size))
         starts = [*mine, *[None] * (rounds - len(mine))]  # as often on every rank
-        with bar("reconstructing", n) as tell:
+        with bar("reconstructing", n) if self.ranks.is_main else nullcontext(lambda done: None) as tell:
             for start in starts:
                 try:
                     check()
@@ -83,9 +87,12 @@ class ReconstructionEvaluator:
                     sums += self._measure(torch.from_numpy(part).to(self.ranks.device))
                     tell(min(n, start + len(part) * self.ranks.size))
         self.ranks.sum_([sums, *(self.distance.sums if self.distance is not None else ())], "the reconstructions' sums")
+        squared, psnr, ssim, positions = sums[:4].tolist()
+        mean, second = (sums[4:] / positions).split(channels)
+        std = (second - mean.square()).sqrt()
+        self.measured(mean, std)
         if self.run is None:
             return None
-        squared, psnr, ssim, total, total_squared, values = sums.tolist()
         row: dict[str, Any] = {"metric": "rmse", "value": (squared / n) ** 0.5}
         if self.distance is not None:
             extractor = self.distance.extractor
@@ -93,11 +100,10 @@ class ReconstructionEvaluator:
                 "metric": f"r{self.distance.metric}", "value": self.distance.compute(), "features": extractor.name,
                 "feature_size": extractor.size,
             }  # fmt: skip
-        mean = total / values
         row |= {
             "samples": n, "reference": self.images.name, "psnr": psnr / n,
-            "ssim": ssim / n if self._has_ssim else None, "latent_mean": mean,
-            "latent_std": (total_squared / values - mean**2) ** 0.5, "seconds": time.perf_counter() - started,
+            "ssim": ssim / n if self._has_ssim else None, "latent_mean": mean.mean().item(),
+            "latent_std": std.mean().item(), "seconds": time.perf_counter() - started,
             "step": step, "images": images, "checkpoint": f"step-{step}" if step else None,
         }  # fmt: skip
         with self.run.spared(self.say):
@@ -105,7 +111,7 @@ class ReconstructionEvaluator:
         self.run.log_eval(row)
         self.say(
             f"step {step:,}: {row['metric']} {row['value']:.3f}, PSNR {row['psnr']:.2f} dB ({n:,} reconstructions, "
-            f"latents {mean:.2f} +- {row['latent_std']:.2f}, {row['seconds']:.0f} s)"
+            f"latents {row['latent_mean']:.2f} +- {row['latent_std']:.2f}, {row['seconds']:.0f} s)"
         )
         return row
 
@@ -120,7 +126,7 @@ class ReconstructionEvaluator:
         return to_uint8(self.autoencoder.decode(mean)), mean, log_var
 
     def _measure(self, images: Tensor) -> Tensor:
-        """Sums over images: squared error, PSNR, SSIM, latents, their second moments, and how many values they have."""
+        """Sums over images: squared error, PSNR, SSIM, positions; of each channel latents and their second moments."""
         from torchmetrics.functional.image import structural_similarity_index_measure  # its import takes seconds
 
         y, mean, log_var = self._reconstruct(images)
@@ -135,8 +141,9 @@ class ReconstructionEvaluator:
             assert isinstance(each, Tensor)
             ssim = each.double().sum()
         second = mean.double().square() + log_var.double().exp()
-        count = torch.tensor(float(mean.numel()), device=x.device)
-        return torch.stack([squared.sum(), psnr.sum(), ssim, mean.double().sum(), second.sum(), count])
+        positions = torch.tensor(float(mean[:, 0].numel()), device=x.device)
+        of_images = torch.stack([squared.sum(), psnr.sum(), ssim, positions])
+        return torch.cat([of_images, mean.double().sum((0, 2, 3)), second.sum((0, 2, 3))])
 
     def _draw(self, step: int) -> None:
         """Rows of images, each above their reconstructions."""

@@ -71,22 +71,18 @@ class Pixels:
 
 
 class Latents:
-    """Latents of an autoencoder, each channel with mean 0 and standard deviation 1 over the training images.
+    """Latents of an autoencoder, each channel with mean 0 and standard deviation 1 over the images it was measured on.
 
     Args:
         autoencoder: in eval mode, its weights fixed, on the device.
-        mean, std: of each channel over the training images.
         fused: decode by our kernels.
         graphs: capture the decoder in CUDA graphs.
     """
 
-    def __init__(
-        self, autoencoder: Autoencoder | TinyAutoencoder, mean: tuple[float, ...], std: tuple[float, ...], *,
-        fused: bool = False, graphs: bool = True,
-    ) -> None:  # fmt: skip
+    def __init__(self, autoencoder: Autoencoder | TinyAutoencoder, *, fused: bool = False, graphs: bool = True) -> None:
         self.autoencoder = autoencoder
-        device = next(autoencoder.parameters()).device
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (mean, std))
+        self.mean, self.std = autoencoder.latent_mean[:, None, None], autoencoder.latent_std[:, None, None]
+        device = self.mean.device
         ours = fused and isinstance(autoencoder, Autoencoder)
         decoder = fuse(autoencoder.decoder) if ours else autoencoder.decode
         self._decode = CapturedFunction(
@@ -94,20 +90,25 @@ class Latents:
         )
 
     def sample(self, batch: Tensor, normal: Normal) -> Tensor:
-        """batch: moments (N, H, W, 2 C), float16."""
+        """batch: `moments` in the loader's order, (N, H, W, 2 C)."""
         mean, log_var = batch.float().chunk(2, -1)
         return mean + (0.5 * log_var).exp() * normal(mean.shape)
 
     def x0(self, batch: Tensor) -> Tensor:
-        return ((batch - self.mean) / self.std).permute(0, 3, 1, 2)
+        return batch.permute(0, 3, 1, 2)
 
     @torch.no_grad()
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log variance of the latents (N, 2 C, h, w) of images (N, 3, H, W) in [-1, 1]."""
+        mean, log_var = self.autoencoder.encode(x)
+        return torch.cat([(mean - self.mean) / self.std, log_var - 2 * self.std.log()], 1)
+
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The means of their latents, or with a generator random latents."""
-        z, log_var = self.autoencoder.encode(normalize(images.to(self.mean.device)))
+        z, log_var = self.moments(normalize(images.to(self.mean.device))).chunk(2, 1)
         if generator is not None:
             z = z + (0.5 * log_var).exp() * torch.randn(z.shape, generator=generator, device=z.device)
-        return self.x0(z.permute(0, 2, 3, 1))
+        return z.contiguous(memory_format=torch.channels_last)
 
     def clip(self, x0_hat: Tensor) -> Tensor:
         """Latents have no bounds."""
@@ -115,7 +116,7 @@ class Latents:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        z = x0.float() * self.std[:, None, None] + self.mean[:, None, None]
+        z = x0.float() * self.std + self.mean
         return self._decode(z.contiguous(memory_format=torch.channels_last))
 
     def image_shape(self, shape: Shape) -> Shape:

@@ -89,14 +89,21 @@ class Critic(nn.Module):
 class Autoencoder(nn.Module):
     """Images in [-1, 1] to Gaussian latents and back. Weights are made in channels_last memory.
 
+    Its buffers `latent_mean` and `latent_std`, of each channel of the latents, are measured by evaluations; 0 before.
+
     Args:
         config: the shape, of a factor above 1.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        for name in ("latent_mean", "latent_std"):
+            self.register_buffer(name, torch.zeros(config.latent_channels))
         self.critic = Critic(config.base_channels) if config.critic_weight else None  # called beside `forward`
         self.to(memory_format=torch.channels_last)
 

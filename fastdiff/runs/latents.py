@@ -1,21 +1,28 @@
-"""The autoencoder of a run that works in latents, known by its weights."""
+"""The autoencoder of a run that works in latents: known by its weights, and kept in the run."""
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checks import require
 from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.interop import WEIGHTS
 from fastdiff.interop_autoencoder import TinyAutoencoder, is_autoencoder, read_autoencoder
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
-from fastdiff.runs.weights import read_trained
+from fastdiff.presets import PRESETS
+from fastdiff.runs.files import write_atomically
+from fastdiff.runs.outputs import complete_folder
+from fastdiff.runs.run import json_text
+from fastdiff.runs.weights import expanded, read_trained, weights_sha256
+
+FOLDER = "autoencoder"  # in a run, and in a folder of `export --to safetensors`
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class AutoencoderWeights:
 
     Attributes:
         config: its shape.
-        state: its weights, on the CPU.
+        state: its weights, on the CPU, with the mean and the standard deviation of its latents.
         pixels: height and width of the images that it was trained on; 0 if it does not say.
         path: where it lies.
         sha256: of its weights.
@@ -34,14 +41,14 @@ class AutoencoderWeights:
     config: AutoencoderConfig
     state: dict[str, Tensor]
     pixels: int
-    path: str
+    path: Path
     sha256: str
     tiny: dict[str, Any] | None = None
 
     @property
     def saved(self) -> dict[str, str]:
         """What a checkpoint keeps of it."""
-        return {"autoencoder_path": self.path}
+        return {"autoencoder_path": str(self.path.resolve())}
 
     def make(self, device: torch.device) -> Autoencoder | TinyAutoencoder:
         """The network, in eval mode, its weights fixed. Raises UserError for a tiny one where diffusers is missing."""
@@ -52,50 +59,82 @@ class AutoencoderWeights:
             model.load_state_dict(self.state)
         return model.to(device).eval().requires_grad_(False)
 
+    def save(self, folder: Path) -> None:
+        """Write it into a new folder, as `autoencoder_weights` reads it."""
+        state = {name: value.contiguous() for name, value in self.state.items()}
+        with complete_folder(folder) as made:
+            if self.tiny is not None:
+                save_file(state, made / WEIGHTS[0])
+                values = self.tiny
+            else:
+                save_file(state, made / "model.safetensors", metadata={"step": "0"})
+                size = self.pixels or self.config.factor
+                values = PRESETS["autoencoder"].replace(autoencoder=self.config, image_size=size).to_dict()
+            write_atomically(made / "config.json", json_text(values).encode())
+
 
 def autoencoder_weights(
-    config: Config, saved: Mapping[str, Any], *, moved: Path | None = None
+    config: Config, saved: Mapping[str, Any], *, home: Path | None = None, moved: Path | None = None
 ) -> AutoencoderWeights | None:
     """The autoencoder that `--latents` names, if it names one.
 
     Args:
         saved: the state of the checkpoint to go on from, or to draw from, which knows where it lay; {} for a new run.
-        moved: where it lies now.
+        home: the run, or the exported folder, that may keep a copy.
+        moved: where a user says that it lies.
 
     Raises:
-        UserError: it cannot be read, or is another one than before.
+        UserError: it cannot be read, is another one than before, or was never measured; or a run would begin, or cease,
+            to work in latents.
     """
     named, known = config.space.latents, config.space.autoencoder_sha256
+    before = Config.from_dict(saved["config"]).space.latents if saved else named
+    if (named is None) != (before is None):
+        raise UserError("--resume cannot add or drop --latents, which would change what is trained.")
     if named is None:
         if moved is not None:
             raise UserError(f"--autoencoder {moved} would decode nothing: this network draws pixels; drop it.")
         return None
-    if saved and moved is None and named == Config.from_dict(saved["config"]).space.latents:
-        named = saved.get("autoencoder_path", named)
-    path = Path(moved or named).expanduser()
-    flag = f"--{'latents' if moved is None else 'autoencoder'} {path}"
-    if not path.exists():
-        place = "--latents" if moved is None and not saved else "--autoencoder, or --latents to go on training,"
-        raise UserError(f"{flag} is not there; if the autoencoder has moved, add {place} and its new place.")
+    places = [str(moved)] if moved is not None else [named]
+    if moved is None and named == before and saved:
+        places = [saved.get("autoencoder_path", named), named]
+    if moved is None and home is not None:
+        places = [str(home / FOLDER), *places]
+    flag = "--latents" if moved is None else "--autoencoder"
+    there = [path for path in (expanded(place, flag) for place in places) if path.exists()]
+    if not there:
+        add = "--autoencoder" if home is not None or moved is not None else "--latents"
+        raise UserError(f"{flag} {places[-1]} is not there; if the autoencoder has moved, add {add} and its new place.")
+    for path in there:
+        found = _read(path, flag)
+        if known in ("", found.sha256):
+            break
+    else:
+        raise UserError(
+            f"{flag} {path} is another autoencoder than the one whose latents the network has learned; restore it."
+        )
+    if not found.tiny and not found.state["latent_std"].all():
+        raise UserError(
+            f"{flag} {path} has not been evaluated yet, so that the mean and standard deviation of its latents are "
+            "unknown; let it train to its first evaluation (--eval-every)."
+        )
+    return found
+
+
+def _read(path: Path, flag: str) -> AutoencoderWeights:
     if is_autoencoder(path):
         found = read_autoencoder(path)
-        ours, state, pixels, where, tiny = found.config, found.state, found.pixels, path, found.tiny
-    else:
-        trained = read_trained(path)
-        ours, state, pixels, where = trained.config.autoencoder, trained.state, trained.config.pixels, trained.path
-        tiny = None
-        if ours.factor == 0:
-            raise UserError(
-                f"{flag} holds a diffusion network, not an autoencoder; train one by `python -m fastdiff autoencoder`."
-            )
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    if known not in ("", digest.hexdigest()):
+        sha256 = weights_sha256(found.state)
+        return AutoencoderWeights(found.config, found.state, found.pixels, path, sha256, found.tiny)
+    trained = read_trained(path)
+    if trained.config.autoencoder.factor == 0:
         raise UserError(
-            f"{flag} is another autoencoder than the one whose latents the network has learned; restore it."
+            f"{flag} {path} holds a diffusion network, not an autoencoder; train one by `python -m fastdiff "
+            "autoencoder`."
         )
-    return AutoencoderWeights(ours, state, pixels, str(where.resolve()), digest.hexdigest(), tiny)
+    config = replace(trained.config.autoencoder, critic_weight=0.0, critic_start=0)
+    state = {name: value for name, value in trained.state.items() if not name.startswith("critic.")}
+    return AutoencoderWeights(config, state, trained.config.pixels, trained.path, weights_sha256(state))
 
 
 def with_latents(config: Config, autoencoder: AutoencoderWeights | None) -> Config:
@@ -110,7 +149,8 @@ def with_latents(config: Config, autoencoder: AutoencoderWeights | None) -> Conf
     require(pixels > 0, "pixels", pixels, "given, as the autoencoder does not say what images it was trained on")
     expected = f"a multiple of the autoencoder's factor, {shape.factor}"
     require(pixels % shape.factor == 0, "pixels", pixels, expected)
-    return config.replace(
-        pixels=pixels, autoencoder_sha256=autoencoder.sha256, image_size=pixels // shape.factor,
-        image_channels=shape.latent_channels, sigma_data=1.0,
-    )  # fmt: skip
+    theirs = {"image_size": pixels // shape.factor, "image_channels": shape.latent_channels, "sigma_data": 1.0}
+    default, ours = PRESETS[config.preset].flat(), config.flat()
+    for name, value in theirs.items():
+        require(ours[name] in (default[name], value), name, ours[name], f"{value}, by --latents (images: --pixels)")
+    return config.replace(pixels=pixels, autoencoder_sha256=autoencoder.sha256, **theirs)

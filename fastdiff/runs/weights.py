@@ -14,9 +14,26 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
-from fastdiff.interop_autoencoder import autoencoder_shapes
+from fastdiff.interop_autoencoder import autoencoder_shapes, read_autoencoder
+from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.model_sections import UNetConfig
 from fastdiff.runs import checkpoint
+
+
+def expanded(path: str, flag: str) -> Path:
+    """The path, its `~` expanded. Raises UserError for a `~` that stands for no folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{flag} {path}: {error}; give the whole path.") from error
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -114,9 +131,9 @@ def initial_weights(config: Config) -> InitialWeights | None:
     named = config.optim.init_from or config.tuning.teacher
     if named is None:
         return None
-    path = Path(named).expanduser()
-    flag = f"--{'init-from' if config.optim.init_from else 'teacher'} {path}"
-    text = ""
+    flag = "--init-from" if config.optim.init_from else "--teacher"
+    path = expanded(named, flag)
+    flag, text, latents = f"{flag} {path}", "", ""
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
         trained = read_trained(path)
         if config.autoencoder.factor or trained.config.autoencoder.factor:
@@ -124,11 +141,17 @@ def initial_weights(config: Config) -> InitialWeights | None:
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
         names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
         source, text = f"{trained.path}, step {trained.step:,}", trained.config.conditions.text_fingerprint
+        latents = trained.config.space.autoencoder_sha256
     else:
         if config.autoencoder.factor:
-            raise UserError(f"{flag} is no run of `python -m fastdiff autoencoder`; name one.")
+            found = read_autoencoder(path)
+            _check_autoencoder(flag, config.autoencoder, found.config)
+            return InitialWeights(found.state, str(path), None)
         network = read_diffusers(path, image_size=config.net.image_size)
         net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
+    if (here := config.space.autoencoder_sha256) != latents:
+        there, ours = (f"latents of {each[:12]}..." if each else "pixels" for each in (latents, here))
+        raise UserError(f"{flag} was trained on {there}, but this run trains on {ours}; choose its --latents.")
     if config.diffusion.time_scale != scale:
         raise UserError(
             f"{flag} was trained with --time-scale {scale:g}, but this run has "
@@ -152,12 +175,20 @@ def _initial_autoencoder(flag: str, config: Config, trained: TrainedWeights) -> 
     if 0 in (here.factor, there.factor):
         kinds = [f"an autoencoder of factor {each.factor}" if each.factor else "a network" for each in (there, here)]
         raise UserError(f"{flag} holds {kinds[0]}, but this run trains {kinds[1]}; name a run of the same kind.")
+    _check_autoencoder(flag, here, there)
+    state = trained.state
+    if not here.critic_weight:
+        state = {name: value for name, value in state.items() if not name.startswith("critic.")}
+    return InitialWeights(state, f"{trained.path}, step {trained.step:,}", None)
+
+
+def _check_autoencoder(flag: str, here: AutoencoderConfig, there: AutoencoderConfig) -> None:
+    """Raise UserError where the shapes differ."""
     for name in ("factor", "latent_channels", "base_channels", "blocks"):
         ours, theirs = getattr(here, name), getattr(there, name)
         if ours != theirs:
             as_flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has {as_flag} {theirs}, but this run has {ours}; add {as_flag} {theirs}.")
-    return InitialWeights(trained.state, f"{trained.path}, step {trained.step:,}", None)
 
 
 @dataclass(frozen=True)
@@ -190,7 +221,7 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
         return None
     if saved and named == Config.from_dict(saved["config"]).tuning.teacher:
         named = saved["teacher_path"]
-    trained, flag = read_trained(Path(named).expanduser()), f"--teacher {named}"
+    trained, flag = read_trained(expanded(named, "--teacher")), f"--teacher {named}"
     if (few := trained.config.tuning.few_step) != "none":
         raise UserError(
             f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its own teacher."
@@ -202,12 +233,10 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
             "objective, schedule, text encoder and classes."
         )
     _check_net(flag, config.net, trained.config.net)
-    digest = hashlib.sha256()
-    for name, value in sorted(trained.state.items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    if known not in (None, digest.hexdigest()):
+    sha256 = weights_sha256(trained.state)
+    if known not in (None, sha256):
         raise UserError(f"{flag} holds other weights than those that the run has learned from; restore them.")
-    return TeacherWeights(trained.state, str(trained.path.resolve()), digest.hexdigest())
+    return TeacherWeights(trained.state, str(trained.path.resolve()), sha256)
 
 
 def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:

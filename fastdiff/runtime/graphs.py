@@ -101,7 +101,8 @@ class Captured:
 
 
 class CapturedFunction:
-    """A function of one tensor, captured for each shape that it is called with; its results are tensors of their own.
+    """A function of one tensor, captured for each shape that it is called with, in autocast or not; its results are
+    tensors of their own.
 
     Args:
         function: `function(x) -> Tensor`, fit to be captured, see `Captured`.
@@ -116,7 +117,7 @@ class CapturedFunction:
         """Raises UserError if it cannot be captured."""
         if not self.capture:
             return self.function(x)
-        key = (x.shape, x.stride(), x.dtype)
+        key = (x.shape, x.stride(), x.dtype, torch.is_autocast_enabled(x.device.type))
         if key not in self.calls:
             given, result = torch.empty_like(x), list[Tensor]()
 

@@ -63,6 +63,13 @@ class EMA:
         for mine, theirs in zip(self._buffers, self._source_buffers, strict=True):
             mine.copy_(theirs)
 
+    def set_buffers(self, **values: Tensor) -> None:
+        """Write the model's own buffers, of these names, and the average's."""
+        for (name, mine), theirs in zip(self.model.named_buffers(), self._source_buffers, strict=True):
+            if name in values:
+                mine.copy_(values[name])
+                theirs.copy_(values[name])
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and the buffers, under the model's own names."""
         return self.model.state_dict()

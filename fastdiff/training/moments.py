@@ -1,49 +1,53 @@
 """The latents of the training images, encoded once, in the place of the images."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from fastdiff.config import Config
+from fastdiff._kernels import source_hash
 from fastdiff.data.cache import cache_folder, cached_arrays
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import Moments
 from fastdiff.data.pixels import normalize
+from fastdiff.errors import UserError
+from fastdiff.evaluation.space import Latents
 from fastdiff.reporting.progress import track
-from fastdiff.runs.latents import AutoencoderWeights
 
-BATCH = 64  # images encoded at a time
-
-
-def with_statistics(config: Config, moments: Moments | None) -> Config:
-    """The config with the mean and the standard deviation of each channel of the latents; a run keeps its first."""
-    if moments is None or config.space.latent_std:
-        return config
-    mean, log_var = np.split(moments.images.reshape(-1, moments.images.shape[-1]).astype(np.float64), 2, 1)
-    std = np.sqrt(mean.var(0) + np.exp(log_var).mean(0))
-    return config.replace(latent_mean=tuple(mean.mean(0).tolist()), latent_std=tuple(std.tolist()))
+PIXELS_AT_A_TIME = 2**18  # 256 images of 32 x 32, or one of 512 x 512
 
 
-def latent_moments(
-    autoencoder: AutoencoderWeights, images: ImageSet, *, mirrored: bool, root: str, device: torch.device
-) -> Moments:
+def latent_moments(space: Latents, images: ImageSet, *, sha256: str, mirrored: bool, root: str) -> Moments:
     """Mean and log variance of the latents of each image, and with `mirrored` of each mirrored image.
 
     They are encoded in float32 with a progress bar, once: they are kept in the data root's cache, by the images'
-    content and the autoencoder's weights.
+    content, the autoencoder's weights and the version of what encodes.
+
+    Args:
+        sha256: of the autoencoder's weights.
+
+    Raises:
+        UserError: latents that are not finite, or too large for float16.
     """
-    views = 2 if mirrored else 1
-    key = f"latents-{images.sha256[:16]}-{autoencoder.sha256[:16]}-{views}.npz"
-    folder = cache_folder(root)
+    views, folder = 2 if mirrored else 1, cache_folder(root)
+    key = f"latents-{images.sha256[:16]}-{sha256[:16]}-{views}-"
+    code = source_hash(Path(__file__).parent.parent, ["nets/autoencoder.py", "nets/layers.py", "training/moments.py"])
+    n, height, width, _ = images.images.shape
+    at_a_time = max(1, PIXELS_AT_A_TIME // (height * width))
 
-    @torch.no_grad()
     def build() -> dict[str, np.ndarray]:
-        model, n = autoencoder.make(device), len(images.images)
-        parts = []
-        for start in track(range(0, n, BATCH), f"latents of {images.name}"):
-            x = normalize(torch.from_numpy(images.images[start : start + BATCH].copy()).to(device))
-            moments = [torch.cat(model.encode(each), 1) for each in (x, x.flip(3))[:views]]
-            parts.append(torch.stack(moments, 1).permute(0, 1, 3, 4, 2).half().cpu().numpy())
-        return {"moments": np.concatenate(parts)}
+        moments = None
+        for start in track(range(0, n, at_a_time), f"latents of {images.name}"):
+            part = images.images[start : start + at_a_time].copy()  # the set may be read-only
+            x = normalize(torch.from_numpy(part).to(space.mean.device))
+            found = torch.stack([space.moments(each) for each in (x, x.flip(3))[:views]], 1)
+            half = found.permute(0, 1, 3, 4, 2).half().cpu().numpy()
+            if moments is None:
+                moments = np.empty((n, *half.shape[1:]), np.float16)
+            moments[start : start + at_a_time] = half
+        if moments is None or not np.isfinite(moments).all():
+            raise UserError("the autoencoder of --latents gives latents that are not finite; train it again.")
+        return {"moments": moments}
 
-    stored = cached_arrays(folder and folder / key, build)
-    return Moments(stored["moments"], images.name)
+    place = None if folder is None else folder / f"{key}{code[:8]}.npz"
+    return Moments(cached_arrays(place, build, outdated=f"{key}*.npz")["moments"], images.name)

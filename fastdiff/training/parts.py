@@ -86,8 +86,8 @@ def make_step(
         read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
         objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     if initial is not None:
-        second_time = {name: v for name, v in model.state_dict().items() if name.startswith("span.")}
-        model.load_state_dict(second_time | initial.state)  # which may lack it
+        new = {name: v for name, v in model.state_dict().items() if name.startswith(("span.", "critic."))}
+        model.load_state_dict(new | initial.state)  # which may lack them
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(
@@ -126,6 +126,7 @@ def make_evaluator(
         return ReconstructionEvaluator(
             ema.model, image_set, distance, ranks, run, batch_size=wanted.eval_batch_size, shown=wanted.grid_samples,
             seed=step_seed(config.run.seed, EVALUATION_STREAM), say=say,
+            measured=lambda mean, std: ema.set_buffers(latent_mean=mean, latent_std=std),
         )  # fmt: skip
     assert isinstance(step.objective, Objective)
     read = text_reader(config, cache_folder(config.images.data_root))

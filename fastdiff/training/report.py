@@ -65,9 +65,7 @@ def facts(
 
 def _latents(config: Config) -> str:
     net, latents = config.net, config.space
-    spread = ", ".join(f"{s:.3g}" for s in latents.latent_std)
-    shape = f"{net.image_size}x{net.image_size} of {net.image_channels} channels"
-    return f"{shape} by {latents.latents}, with standard deviations of {spread} before they are scaled to 1"
+    return f"{net.image_size}x{net.image_size} of {net.image_channels} channels by {latents.latents}"
 
 
 def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a run is at a step: all that a checkpoint holds, and how a run goes on from it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,7 +88,9 @@ class RunState:
         how = {name: row[name] for name in COMPARABLE if name in row}
         best = self.best if self.best is not None and self.best.items() >= how.items() else None
         settings = self.config.eval
-        for_the_end = row["samples"] == settings.final_eval_samples != settings.eval_samples
+        most = self.data["data_images"] if self.config.autoencoder.factor else math.inf  # each is rebuilt once
+        usual = min(settings.eval_samples, most)
+        for_the_end = row["samples"] == min(settings.final_eval_samples or usual, most) != usual
         if for_the_end and self.best is not None:
             return
         if self.step and (best is None or row["value"] < best["value"]):

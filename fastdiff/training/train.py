@@ -27,18 +27,19 @@ from fastdiff.evaluation.evaluate import space_of
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.figures import draw_forward_noising
 from fastdiff.evaluation.reconstructions import ReconstructionEvaluator
+from fastdiff.evaluation.space import Latents
 from fastdiff.reporting.progress import TrainingProgress
 from fastdiff.reporting.recording import StepRecorder, record_run
 from fastdiff.runs import checkpoint
 from fastdiff.runs.data import load_run_data, with_conditions
-from fastdiff.runs.latents import autoencoder_weights, with_latents
+from fastdiff.runs.latents import FOLDER, autoencoder_weights, with_latents
 from fastdiff.runs.run import Run, create_run, open_run
 from fastdiff.runs.weights import initial_weights, teacher_weights
 from fastdiff.runtime import output
 from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.moments import latent_moments, with_statistics
+from fastdiff.training.moments import latent_moments
 from fastdiff.training.parts import evaluation_samplers, make_conditions, make_distance, make_evaluator, make_step
 from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
@@ -96,19 +97,23 @@ def train(
             saved = find_checkpoint(asked, run.path)
         saved = ranks.share(saved, "the checkpoint")
         learned = saved.state if saved is not None else {}
-        autoencoder = ranks.share(autoencoder_weights(config, learned) if ranks.is_main else None, "the autoencoder")
+        home = run.path if run is not None else None
+        autoencoder = ranks.share(
+            autoencoder_weights(config, learned, home=home) if ranks.is_main else None, "the autoencoder"
+        )
         asked, config = (with_latents(each, autoencoder) for each in (asked, config))
-        moments = None
+        space = space_of(config, autoencoder, ranks.device, graphs=config.machine.graphs)
         with ranks.first_on_host("loading the data"):
             image_set, data = load_run_data(config, learned)
-            if autoencoder is not None:
+            inputs = image_set
+            if autoencoder is not None and isinstance(space, Latents):
                 data |= autoencoder.saved
-                moments = latent_moments(
-                    autoencoder, image_set, mirrored=config.images.flips, root=config.images.data_root,
-                    device=ranks.device,
+                inputs = latent_moments(
+                    space, image_set, sha256=autoencoder.sha256, mirrored=config.images.flips,
+                    root=config.images.data_root,
                 )  # fmt: skip
         ranks.check_equal(**{"--data": image_set.sha256, "captions": image_set.captions_sha256})
-        asked, config = (with_statistics(with_conditions(each, image_set), moments) for each in (asked, config))
+        asked, config = (with_conditions(each, image_set) for each in (asked, config))
         if ranks.is_main and resume is None:
             initial = initial_weights(config)
         initial = ranks.share(initial, "the weights to start from")
@@ -121,14 +126,14 @@ def train(
             run = stack.enter_context(create_run(config.run.run_root, config=_recorded(asked, config)))
         if run is not None:
             stack.enter_context(output.losses_told_to(run.note))
+            if autoencoder is not None and not (run.path / FOLDER).exists():
+                autoencoder.save(run.path / FOLDER)
         stop = stack.enter_context(StopRequest(quiet=not ranks.is_main, grace=SIGNAL_GRACE if ranks.size > 1 else 0.0))
         ranks.limit_waits()
         console = None if ranks.is_main else Console(quiet=True, force_terminal=False)
         progress = stack.enter_context(TrainingProgress(config.run.steps, console))
-        inputs = image_set if moments is None else moments
         session = Session(config, image_set, inputs, ranks, run, progress, stop)
 
-        space = space_of(config, autoencoder, ranks.device, graphs=config.machine.graphs)
         step, model, ema = make_step(config, conditions, ranks, initial, teacher, space)
         state = RunState(asked, data, model, ema, step.update, step.metrics, step.noise_levels)
         if saved is not None:
@@ -168,7 +173,7 @@ def train(
             if run is not None and stop.signal is not None:  # all ranks have agreed on it
                 end = f"stopped by {stop.signal.name} at step {state.step:,}"
                 run.note(end)
-                progress.print(f"{end}; resume with: {_command()} --resume {run.path}")
+                progress.print(f"{end}; resume with: {_command(config)} --resume {run.path}")
             return stop.exit_code
         if run is not None:
             run.note(f"done at step {state.step:,}")
@@ -346,7 +351,9 @@ def _check_ranks(session: Session, state: RunState, saver: Saver) -> None:
             )
 
 
-def _command() -> str:
-    """What a user types to train: an installed fastdiff has a command of its own."""
+def _command(config: Config) -> str:
+    """What a user types to train: an installed fastdiff has commands of its own."""
     name = Path(sys.argv[0]).name
+    if config.autoencoder.factor:
+        return f"{'fastdiff' if name == 'fastdiff' else 'python -m fastdiff'} autoencoder"
     return name if name == "fastdiff-train" else "python train_cifar.py"

@@ -144,7 +144,7 @@ def test_a_replayed_step_draws_its_latents(captured_step):
     def moments(step, device="cpu"):
         return batch(step).repeat(1, 1, 1, 3)[:, ::2, ::2, :8].half() / 64 - 2
 
-    space = Latents(Autoencoder(AUTOENCODER), (0.1, 0.2, 0.3, 0.4), (0.5, 1.0, 1.5, 2.0))
+    space = Latents(Autoencoder(AUTOENCODER))
     net = replace(SMALL, image_size=4, image_channels=4)
     plain, replayed = (
         make(net=net, space=space) for make in (partial(make_step, kernels="triton", graphs=True), captured_step)

@@ -22,7 +22,7 @@ from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.runs import checkpoint
 from fastdiff.runs.latents import autoencoder_weights, with_latents
 from fastdiff.training import moments as moments_module
-from fastdiff.training.moments import latent_moments, with_statistics
+from fastdiff.training.moments import latent_moments
 from fastdiff.training.train import train
 from tests.evaluation.commands import call
 from tests.training.runs import assert_same_run, rows_of, stop_at
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def autoencoder(tiny_config, tmp_path):
     """The config of a run that trains an autoencoder."""
-    return tiny_config(root="auto", autoencoder=SHAPE, eval_steps=50, steps=10)
+    return tiny_config(root="auto", autoencoder=SHAPE, eval_steps=50, steps=10, eval_samples=50)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def trained(autoencoder, tmp_path):
 @pytest.fixture
 def latent(tiny_config, trained):
     """The config of a run in its latents."""
-    return tiny_config(latents=str(trained), steps=20)
+    return tiny_config(latents=str(trained), image_size=4, steps=20)
 
 
 def recorded(run, **flags):
@@ -76,7 +76,8 @@ def test_its_rows_are_of_the_images_that_are_drawn(autoencoder, tmp_path):
     assert train(autoencoder.replace(eval_samples=50)) == 0
     (row,) = [row for row in rows_of(tmp_path / "auto" / "1") if row["kind"] == "eval"]
     model = Autoencoder(SHAPE)
-    model.load_state_dict(checkpoint.load_latest(tmp_path / "auto" / "1" / "checkpoints").state["ema"])
+    saved = checkpoint.load_latest(tmp_path / "auto" / "1" / "checkpoints").state
+    model.load_state_dict(saved["ema"])
     x = torch.from_numpy(load_dataset(autoencoder.images.data, image_size=8).images)
     with torch.no_grad():
         mean, log_var = model.eval().encode(normalize(x))
@@ -84,8 +85,11 @@ def test_its_rows_are_of_the_images_that_are_drawn(autoencoder, tmp_path):
     assert row["value"] == pytest.approx(squared.mean().sqrt().item(), rel=1e-6)
     assert row["psnr"] == pytest.approx((10 * torch.log10(255**2 / squared)).mean().item(), rel=1e-6)
     assert row["latent_mean"] == pytest.approx(mean.mean().item(), abs=1e-6)
-    variance = mean.var(correction=0) + log_var.exp().mean()
-    assert row["latent_std"] == pytest.approx(variance.sqrt().item(), rel=1e-5)
+    std = (mean.movedim(1, 0).flatten(1).var(1, correction=0) + log_var.exp().mean((0, 2, 3))).sqrt()
+    assert row["latent_std"] == pytest.approx(std.mean().item(), rel=1e-5)
+    for state in (saved["ema"], saved["model"]):
+        torch.testing.assert_close(state["latent_std"], std)
+        torch.testing.assert_close(state["latent_mean"], mean.mean((0, 2, 3)))
 
 
 @pytest.mark.guarantee
@@ -134,13 +138,12 @@ def test_a_network_trains_and_draws_in_latents(latent, trained, tmp_path, capsys
 @pytest.mark.parametrize("flip", ["on", "off"])
 def test_what_the_loader_gives_is_what_the_encoder_gives(latent, trained, flip):
     """Of each image and each mirrored image, and with the mean 0 and the standard deviation 1 over all."""
-    config = with_latents(latent.replace(flip=flip), autoencoder_weights(latent, {}))
+    weights = autoencoder_weights(latent, {})
+    config = with_latents(latent.replace(flip=flip), weights)
     images = load_dataset(config.images.data, image_size=config.pixels)
-    weights = autoencoder_weights(config, {})
-    stored = latent_moments(weights, images, mirrored=flip == "on", root=config.images.data_root, device=CPU)
-    config = with_statistics(config, stored)
-    model = weights.make(CPU)
-    space = Latents(model, config.space.latent_mean, config.space.latent_std)
+    space = Latents(weights.make(CPU))
+    root = config.images.data_root
+    stored = latent_moments(space, images, sha256=weights.sha256, mirrored=flip == "on", root=root)
     both = [
         make_loader("resident", data, batch_size=20, seed=3, flip=flip == "on", start_step=2)
         for data in (images, stored)
@@ -149,17 +152,18 @@ def test_what_the_loader_gives_is_what_the_encoder_gives(latent, trained, flip):
         pixels, given = (next(loader) for loader in both)
         assert torch.equal(pixels.index, given.index)
         with torch.no_grad():
-            mean, log_var = model.encode(normalize(pixels.images))
+            mean, log_var = weights.make(CPU).encode(normalize(pixels.images))
         sampled = space.x0(space.sample(given.images, lambda shape: torch.zeros(shape)))
         half = torch.finfo(torch.float16).eps
         torch.testing.assert_close(sampled, space.encode(pixels.images), rtol=half, atol=8 * half)
-        noise = torch.ones(mean.shape).permute(0, 2, 3, 1)
-        moved = space.sample(given.images, lambda shape, noise=noise: noise) - mean.permute(0, 2, 3, 1)
-        torch.testing.assert_close(moved.permute(0, 3, 1, 2), (log_var / 2).exp(), rtol=0.02, atol=8 * half)
+        torch.testing.assert_close(sampled * space.std + space.mean, mean, rtol=half, atol=16 * half)
+        moved = space.x0(space.sample(given.images, torch.ones)) - sampled
+        torch.testing.assert_close(moved * space.std, (log_var / 2).exp(), rtol=0.02, atol=16 * half)
     views = torch.from_numpy(stored.images).flatten(0, 1)
     many = torch.cat([space.x0(space.sample(views, torch.randn)) for _ in range(40)])
-    torch.testing.assert_close(many.mean((0, 2, 3)), torch.zeros(4), atol=0.02, rtol=0)
-    torch.testing.assert_close(many.std((0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
+    exact = 0.02 if flip == "off" else 0.2  # it was measured on the images as they are
+    torch.testing.assert_close(many.mean((0, 2, 3)), torch.zeros(4), atol=exact, rtol=0)
+    torch.testing.assert_close(many.std((0, 2, 3)), torch.ones(4), atol=exact, rtol=0)
 
 
 def test_images_are_encoded_once(latent, trained, monkeypatch):
@@ -172,7 +176,10 @@ def test_images_are_encoded_once(latent, trained, monkeypatch):
 
 def test_normalised_latents_are_decoded_as_the_latents(trained, latent):
     weights = autoencoder_weights(latent, {})
-    space = Latents(weights.make(CPU), (0.1, -2.0, 3.0, 0.0), (0.5, 2.0, 1.0, 4.0))
+    model = weights.make(CPU)
+    model.latent_mean.copy_(torch.tensor([0.1, -2.0, 3.0, 0.0]))
+    model.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 4.0]))
+    space = Latents(model)
     images = torch.from_numpy(load_dataset(latent.images.data, image_size=8).images[:5])
     with torch.no_grad():
         mean, _ = weights.make(CPU).encode(normalize(images))
@@ -229,11 +236,15 @@ def test_another_or_a_missing_autoencoder_is_refused(latent, autoencoder, traine
     run = tmp_path / "working" / "1"
     sample = ("sample", "--checkpoint", run, "--n", 1, "--steps", 1, "--out", tmp_path / "one.png")
     moved = trained.rename(tmp_path / "moved")
+    assert call(*sample) == 0  # the run keeps a copy
+    shutil.rmtree(run / "autoencoder")
     capsys.readouterr()
     assert call(*sample) == 1
     assert "is not there; if the autoencoder has moved, add --autoencoder" in capsys.readouterr().err
     assert call(*sample, "--autoencoder", moved) == 0
     assert train(recorded(run, steps=21, latents=str(moved)), resume=run) == 0
+    assert call(*sample) == 0  # which has it again
+    shutil.rmtree(run / "autoencoder")
     train(autoencoder.replace(seed=1))  # in the place of the first
     assert trained.is_dir()
     capsys.readouterr()
@@ -248,6 +259,8 @@ def test_another_or_a_missing_autoencoder_is_refused(latent, autoencoder, traine
     assert "would decode nothing" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds a diffusion network, not an autoencoder"):
         train(latent.replace(latents=str(plain / "1")))
+    with pytest.raises(UserError, match="cannot add or drop --latents"):
+        train(recorded(plain / "1", latents=str(trained), steps=2), resume=plain / "1")
     for command in ("sample", "evaluate", "likelihood"):
         assert call(command, "--checkpoint", trained) == 1
         assert "holds an autoencoder, not a diffusion network" in capsys.readouterr().err
@@ -262,6 +275,10 @@ def test_networks_of_other_latents_do_not_mix(latent, autoencoder, trained, tmp_
     )  # fmt: skip
     with pytest.raises(UserError, match="latents of"):
         train(other)
+    started = latent.replace(init_from=str(tmp_path / "working" / "1"))
+    assert train(started.replace(steps=1)) == 0
+    with pytest.raises(UserError, match=r"was trained on latents of .* but this run trains on latents of"):
+        train(started.replace(latents=str(tmp_path / "auto" / "2")))
 
 
 def test_likelihood_says_that_it_is_of_latents(latent, tmp_path, capfd):
@@ -313,11 +330,16 @@ def test_an_autoencoder_is_exported_and_taken_back(autoencoder, latent, trained,
     expected = autoencoder_weights(latent, {})
     for folder in folders.values():
         found = autoencoder_weights(latent.replace(latents=str(folder)), {})
-        if critic and folder.name == "diffusers":  # which has none
-            assert not any(name.startswith("critic.") for name in found.state)
-        else:
-            assert found.sha256 == expected.sha256
-        assert found.config.widths == expected.config.widths
+        assert found.state.keys() == expected.state.keys()
+        assert not any(name.startswith("critic.") for name in found.state)
+        assert (found.sha256 == expected.sha256) == (folder.name == "safetensors")
+        images = torch.from_numpy(load_dataset(latent.images.data, image_size=8).images)
+        ours, theirs = (Latents(each.make(CPU)) for each in (expected, found))
+        torch.testing.assert_close(theirs.encode(images), ours.encode(images))
+        assert torch.equal(theirs.decode(ours.encode(images)), ours.decode(ours.encode(images)))
+        if folder.name == "diffusers":  # whose latents are normalised by its own convolutions
+            assert not theirs.mean.any()
+            assert (theirs.std == 1).all()
         assert train(latent.replace(latents=str(folder), steps=1)) == 0
 
 
@@ -328,6 +350,9 @@ def test_an_autoencoder_is_exported_and_taken_back(autoencoder, latent, trained,
         ({"autoencoder": SHAPE, "image_size": 10}, r"--image-size is 10, but must be a multiple of 4, with --factor 2"),
         ({"autoencoder": SHAPE, "eval_sampler": "heun"}, "--eval-sampler is 'heun', but must be left out"),
         ({"image_channels": 4}, "--image-channels is 4"),
+        ({"autoencoder": SHAPE, "conditional": True}, "--conditional or --text is for diffusion networks"),
+        ({"autoencoder": SHAPE, "latents": "x"}, "--latents is for diffusion networks"),
+        ({"autoencoder": SHAPE, "few_step": "flow-map", "objective": "flow"}, "--few-step is for diffusion networks"),
         ({"critic_weight": -1.0}, "--critic-weight is -1.0"),
         ({"critic_start": 5}, "--critic-start is 5, but must be left out without --critic-weight"),
     ],
@@ -363,7 +388,7 @@ def test_a_tiny_autoencoder_of_diffusers_serves_too(tiny_config, tmp_path, capsy
         num_decoder_blocks=(1, 1), latent_channels=4,
     )  # fmt: skip
     theirs.save_pretrained(tmp_path / "tiny")
-    config = tiny_config(latents=str(tmp_path / "tiny"), steps=2)
+    config = tiny_config(latents=str(tmp_path / "tiny"), image_size=4, steps=2)
     with pytest.raises(UserError, match="--pixels is 0, but must be given"):
         train(config)
     assert train(config.replace(pixels=8)) == 0
@@ -378,7 +403,55 @@ def test_a_tiny_autoencoder_of_diffusers_serves_too(tiny_config, tmp_path, capsy
     assert call("export", "--checkpoint", run, "--out", tmp_path / "out") == 1
     assert "AutoencoderTiny cannot be exported" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    file = tmp_path / "tiny" / "diffusion_pytorch_model.safetensors"
+    file = run / "autoencoder" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     assert call("sample", "--checkpoint", run, "--n", 1, "--out", tmp_path / "a.png") == 1
     assert "cannot be read as tensors" in capsys.readouterr().err
+
+
+def test_an_autoencoder_that_was_never_measured_is_refused(autoencoder, latent, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        train(autoencoder.replace(run_root=str(tmp_path / "early"), save_every=5))
+    with pytest.raises(UserError, match="has not been evaluated yet"):
+        train(latent.replace(latents=str(tmp_path / "early" / "1")))
+
+
+def test_flags_that_latents_set_are_not_passed_over(latent, tiny_config):
+    for name, value in (("image_size", 8), ("sigma_data", 0.7)):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}, but must be .*, by --latents"):
+            train(latent.replace(**{name: value}))
+
+
+def test_an_export_carries_its_autoencoder(latent, trained, tmp_path, monkeypatch):
+    train(latent.replace(steps=1))
+    assert (
+        call("export", "--checkpoint", tmp_path / "working" / "1", "--out", tmp_path / "out", "--to", "safetensors")
+        == 0
+    )
+    shutil.rmtree(trained)
+    shutil.rmtree(tmp_path / "working")
+    monkeypatch.chdir(tmp_path)
+    assert call("sample", "--checkpoint", tmp_path / "out", "--n", 1, "--steps", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_channels": "4"}, "latent_channels is '4', but must be a number above 0"),
+        ({"layers_per_block": None}, "layers_per_block is None"),
+        ({"sample_size": -8}, "sample_size is -8"),
+        ({"block_out_channels": [8]}, "must list the channels of two to five resolutions"),
+        ({"block_out_channels": [6, 12]}, "block_out_channels begins with 6"),
+        ({"block_out_channels": [8, 24]}, r"block_out_channels is \[8, 24\], but our autoencoder has \[8, 16\]"),
+        ({"scaling_factor": 0}, "scaling_factor is 0"),
+        ({"shift_factor": "x"}, "shift_factor is 'x'"),
+    ],
+)
+def test_a_foreign_autoencoder_that_ours_cannot_be_is_named(trained, latent, tmp_path, changes, message):
+    folder = tmp_path / "kl"
+    assert call("export", "--checkpoint", trained, "--out", folder) == 0
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(UserError, match=message):
+        autoencoder_weights(latent.replace(latents=str(folder)), {})
