@@ -56,6 +56,23 @@ PRESETS: dict[str, Config] = {
         eval_at_start=True,
         sigma_data=0.75,  # for --objective edm: digits have a mean of -0.38 and a standard deviation of 0.70
     ),
+    "quick-latent": on_cpu(
+        preset="quick-latent",
+        data="digits",
+        conditional=True,
+        net=UNetConfig(  # the two lower levels of `quick`; for the latents of quick-autoencoder
+            image_size=8,
+            channels=64,
+            channel_mult=(1, 1),
+            blocks_per_level=1,
+            attention_resolutions=(8, 4),
+            norm_groups=8,
+        ),
+        steps=600,
+        save_every=300,
+        eval_every=600,
+        eval_at_start=True,
+    ),
     "quick-consistency": on_cpu(
         preset="quick-consistency",
         data="digits",
