@@ -54,7 +54,7 @@ def helps():
     from fastdiff import cli
 
     yield "train_cifar.py", [lambda: train_cifar.parse(["--help"])]
-    commands = ("sample", "evaluate", "likelihood", "export", "show")
+    commands = ("sample", "evaluate", "likelihood", "export", "show", "autoencoder")
     yield "fastdiff", [lambda command=command: cli.main([command, "--help"]) for command in commands]
 
 
