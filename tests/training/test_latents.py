@@ -92,7 +92,6 @@ def test_its_rows_are_of_the_images_that_are_drawn(autoencoder, tmp_path):
         torch.testing.assert_close(state["latent_mean"], mean.mean((0, 2, 3)))
 
 
-@pytest.mark.guarantee
 @pytest.mark.parametrize("flags", [{}, {"kernels": "triton", "critic_weight": 0.1, "critic_start": 40}])
 def test_an_autoencoder_resumes_bit_for_bit(autoencoder, tmp_path, monkeypatch, flags):
     config = autoencoder.replace(eval_every=5, **flags)
@@ -189,7 +188,6 @@ def test_normalised_latents_are_decoded_as_the_latents(trained, latent):
     assert space.clip(torch.full((1,), 7.0)) == 7.0
 
 
-@pytest.mark.guarantee
 @pytest.mark.parametrize(
     "flags",
     [
@@ -208,7 +206,6 @@ def test_a_run_in_latents_resumes_bit_for_bit(latent, tmp_path, monkeypatch, fla
     assert_same_run(tmp_path / "working" / "1", tmp_path / "again" / "1")
 
 
-@pytest.mark.guarantee
 def test_classes_guidance_and_both_loaders_in_latents(latent, labelled, tmp_path):
     told = {"data": labelled("cat", "dog"), "conditional": True, "eval_guidance": 2.0, "steps": 6, "eval_every": 3}
     for root, loader in (("working", "resident"), ("dali", "dali")):
@@ -230,7 +227,6 @@ def test_fixed_buffers_train_the_same_in_latents(latent, tmp_path):
     assert_same_run(tmp_path / "a" / "1", tmp_path / "b" / "1")
 
 
-@pytest.mark.guarantee
 def test_another_or_a_missing_autoencoder_is_refused(latent, autoencoder, trained, tmp_path, monkeypatch, capsys):
     train(latent)
     run = tmp_path / "working" / "1"
