@@ -10,6 +10,7 @@ from fastdiff.data.datasets import load_dataset
 from fastdiff.data.loaders import batch_plan
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.errors import UserError
+from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
 from fastdiff.runtime.world import Ranks
@@ -177,3 +178,21 @@ def test_ranks_that_torchrun_did_not_start_are_refused(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but .*LOCAL_WORLD_SIZE is not set; start the ranks"):
         Ranks.launched("cpu", timeout=10)
+
+
+def test_two_ranks_train_an_autoencoder_and_in_its_latents_as_one(tiny_config, run_ranks, tmp_path):
+    shape = AutoencoderConfig(factor=2, base_channels=8, blocks=1)
+    auto = {"autoencoder": shape, "eval_steps": 50, "steps": 6, "eval_every": 6, "eval_samples": 30}
+    told = {"latents": str(tmp_path / "auto-1" / "1"), "image_size": 4, "steps": 6, "eval_every": 100}
+    for name, options in (("auto", auto), ("latents", {"net": dataclasses.replace(TINY, dropout=0.0), **told})):
+        found = {}
+        for ranks in (1, 2):
+            ended = run_ranks("train", tiny_config(f"{name}-{ranks}", **options), ranks=ranks)
+            assert ended.codes == [0] * ranks, ended.outputs
+            found[ranks] = [
+                {key: row[key] for key in ("loss", "value", "psnr", "latent_std") if key in row}
+                for row in rows(tmp_path / f"{name}-{ranks}" / "1")
+            ]
+        assert len(found[1]) == 6 + (name == "auto")
+        for one, two in zip(found[1], found[2], strict=True):
+            assert two == pytest.approx(one, rel=1e-5)
