@@ -33,7 +33,8 @@ REPO = Path(__file__).resolve().parent.parent
 FLOOR = (4.0, 6.0)  # bytes an element of a bf16 norm, forward (x, y) and backward (x, dy, dx)
 UPDATES = ("flat", "fused_adam", "groups", "optim", "radam", "torch_adam")
 SOURCES = (
-    "bench/step_variants.py", "bench/inductor_mock.py", "fastdiff/nets", "kernels",
+    "bench/step_variants.py", "bench/inductor_mock.py", "kernels",
+    *(f"fastdiff/nets/{name}.py" for name in ("fuse", "graph", "layers", "text", "unet")),
     *(f"fastdiff/training/{name}.py" for name in UPDATES),
 )  # fmt: skip
 

@@ -146,7 +146,8 @@ class Config:
         if ours.factor == 0:
             return
         for flag, given in (
-            ("conditional or --text", self.conditions.any), ("latents", self.space.latents is not None),
+            ("conditional", self.conditions.conditional), ("text", self.conditions.text != "none"),
+            ("latents", self.space.latents is not None),
             ("few-step", self.tuning.few_step != "none"),
         ):  # fmt: skip
             if given:

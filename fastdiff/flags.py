@@ -169,7 +169,7 @@ class Autoencoder:
     preset: PresetName
     """`autoencoder`, or `quick-autoencoder` for digits on a CPU: where the other fields' defaults come from."""
     image_size: int
-    """Height and width of the images, in pixels; a multiple of twice --factor."""
+    """Height and width of the images, in pixels; a multiple of --factor, and of twice --factor with --equivariance."""
     autoencoder: AutoencoderConfig
     images: ImagesConfig
     optim: OptimConfig

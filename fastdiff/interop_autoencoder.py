@@ -20,8 +20,8 @@ from fastdiff.nets.autoencoder import LOG_VAR, Autoencoder
 
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
-    (r"^encoder\.moments\.", "quant_conv."),
-    (r"^decoder\.latents\.", "post_quant_conv."),
+    (r"^encoder\.conv_moments\.", "quant_conv."),
+    (r"^decoder\.conv_latents\.", "post_quant_conv."),
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.0\.", ".mid_block.resnets.0."),
@@ -33,22 +33,7 @@ _RENAMES = [
     (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
     (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
 ]
-NAMES = [
-    (r"^encoder\.moments\.", "quant_conv."),
-    (r"^decoder\.latents\.", "post_quant_conv."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.(down|up)\.(\d+)\.\d+\.conv\.", r".\1_blocks.\2.\1samplers.0.conv."),
-    (r"\.(down|up)\.(\d+)\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
-    (r"(resnets\.\d+\.)(norm|conv)_([12])\.", r"\1\2\3."),
-    (r"(resnets\.\d+\.)shortcut\.", r"\1conv_shortcut."),
-    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
-    (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
-]
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-NAMES = ("AutoencoderKL", "AutoencoderTiny")
+CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ class TinyAutoencoder(nn.Module):
 def is_autoencoder(folder: Path) -> bool:
     """Whether the folder is one of a diffusers autoencoder, or of a pipeline with one."""
     folder = _part(folder)
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in NAMES
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in CLASSES
 
 
 def read_autoencoder(folder: Path) -> FoundAutoencoder:
@@ -119,7 +104,8 @@ def read_autoencoder(folder: Path) -> FoundAutoencoder:
     try:
         size = _number(settings, "sample_size", 0) if settings.get("sample_size") else 0
         if settings["_class_name"] == "AutoencoderTiny":
-            return FoundAutoencoder(_tiny_config(settings), theirs, size, settings)
+            state = {name: value.float() for name, value in theirs.items()}
+            return FoundAutoencoder(_tiny_config(settings), state, size, settings)
         config = _config(settings)
         state = _state(config, settings, theirs)
     except UserError as error:
@@ -136,7 +122,7 @@ def autoencoder_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
 def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> None:
     """Write a folder that `AutoencoderKL.from_pretrained` loads.
 
-    Each channel of its latents has mean 0 and standard deviation 1: its 1x1 convolutions take in those of ours.
+    Our mean and standard deviation are folded into its two 1x1 convolutions: its latents have mean 0 and deviation 1.
 
     Args:
         folder: made if missing.
@@ -150,11 +136,11 @@ def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> Non
     m, s, c = state["latent_mean"], state["latent_std"], model.config.latent_channels
     if not s.all():
         raise UserError("the autoencoder has not been evaluated yet; let it train to its first evaluation.")
-    weight, bias = ours["encoder.moments.weight"], ours["encoder.moments.bias"]
+    weight, bias = ours["encoder.conv_moments.weight"], ours["encoder.conv_moments.bias"]
     weight[:c] /= s[:, None, None, None]
     bias[:c] = (bias[:c] - m) / s
     bias[c:] -= 2 * s.log()
-    weight, bias = ours["decoder.latents.weight"], ours["decoder.latents.bias"]
+    weight, bias = ours["decoder.conv_latents.weight"], ours["decoder.conv_latents.bias"]
     bias += weight[:, :, 0, 0] @ m
     weight *= s[None, :, None, None]
     config, levels = model.config, len(model.config.widths)

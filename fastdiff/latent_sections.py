@@ -11,7 +11,7 @@ from fastdiff.checks import at_least, check_words, positive, require
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape and loss of an autoencoder, which `python -m fastdiff autoencoder` trains."""
+    """Shape and loss of an autoencoder, which `python -m fastdiff autoencoder` trains; factor 0: none."""
 
     factor: int = 0
     """How many times fewer pixels latents have in height and in width: 2, 4, 8 or 16."""
@@ -25,20 +25,19 @@ class AutoencoderConfig:
     """Distance of an image and its reconstruction: `l1`: absolute differences of pixels, at full, half and quarter
     resolution; `l2`: squared differences of pixels."""
     kl_weight: float = 1e-6
-    """Weight of the latents' divergence from a standard normal, both summed over an image and divided by its number of
-    values, as of Stable Diffusion's autoencoder."""
+    """Weight of the latents' divergence from a standard normal, which is summed over an image's latents and divided by
+    its 3 H W values, as Stable Diffusion's 1e-6 counts it."""
     equivariance: bool = True
     """Latents that are mirrored or halved in size must give the mirrored or halved image (EQ-VAE)."""
     critic_weight: float = 0.0
     """Weight of what a patch discriminator, trained beside the autoencoder, says of reconstructions; 0: none."""
     critic_start: int = 0
-    """Training images before it is listened to; it learns from the first."""
+    """Training images (steps times batch size) before it is listened to; it learns from the first."""
 
     def __post_init__(self) -> None:
         check_words(self)
         factor, base = self.factor, self.base_channels
-        require(factor == 0 or (factor > 1 and factor.bit_count() == 1), "factor", factor, "2, 4, 8 or 16")
-        require(factor <= 16, "factor", factor, "at most 16")
+        require(factor in (0, 2, 4, 8, 16), "factor", factor, "2, 4, 8 or 16")
         at_least(1, "latent_channels", self.latent_channels)
         at_least(1, "blocks", self.blocks)
         require(base >= 4 and base % 4 == 0, "base_channels", base, "a multiple of 4")
@@ -59,7 +58,7 @@ class AutoencoderConfig:
 
     @property
     def norm_groups(self) -> int:
-        """Groups of each GroupNorm: four channels each, at most 32 groups."""
+        """Groups of each GroupNorm: four channels each at the images' resolution, at most 32 groups."""
         return min(32, self.base_channels // 4)
 
 
@@ -71,7 +70,7 @@ class LatentsConfig:
     """A run of `python -m fastdiff autoencoder`, a checkpoint of one, or the folder of a diffusers AutoencoderKL or
     AutoencoderTiny: the network works in its latents, which set --image-size, --image-channels and --sigma-data."""
     pixels: int = 0
-    """Height and width of the images that --latents encodes; 0: as those that the autoencoder was trained on."""
+    """With --latents: height and width of the images; 0: as those that the autoencoder was trained on."""
     autoencoder_sha256: tyro.conf.Fixed[str] = ""
     """Of the autoencoder's weights."""
 

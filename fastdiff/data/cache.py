@@ -7,6 +7,7 @@ Large arrays are mapped: they stay on the disk, and the system keeps in memory w
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fastdiff.errors import UserError
 
@@ -91,8 +93,8 @@ def _cached(
         for old in path.parent.glob(outdated) if outdated else ():
             if old != path:
                 old.unlink(missing_ok=True)
-        if any(isinstance(array, np.memmap) for array in pack(built).values()):
-            built = unpack(_read(path))  # the file without a name goes
+        if any(array.nbytes >= MAPPED for array in pack(built).values()):
+            built = unpack(_read(path))  # mapped; the file without a name goes
     except OSError as error:
         log.warning("%s cannot be written (%s); what it would hold is made anew each time", path, error)
     return built
@@ -139,27 +141,32 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def new_images(n: int, size: int, folder: Path | None = None) -> np.ndarray:
-    """An uninitialised uint8 array (n, size, size, 3); a large one in a file in the folder that has no name.
+    """An uninitialised uint8 array (n, size, size, 3), see `new_array`."""
+    return new_array((n, size, size, 3), np.uint8, folder, f"{n:,} images of {size} x {size}")
+
+
+def new_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None, what: str) -> np.ndarray:
+    """An uninitialised array; a large one in a file in the folder that has no name, where there is room for it.
 
     Raises:
-        UserError: the memory, or the disk, does not suffice.
+        UserError: the memory does not suffice; says what needs how much.
     """
-    needed = n * size * size * 3
-    gigabytes = f"{n:,} images of {size} x {size} need {needed / 2**30:.1f} GiB"
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    told = f"{what} need {needed / 2**30:.1f} GiB"
     if needed >= MAPPED and folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < 2 * needed:  # this file, and the one that it is copied into
-            raise UserError(
-                f"{gigabytes} twice, for a moment, in {folder}, where {free / 2**30:.1f} are free: free some, name "
-                "another disk by --data-root, or choose a smaller image size"
-            )
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return np.memmap(file, np.uint8, "w+", shape=(n, size, size, 3))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if free >= 2 * needed:  # this file, and the one that it is copied into
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    return np.memmap(file, dtype, "w+", shape=shape)
+            log.warning("%s twice in %s, where %.1f are free; memory is used", told, folder, free / 2**30)
+        except OSError as error:
+            log.warning("%s cannot be written (%s); memory is used", folder, error)
     try:
-        return np.empty((n, size, size, 3), dtype=np.uint8)
+        return np.empty(shape, dtype)
     except (MemoryError, ValueError) as error:
-        raise UserError(f"{gigabytes}: choose a smaller image size") from error
+        raise UserError(f"{told}: choose a smaller image size, or name a disk with room by --data-root") from error
 
 
 def _write(path: Path, arrays: Arrays) -> None:

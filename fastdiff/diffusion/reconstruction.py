@@ -57,8 +57,8 @@ class Reconstruction:
     what the critic says of its images; the critic, by gradients of its own, tells them apart, and its slope at real
     images is held small (R1, Mescheder et al. 2018, by a difference in place of a second derivative).
 
-    It stands in the place of an `Objective` in a training step, where t is a random number that decides how each image
-    is mirrored, and eps the latents' noise.
+    It stands in the place of an `Objective` in a training step. There are no noise levels: t, in [0, 1), only picks one
+    of four ways to mirror, and eps holds the latents' noise.
 
     Args:
         distance: a name in DISTANCES.
@@ -81,7 +81,7 @@ class Reconstruction:
         self.equivariance, self.latent_shape = equivariance, latent_shape
         self.critic_weight, self.critic_start = critic_weight, critic_start
         self.critic: Callable[..., Tensor] | None = None
-        self.heard = torch.zeros((), device=device)  # the critic's weight now, on the device
+        self.weight_now = torch.zeros((), device=device)  # of what the critic says of reconstructions
 
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -91,7 +91,7 @@ class Reconstruction:
 
     def advance(self, images: int) -> None:
         """The critic is heard from `critic_start` images on."""
-        self.heard.fill_(self.critic_weight if images >= self.critic_start else 0.0)
+        self.weight_now.fill_(self.critic_weight if images >= self.critic_start else 0.0)
 
     def log_snr(self, t: Tensor) -> None:
         """There are no noise levels."""
@@ -103,7 +103,7 @@ class Reconstruction:
             model: `model(x, noise, mirrored=)` as of `Autoencoder`.
             x0: (N, 3, H, W) in [-1, 1].
             t: (N,) from `sample_t`.
-            eps: (N, 3, H, W) standard normal, of which the latents take as many as they have values.
+            eps: (N, 3, H, W) standard normal: the first values are the latents' noise, all probe the critic.
         """
         c, h, w = self.latent_shape
         noise = eps.flatten(1)[:, : c * h * w].unflatten(1, (c, h, w))
@@ -115,18 +115,19 @@ class Reconstruction:
         loss = self.distance(whole.to(x0.dtype), x0) + self.kl_weight * kl / x0[0].numel()
         if self.equivariance:
             loss = loss + HALVED * self.distance(half.to(x0.dtype), F.avg_pool2d(x0, 2))
-        return loss if self.critic is None else loss + self._played(self.critic, whole, x0, eps)
+        return loss if self.critic is None else loss + self._adversarial(self.critic, whole, x0, eps)
 
-    def _played(self, critic: Callable[..., Tensor], fake: Tensor, real: Tensor, eps: Tensor) -> Tensor:
-        """What decoder and critic lose (N,), each with gradients of its own."""
+    def _adversarial(self, critic: Callable[..., Tensor], fake: Tensor, real: Tensor, eps: Tensor) -> Tensor:
+        """What critic and decoder lose (N,), each with gradients of its own."""
 
         def mean(scores: Tensor) -> Tensor:
             return scores.to(real.dtype).flatten(1).mean(1)
 
-        of_real, of_near = critic(real), critic(real + SLOPE_STEP * eps)
-        slope = (of_near - of_real).to(real.dtype).square() / SLOPE_STEP**2
-        told_apart = mean(F.relu(1 - of_real)) + mean(F.relu(1 + critic(fake.detach())))
-        return told_apart + PENALTY * mean(slope) - self.heard * mean(critic(fake, frozen=True))
+        of_real, of_perturbed = critic(real), critic(real + SLOPE_STEP * eps)
+        squared_slope = (of_perturbed - of_real).to(real.dtype).square() / SLOPE_STEP**2
+        hinge = mean(F.relu(1 - of_real)) + mean(F.relu(1 + critic(fake.detach())))
+        opinion = mean(critic(fake, frozen=True))
+        return hinge + PENALTY * mean(squared_slope) - torch.where(self.weight_now > 0, self.weight_now * opinion, 0.0)
 
 
 def mirror(x: Tensor, mirrored: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class Trained:
     @cached_property
     def autoencoder(self) -> AutoencoderWeights | None:
         """Of a network that works in latents. Raises UserError if it is missing, or another one than the run's."""
-        return autoencoder_weights(self.config, self.saved, home=self.run or self.path, moved=self.moved)
+        home = self.run or self.path
+        return autoencoder_weights(self.config, self.saved, home=home, moved=self.moved, flag="--autoencoder")
 
     @cached_property
     def space(self) -> Space:

@@ -72,7 +72,7 @@ class ReconstructionEvaluator:
             self.distance.reset()
         mine = range(self.ranks.rank * self.batch_size, n, self.ranks.size * self.batch_size)
         rounds = -(-n // (self.ranks.size * self.batch_size))
-        starts = [*mine, *[None] * (rounds - len(mine))]  # as often on every rank
+        starts = [*mine, *[None] * (rounds - len(mine))]  # so that all ranks meet as often
         with bar("reconstructing", n) if self.ranks.is_main else nullcontext(lambda done: None) as tell:
             for start in starts:
                 try:

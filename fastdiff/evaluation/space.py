@@ -21,15 +21,15 @@ class Space(Protocol):
     """Between stored images and the x0 that a network sees, (N, C, H, W)."""
 
     def sample(self, batch: Tensor, normal: Normal) -> Tensor:
-        """A batch of a loader as (N, H, W, C), all that is random in it drawn."""
+        """A batch of a loader as (N, H, W, C): latents are drawn from their moments here, outside the compiled loss."""
         ...
 
     def x0(self, batch: Tensor) -> Tensor:
-        """What the network sees of a batch from `sample`: (N, C, H, W), float32, channels_last."""
+        """What the network sees of a batch from `sample`: (N, C, H, W), float32, channels_last; compiled."""
         ...
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the network sees of images, uint8 (N, H, W, 3); what is random is drawn if there is a generator."""
+        """What the network sees of raw images, uint8 (N, H, W, 3), for commands and figures; drawn by the generator."""
         ...
 
     def clip(self, x0_hat: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Latents:
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log variance of the latents (N, 2 C, h, w) of images (N, 3, H, W) in [-1, 1]."""
         mean, log_var = self.autoencoder.encode(x)
-        return torch.cat([(mean - self.mean) / self.std, log_var - 2 * self.std.log()], 1)
+        return torch.cat([(mean - self.mean) / self.std, log_var - 2 * self.std.log()], 1)  # variance / std^2
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The means of their latents, or with a generator random latents."""

@@ -37,13 +37,13 @@ class Encoder(nn.Module):
         self.middle = middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
-        self.moments = nn.Conv2d(moments, moments, 1)
+        self.conv_moments = nn.Conv2d(moments, moments, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.moments(self.conv_out(F.silu(self.norm_out(self.middle(h)))))
+        return self.conv_moments(self.conv_out(F.silu(self.norm_out(self.middle(h)))))
 
 
 class Decoder(nn.Module):
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths, groups = config.widths[::-1], config.norm_groups
-        self.latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.conv_latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = middle(widths[0], groups)
         self.up = nn.ModuleList()
@@ -62,10 +62,10 @@ class Decoder(nn.Module):
             last = len(self.up) == len(widths) - 1
             self.up.append(nn.Sequential(*blocks, *([] if last else [Upsample(width)])))
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = zeroed(nn.Conv2d(widths[-1], 3, 3, padding=1))  # so grey images have one weight for all colours
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], 3, 3, padding=1))  # so all colours of grey images stay equal
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.middle(self.conv_in(self.latents(z)))
+        h = self.middle(self.conv_in(self.conv_latents(z)))
         for level in self.up:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
         Args:
             x: (N, 3, H, W) in [-1, 1].
             noise: shaped like the latents, standard normal.
-            mirrored: (N, 2) bool, which latents are mirrored left to right, and upside down, with equivariance.
+            mirrored: (N, 2) bool, whether to flip left to right, and upside down; unused without equivariance.
 
         Returns:
             The images of the latents, mirrored; those of the latents halved in size, None without equivariance; the

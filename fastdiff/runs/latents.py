@@ -1,7 +1,8 @@
 """The autoencoder of a run that works in latents: known by its weights, and kept in the run."""
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from fastdiff.checks import require
 from fastdiff.config import Config
 from fastdiff.errors import UserError
-from fastdiff.interop import WEIGHTS
-from fastdiff.interop_autoencoder import TinyAutoencoder, is_autoencoder, read_autoencoder
+from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors
+from fastdiff.interop_autoencoder import TinyAutoencoder, autoencoder_shapes, is_autoencoder, read_autoencoder
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.presets import PRESETS
@@ -22,6 +23,7 @@ from fastdiff.runs.outputs import complete_folder
 from fastdiff.runs.run import json_text
 from fastdiff.runs.weights import expanded, read_trained, weights_sha256
 
+OURS = "fastdiff.Autoencoder"  # the _class_name of what `AutoencoderWeights.save` writes
 FOLDER = "autoencoder"  # in a run, and in a folder of `export --to safetensors`
 
 
@@ -61,27 +63,30 @@ class AutoencoderWeights:
 
     def save(self, folder: Path) -> None:
         """Write it into a new folder, as `autoencoder_weights` reads it."""
-        state = {name: value.contiguous() for name, value in self.state.items()}
+        values = self.tiny or {"_class_name": OURS, "pixels": self.pixels, **asdict(self.config)}
         with complete_folder(folder) as made:
-            if self.tiny is not None:
-                save_file(state, made / WEIGHTS[0])
-                values = self.tiny
-            else:
-                save_file(state, made / "model.safetensors", metadata={"step": "0"})
-                size = self.pixels or self.config.factor
-                values = PRESETS["autoencoder"].replace(autoencoder=self.config, image_size=size).to_dict()
+            save_file({name: value.contiguous() for name, value in self.state.items()}, made / WEIGHTS[0])
             write_atomically(made / "config.json", json_text(values).encode())
 
 
 def autoencoder_weights(
-    config: Config, saved: Mapping[str, Any], *, home: Path | None = None, moved: Path | None = None
+    config: Config,
+    saved: Mapping[str, Any],
+    *,
+    home: Path | None = None,
+    moved: Path | None = None,
+    flag: str = "--latents",
 ) -> AutoencoderWeights | None:
     """The autoencoder that `--latents` names, if it names one.
+
+    Tried are the copy in the run, where it lay, and the name, in this order, until one has the weights that the run
+    knows; or only what a user names now.
 
     Args:
         saved: the state of the checkpoint to go on from, or to draw from, which knows where it lay; {} for a new run.
         home: the run, or the exported folder, that may keep a copy.
         moved: where a user says that it lies.
+        flag: by which a user can say so, for messages.
 
     Raises:
         UserError: it cannot be read, is another one than before, or was never measured; or a run would begin, or cease,
@@ -95,43 +100,53 @@ def autoencoder_weights(
         if moved is not None:
             raise UserError(f"--autoencoder {moved} would decode nothing: this network draws pixels; drop it.")
         return None
-    places = [str(moved)] if moved is not None else [named]
-    if moved is None and named == before and saved:
-        places = [saved.get("autoencoder_path", named), named]
-    if moved is None and home is not None:
-        places = [str(home / FOLDER), *places]
-    flag = "--latents" if moved is None else "--autoencoder"
-    there = [path for path in (expanded(place, flag) for place in places) if path.exists()]
-    if not there:
-        add = "--autoencoder" if home is not None or moved is not None else "--latents"
-        raise UserError(f"{flag} {places[-1]} is not there; if the autoencoder has moved, add {add} and its new place.")
-    for path in there:
-        found = _read(path, flag)
+    places = [named if moved is None else str(moved)]
+    if moved is None and named == before and home is not None:
+        places = [str(home / FOLDER), saved.get("autoencoder_path", named), named]
+    problem = f"the autoencoder {places[-1]} is not there; if it has moved, add {flag} and its new place."
+    for path in dict.fromkeys(expanded(place, flag) for place in places):
+        if not path.exists():
+            continue
+        try:
+            found = _read(path)
+        except UserError as error:
+            problem = str(error)
+            continue
         if known in ("", found.sha256):
-            break
-    else:
-        raise UserError(
-            f"{flag} {path} is another autoencoder than the one whose latents the network has learned; restore it."
-        )
-    if not found.tiny and not found.state["latent_std"].all():
-        raise UserError(
-            f"{flag} {path} has not been evaluated yet, so that the mean and standard deviation of its latents are "
-            "unknown; let it train to its first evaluation (--eval-every)."
-        )
-    return found
+            return found
+        problem = f"{path} is another autoencoder than the one whose latents the network has learned; restore it."
+    raise UserError(problem)
 
 
-def _read(path: Path, flag: str) -> AutoencoderWeights:
+def _read(path: Path) -> AutoencoderWeights:
+    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if settings.get("_class_name") == OURS:
+        values = {name: value for name, value in settings.items() if name != "_class_name"}
+        try:
+            pixels, config = values.pop("pixels"), AutoencoderConfig(**values)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path / 'config.json'} is of another version ({error}); restore it.") from error
+        state = read_tensors(path / WEIGHTS[0])
+        check_shapes(state, autoencoder_shapes(config))
+        return AutoencoderWeights(config, state, pixels, path, weights_sha256(state))
     if is_autoencoder(path):
         found = read_autoencoder(path)
-        sha256 = weights_sha256(found.state)
+        settings = ("scaling_factor", "shift_factor", "act_fn")  # which a tiny one's weights do not hold
+        more = "" if found.tiny is None else str([found.tiny.get(name) for name in settings])
+        sha256 = weights_sha256(found.state, more)
         return AutoencoderWeights(found.config, found.state, found.pixels, path, sha256, found.tiny)
     trained = read_trained(path)
     if trained.config.autoencoder.factor == 0:
         raise UserError(
-            f"{flag} {path} holds a diffusion network, not an autoencoder; train one by `python -m fastdiff "
-            "autoencoder`."
+            f"{path} holds a diffusion network, not an autoencoder; train one by `python -m fastdiff autoencoder`."
         )
+    if not trained.state["latent_std"].all():
+        raise UserError(
+            f"{path} has not been evaluated yet, so that the mean and standard deviation of its latents are unknown; "
+            "let it train to its first evaluation (--eval-every)."
+        )
+    if (evaluated := trained.rest.get("evaluated", trained.step)) != trained.step:
+        print(f"{path}: its latents were measured at step {evaluated:,}, not at {trained.step:,}", file=sys.stderr)
     config = replace(trained.config.autoencoder, critic_weight=0.0, critic_start=0)
     state = {name: value for name, value in trained.state.items() if not name.startswith("critic.")}
     return AutoencoderWeights(config, state, trained.config.pixels, trained.path, weights_sha256(state))

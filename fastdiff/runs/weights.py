@@ -28,9 +28,9 @@ def expanded(path: str, flag: str) -> Path:
         raise UserError(f"{flag} {path}: {error}; give the whole path.") from error
 
 
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names and values."""
-    digest = hashlib.sha256()
+def weights_sha256(state: Mapping[str, Tensor], more: str = "") -> str:
+    """SHA-256 (hex) of names and values, and of more that counts."""
+    digest = hashlib.sha256(more.encode())
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -88,6 +88,8 @@ def make_step(
     if initial is not None:
         new = {name: v for name, v in model.state_dict().items() if name.startswith(("span.", "critic."))}
         model.load_state_dict(new | initial.state)  # which may lack them
+        if isinstance(model, Autoencoder):
+            model.latent_std.zero_()  # not measured yet
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(

@@ -30,7 +30,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 class TrainStep:
-    """batch -> x0 -> t, eps -> loss under autocast -> backward -> clip -> optimizer -> EMA.
+    """batch -> t, eps -> x0 -> loss under autocast -> backward -> clip -> optimizer -> EMA.
 
     A call has a part on the host, which seeds the generators and writes what changes from step to step (batch, step
     number, learning rate, decay) to the device, and a body that depends on nothing else, so that a CUDA graph can
@@ -58,8 +58,8 @@ class TrainStep:
             must be made with accumulate=True.
         conditions: what the network is told about an image by its index in the set.
         encoder: turns the bytes of captions into tokens, trained with the network as its part `text`.
-        space: what x0 is of a batch: its pixels, or latents.
-        critic: an autoencoder's, trained with it as its part `critic`.
+        space: turns a batch into x0.
+        critic: an autoencoder's discriminator, its part `critic`, trained in the same step; `objective` gets it.
     """
 
     def __init__(
@@ -133,10 +133,11 @@ class TrainStep:
         return {**cond, "text": text, "text_mask": mask}
 
     def _judge(self, images: Tensor, frozen: bool = False) -> Tensor:
-        """What the critic says, with or without a gradient of its weights."""
+        """What the critic says, with or without a gradient of its weights; in float32, as slopes are differences."""
         assert self.critic is not None
         weights = {n: w.detach() if frozen else w for n, w in self._weights_of(CRITIC).items()}
-        return functional_call(self.critic, weights, (images,))
+        with torch.autocast(images.device.type, enabled=False):
+            return functional_call(self.critic, weights, (images.to(next(iter(weights.values())).dtype),))
 
     def _weights_of(self, part: str) -> dict[str, Tensor]:
         return {n.removeprefix(part): w for n, w in self.update.weights.items() if n.startswith(part)}

@@ -150,7 +150,7 @@ def test_large_arrays_stay_on_the_disk(tmp_path, monkeypatch):
     assert cached(path, lambda: Decoded(IMAGES + 1, None, {})).images[0, 0, 0, 0] == 1  # compressed: made again
 
 
-def test_what_is_decoded_for_the_disk_is_decoded_on_the_disk(tmp_path, monkeypatch):
+def test_what_is_decoded_for_the_disk_is_decoded_on_the_disk(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cache, "MAPPED", 1)
     images = cache.new_images(3, 4, tmp_path / "new")
     assert isinstance(images, np.memmap)
@@ -162,5 +162,11 @@ def test_what_is_decoded_for_the_disk_is_decoded_on_the_disk(tmp_path, monkeypat
     assert read.filename == tmp_path / "set.npz"
     assert (read == 7).all()
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=287))
-    with pytest.raises(UserError, match=r"3 images of 4 x 4 need 0.0 GiB twice, for a moment, in .*--data-root"):
-        cache.new_images(3, 4, tmp_path)
+    assert not isinstance(cache.new_images(3, 4, tmp_path), np.memmap)
+    assert "3 images of 4 x 4 need 0.0 GiB twice in" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "MAPPED", 1)
+    assert not isinstance(cache.new_images(3, 4, tmp_path / "set.npz" / "new"), np.memmap)
+    assert "cannot be written" in caplog.text
+    with pytest.raises(UserError, match=r"images of 99 x 99 need .* GiB: choose a smaller image size"):
+        cache.new_images(10**12, 99)

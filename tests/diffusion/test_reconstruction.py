@@ -154,9 +154,9 @@ def test_decoder_and_critic_have_gradients_of_their_own():
     gradients = {}
     for heard in (0.0, 0.3):
         loss = Reconstruction("l2", **shape, critic_weight=0.3, critic_start=100)
-        loss.heard = loss.heard.double()
+        loss.weight_now = loss.weight_now.double()
         loss.advance(100 if heard else 99)
-        assert loss.heard == heard
+        assert loss.weight_now == heard
         loss.critic = critic
         total = loss.loss(model, real, torch.zeros(4), eps).sum()
         gradients[heard] = torch.autograd.grad(total, [fake, weight])
@@ -181,5 +181,5 @@ def test_the_slope_is_the_squared_gradient_at_real_images():
     eps = torch.randn(20_000, 3, 8, 8).double()
     loss = Reconstruction("l2", kl_weight=1.0, equivariance=False, latent_shape=(3, 1, 1))
     fake = torch.zeros(20_000, 3, 8, 8).double()
-    played = loss._played(critic, fake, real.expand_as(fake) * 0, eps) - 6
+    played = loss._adversarial(critic, fake, real.expand_as(fake) * 0, eps) - 6
     assert (played.mean() / PENALTY).item() == pytest.approx(weight.square().sum().item(), rel=0.05)

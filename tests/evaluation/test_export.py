@@ -132,7 +132,7 @@ def test_an_export_that_fails_leaves_an_empty_folder_empty(run, tmp_path, monkey
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("fastdiff.evaluation.commands.write_atomically", full)
+    monkeypatch.setattr("fastdiff.evaluation.exporting.write_atomically", full)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new"):
         assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 1
