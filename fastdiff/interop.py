@@ -86,7 +86,7 @@ def state_from_diffusers(
     if len(modern) < len(theirs):
         raise UserError("the weights have parts of attention under both their old names (query) and the new (to_q).")
     for name, value in modern.items():  # attention of autoencoders was made of 1x1 convolutions once
-        if value.ndim == 4 and expected.get(name) == tuple(value.shape[:2]):
+        if isinstance(value, Tensor) and value.ndim == 4 and expected.get(name) == tuple(value.shape[:2]):
             modern[name] = value.flatten(1)
     check_shapes(modern, expected)
     return {name: torch.cat([modern[other] for other in others]) for name, others in names.items()}

@@ -232,17 +232,17 @@ def test_no_two_parameters_share_the_memory_of_their_gradients(backend):
 
 @pytest.mark.lab
 @pytest.mark.parametrize(
-    ("device", "backend"),
+    ("device", "backend", "blocks"),
     [
-        ("cpu", "aot_eager"),  # graph breaks and recompiles as with Inductor, without minutes of C++ compilation
-        pytest.param("cpu", "inductor", marks=pytest.mark.slow),
-        pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
+        ("cpu", "aot_eager", 1),  # graph breaks and recompiles as with Inductor, without minutes of C++ compilation
+        pytest.param("cpu", "inductor", 2, marks=pytest.mark.slow),
+        pytest.param("cuda", "inductor", 2, marks=pytest.mark.gpu),
     ],
 )
-def test_the_cifar10_network_compiles_as_one_graph_and_never_again(device, backend):
-    """Forward, backward and dropout by the fused kernel, in the published size."""
+def test_the_cifar10_network_compiles_as_one_graph_and_never_again(device, backend, blocks):
+    """Forward, backward and dropout by the fused kernel, in the published size, or with one block a level."""
     torch._dynamo.reset()
-    net = UNet(PUBLISHED).to(device)
+    net = UNet(dataclasses.replace(PUBLISHED, blocks_per_level=blocks)).to(device)
     compiled, parameters = torch.compile(fuse(net), fullgraph=True, backend=backend), list(net.parameters())
     x, t = batch(PUBLISHED, 2, device)
     gradients = trained_once(compiled, parameters, x, t)
