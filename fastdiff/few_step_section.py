@@ -41,7 +41,7 @@ class TuningConfig:
     """Guidance scale w of the teacher, which its student then has built in; 1: none."""
     last_level: float = 0.821
     """sigma / alpha at which the last of several steps of the sampler consistency starts; other data have another best
-    one, such as 3 for digits."""
+    one, such as 2 for digits."""
 
     def __post_init__(self) -> None:
         check_words(self)

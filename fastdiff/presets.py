@@ -89,7 +89,7 @@ PRESETS: dict[str, Config] = {
         eval_sampler="consistency",
         eval_steps=2,
         eval_few_steps=(1, 4),
-        last_level=3.0,
+        last_level=2.0,
     ),
     "consistency-cifar10": few_steps(
         preset="consistency-cifar10", **TUNED, steps=8000, dropout=0.2, ema_decay=0.9993, flip="off", huber_c=1e-6
