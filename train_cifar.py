@@ -1,16 +1,14 @@
 """Train: `python train_cifar.py [--preset NAME] [--any-config-field VALUE ...] [--resume RUN_DIR]`."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from fastdiff.cli import defaults, run_command, told_once
+from fastdiff.cli import defaults, run_command, start_training, told_once
 from fastdiff.config import Config
 from fastdiff.errors import UsageError
-from fastdiff.runs.run import open_run
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,7 @@ def main() -> int:
         flags = parse(sys.argv[1:])
         if flags.config.autoencoder.factor:
             raise UsageError("--preset or --resume names an autoencoder; train it by `python -m fastdiff autoencoder`.")
-    # torch takes seconds to import, which --help need not wait for, nor who names a run that is in use.
-    run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
-    from fastdiff.training.train import train
-
-    return train(flags.config, resume=run)
+    return start_training(flags.config, flags.resume)
 
 
 def run() -> int:

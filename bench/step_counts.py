@@ -133,7 +133,7 @@ class Options:
     """What the network is told: ten classes, or text by an encoder of bytes, 256 wide with 4 blocks. These counts are
     printed only."""
     image_size: int = 32
-    """Height and width of what the network sees; other counts than those of 32 pixels are printed only."""
+    """Height and width of what the network sees. Only counts of 32x32 pixels are written."""
     image_channels: int = 3
     """Channels of what the network sees."""
     small: bool = False

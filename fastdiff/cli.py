@@ -133,18 +133,24 @@ def defaults(arguments: list[str], preset: str = "ddpm-cifar10") -> Config:
 def train_autoencoder(arguments: list[str]) -> int:
     """Parse the flags of `python -m fastdiff autoencoder`, train, and return the exit code."""
     with told_once():
-        config = defaults(arguments, "autoencoder")
-        if config.autoencoder.factor == 0:
-            raise UsageError("--preset or --resume names a diffusion network; train it by `python train_cifar.py`.")
-        prog = f"{_prog()} autoencoder"
+        config, prog = defaults(arguments, "autoencoder"), f"{_prog()} autoencoder"
         flags = tyro.cli(
             Autoencoder, default=Autoencoder.of(config), args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
         )
         config = flags.over(config)
         if config.autoencoder.factor == 0:
-            raise UsageError("--factor is 0, but must be 2, 4, 8 or 16.")
-    run = open_run(flags.resume) if flags.resume is not None and os.environ.get("RANK", "0") == "0" else None
-    from fastdiff.training.train import train  # torch takes seconds to import, which --help need not wait for
+            raise UsageError(
+                "--factor is 0, as of a diffusion network, which you train by `python train_cifar.py`; name a preset "
+                "or a run of an autoencoder, or give --factor 2, 4, 8 or 16."
+            )
+    return start_training(config, flags.resume)
+
+
+def start_training(config: Config, resume: Path | None) -> int:
+    """Train, and return the exit code."""
+    # torch takes seconds to import, which --help need not wait for, nor who names a run that is in use.
+    run = open_run(resume) if resume is not None and os.environ.get("RANK", "0") == "0" else None
+    from fastdiff.training.train import train
 
     return train(config, resume=run)
 
@@ -160,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         return train_autoencoder(given[1:])
     flags = tyro.extras.subcommand_cli_from_dict(
         {**COMMANDS, "autoencoder": Autoencoder},
-        description="Use what a training run has saved. Train by `python train_cifar.py`, installed: `fastdiff-train`.",
+        description="Use what a training run has saved, or train an autoencoder. Networks are trained by "
+        "`python train_cifar.py`, installed: `fastdiff-train`.",
         prog=_prog(),
         args=arguments,
     )

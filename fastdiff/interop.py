@@ -29,6 +29,14 @@ from fastdiff.nets.unet import UNet
 
 Renames = Sequence[tuple[str, str]]
 
+# Within residual blocks and attentions, once these have diffusers' names.
+BLOCKS = [
+    (r"(resnets\.\d+\.)(norm|conv)_([12])\.", r"\1\2\3."),
+    (r"(resnets\.\d+\.)embedding\.", r"\1time_emb_proj."),
+    (r"(resnets\.\d+\.)shortcut\.", r"\1conv_shortcut."),
+    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
+    (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
+]
 # Parts that are the same in both, ours -> diffusers', applied in this order to a parameter's name.
 _RENAMES = [
     (r"^time\.", "time_embedding."),
@@ -40,11 +48,7 @@ _RENAMES = [
     (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
     (r"^(down|up)\.(\d+)\.attention\.(\d+)\.", r"\1_blocks.\2.attentions.\3."),
     (r"^(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
-    (r"(resnets\.\d+\.)(norm|conv)_([12])\.", r"\1\2\3."),
-    (r"(resnets\.\d+\.)embedding\.", r"\1time_emb_proj."),
-    (r"(resnets\.\d+\.)shortcut\.", r"\1conv_shortcut."),
-    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
-    (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
+    *BLOCKS,
 ]
 # What older versions of diffusers called the parts of attention, as in the files of google/ddpm-cifar10-32.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

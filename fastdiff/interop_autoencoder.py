@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
-from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors, state_from_diffusers, state_to_diffusers
+from fastdiff.interop import (
+    BLOCKS,
+    WEIGHTS,
+    check_shapes,
+    read_json,
+    read_tensors,
+    state_from_diffusers,
+    state_to_diffusers,
+)
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import LOG_VAR, Autoencoder
 
@@ -28,10 +36,7 @@ _RENAMES = [
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
     (r"\.(down|up)\.(\d+)\.\d+\.conv\.", r".\1_blocks.\2.\1samplers.0.conv."),
     (r"\.(down|up)\.(\d+)\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
-    (r"(resnets\.\d+\.)(norm|conv)_([12])\.", r"\1\2\3."),
-    (r"(resnets\.\d+\.)shortcut\.", r"\1conv_shortcut."),
-    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
-    (r"(attentions\.\d+\.)out\.", r"\1to_out.0."),
+    *BLOCKS,
 ]
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -42,7 +47,7 @@ class FoundAutoencoder:
 
     Attributes:
         config: its shape; of a tiny one factor and latent_channels.
-        state: its weights, on the CPU; under our names but for a tiny one.
+        state: its weights, on the CPU; under our names, or diffusers' for a tiny one.
         pixels: height and width of the images it was trained on; 0 if it does not say.
         tiny: the settings of an AutoencoderTiny.
     """
@@ -156,7 +161,7 @@ def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> Non
 
 
 def _part(folder: Path) -> Path:
-    """The autoencoder's folder in that of a pipeline."""
+    """A pipeline keeps its autoencoder in the folder `vae`."""
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 

@@ -43,23 +43,22 @@ def autoencoder(shape: AutoencoderConfig, *, image_size: int, **recipe: Any) -> 
     return Config.of(net=net, autoencoder=shape, lr_decay="linear-decay", **recipe)
 
 
+# 38,400 digits of ten classes, in about three minutes on 2 cores.
+DIGITS = {"data": "digits", "conditional": True, "steps": 600, "save_every": 300, "eval_every": 600}
+
+
 PRESETS: dict[str, Config] = {
     "ddpm-cifar10": Config.of(),
     "cifar10-conditional": Config.of(preset="cifar10-conditional", conditional=True, eval_guidance=1.25),
     "quick": on_cpu(
         preset="quick",
-        data="digits",
-        conditional=True,
-        steps=600,
-        save_every=300,
-        eval_every=600,
+        **DIGITS,
         eval_at_start=True,
         sigma_data=0.75,  # for --objective edm: digits have a mean of -0.38 and a standard deviation of 0.70
     ),
     "quick-latent": on_cpu(
         preset="quick-latent",
-        data="digits",
-        conditional=True,
+        **DIGITS,
         net=UNetConfig(  # the two lower levels of `quick`; for the latents of quick-autoencoder
             image_size=8,
             channels=64,
@@ -68,23 +67,16 @@ PRESETS: dict[str, Config] = {
             attention_resolutions=(8, 4),
             norm_groups=8,
         ),
-        steps=600,
-        save_every=300,
-        eval_every=600,
         eval_at_start=True,
     ),
     "quick-consistency": on_cpu(
         preset="quick-consistency",
-        data="digits",
-        conditional=True,
+        **DIGITS,
         few_step="consistency",
         q=4.0,  # for a --teacher; without one 64 was tried
         optimizer="radam",
         lr=1.5e-4,
         warmup_steps=0,
-        steps=600,
-        save_every=300,
-        eval_every=600,
         eval_guidance=1.0,
         eval_sampler="consistency",
         eval_steps=2,

@@ -88,7 +88,7 @@ class ImageSet:
         """
         if self.labels is None or self.class_names is None:
             raise UserError(f"{self.name} has no class names, which the templates of {path} need; caption its images")
-        of_class = caption_templates(_expand(path), self.class_names)
+        of_class = caption_templates(expanded(path), self.class_names)
         return replace(self, captions=tuple(of_class[label] for label in self.labels))
 
     def describe(self) -> str:
@@ -149,14 +149,14 @@ def load_dataset(
     if built_in is not None:
         image_set = built_in(root, split, image_size)
     else:
-        image_set = _at_path(_expand(name), root, split, image_size, captions is True)
+        image_set = _at_path(expanded(name), root, split, image_size, captions is True)
     if captions is True and image_set.captions is None:
         raise UserError(f"{name} has no captions; make them of its class names by a file of templates")
     return image_set if isinstance(captions, bool) else image_set.with_templates(captions)
 
 
 def _cifar10(root: str | os.PathLike[str], split: str, size: int) -> ImageSet:
-    images, labels = load_cifar10(_expand(root), split)
+    images, labels = load_cifar10(expanded(root), split)
     return ImageSet.from_arrays(resize_all(images, size), labels, f"cifar10-{split}", CLASS_NAMES, [f"split {split}"])
 
 
@@ -205,7 +205,8 @@ def _at_path(path: Path, root: str | os.PathLike[str], split: str, size: int, ca
     return ImageSet.from_arrays(images, labels, name, about["class_names"], about["notes"], about_captions)
 
 
-def _expand(path: str | os.PathLike[str]) -> Path:
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path, its `~` expanded. Raises UserError for a `~` that stands for no folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -87,7 +87,7 @@ class Objective(ABC):
         """Told on the host, before each step, how many images the run has seen."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Of training times (N,), or (N, 2) of which the first counts: (N,)."""
+        """The log-SNR (N,) of training times t (N,); of pairs (N, 2) it takes the first time."""
         return self.schedule.log_snr(t if t.ndim == 1 else t[:, 0])
 
     def precondition(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

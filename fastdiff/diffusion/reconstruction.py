@@ -48,8 +48,8 @@ DISTANCES = {"l1": l1, "l2": l2}
 class Reconstruction:
     """distance(x, decode(z)) + kl_weight KL / D with z = mean + std * noise, D values an image.
 
-    With the distance `l2` and the weight 2 s^2 it is, but for a constant, 2 s^2 / D times the negative evidence lower
-    bound of a decoder whose pixels have the variance s^2. With equivariance, latents are mirrored at random before they
+    With the distance `l2` and the weight 2 s^2 it equals 2 s^2 / D times the negative evidence lower bound of a decoder
+    with pixel variance s^2, up to a constant. With equivariance, latents are mirrored at random before they
     are decoded, and decoded at half their size too; each must give the image that was changed alike (Kouzelis et al.
     2025, https://arxiv.org/abs/2502.09509, with mirrors in place of quarter turns).
 

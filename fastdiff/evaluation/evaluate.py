@@ -103,8 +103,7 @@ def load_trained(path: Path | str, *, device: torch.device, moved: Path | None =
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()
-    ours = config.resolved(device.type).machine.kernels == "triton"
-    network = fuse(model) if ours and (TRITON_INSTALLED or device.type == "cpu") else model
+    network = fuse(model) if _fused(config, device) else model
     objective = make_objective(**config.diffusion.arguments)
     if config.net.two_times:
         objective = FlowMap(objective, config.tuning.at, device=device)
@@ -121,8 +120,13 @@ def space_of(config: Config, autoencoder: AutoencoderWeights | None, device: tor
     """What the config's network works in."""
     if autoencoder is None:
         return PIXELS
-    ours = config.resolved(device.type).machine.kernels == "triton" and (TRITON_INSTALLED or device.type == "cpu")
-    return Latents(autoencoder.make(device), fused=ours, graphs=graphs)
+    return Latents(autoencoder.make(device), fused=_fused(config, device), graphs=graphs)
+
+
+def _fused(config: Config, device: torch.device) -> bool:
+    """Whether our kernels run, by the run's --kernels, where they can."""
+    ours = config.resolved(device.type).machine.kernels == "triton"
+    return ours and (TRITON_INSTALLED or device.type == "cpu")
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from fastdiff.interop import save_diffusers_pipeline
 from fastdiff.interop_autoencoder import save_autoencoder_kl
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.runs.files import write_atomically
-from fastdiff.runs.latents import FOLDER
+from fastdiff.runs.latents import FOLDER, autoencoder_weights
 from fastdiff.runs.outputs import complete_folder, is_empty_folder
 from fastdiff.runs.run import json_text
 from fastdiff.runs.weights import TrainedWeights, read_trained
@@ -42,9 +42,8 @@ def export(flags: Export) -> None:
 
 def _to_safetensors(found: TrainedWeights, flags: Export) -> None:
     """With the autoencoder, of a network that draws latents."""
-    weights = None
-    if found.config.autoencoder.factor == 0:
-        weights = load_trained(flags.checkpoint, device=torch.device("cpu"), moved=flags.autoencoder).autoencoder
+    home = found.run or found.path
+    weights = autoencoder_weights(found.config, found.rest, home=home, moved=flags.autoencoder, flag="--autoencoder")
     with complete_folder(flags.out) as folder:
         state = {name: value.contiguous() for name, value in found.state.items()}
         save_file(state, folder / "model.safetensors", metadata={"step": str(found.step)})

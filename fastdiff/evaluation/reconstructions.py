@@ -70,11 +70,9 @@ class ReconstructionEvaluator:
         sums = torch.zeros(4 + 2 * channels, dtype=torch.float64, device=self.ranks.device)
         if self.distance is not None:
             self.distance.reset()
-        mine = range(self.ranks.rank * self.batch_size, n, self.ranks.size * self.batch_size)
-        rounds = -(-n // (self.ranks.size * self.batch_size))
-        starts = [*mine, *[None] * (rounds - len(mine))]  # so that all ranks meet as often
+        first, each = self.ranks.rank * self.batch_size, self.ranks.size * self.batch_size
         with bar("reconstructing", n) if self.ranks.is_main else nullcontext(lambda done: None) as tell:
-            for start in starts:
+            for start in range(first, n + first, each):  # as often on every rank
                 try:
                     check()
                     stopped = False
@@ -82,7 +80,7 @@ class ReconstructionEvaluator:
                     stopped = True
                 if self.ranks.any(stopped, "reconstructing"):
                     raise Stopped
-                if start is not None:
+                if start < n:
                     part = self.images.images[chosen[start : start + self.batch_size]]
                     sums += self._measure(torch.from_numpy(part).to(self.ranks.device))
                     tell(min(n, start + len(part) * self.ranks.size))
@@ -127,8 +125,6 @@ class ReconstructionEvaluator:
 
     def _measure(self, images: Tensor) -> Tensor:
         """Sums over images: squared error, PSNR, SSIM, positions; of each channel latents and their second moments."""
-        from torchmetrics.functional.image import structural_similarity_index_measure  # its import takes seconds
-
         y, mean, log_var = self._reconstruct(images)
         if self.distance is not None:
             self.distance.update(y)
@@ -137,6 +133,8 @@ class ReconstructionEvaluator:
         psnr = 10 * torch.log10(255.0**2 / squared.clamp(min=1e-3))  # a perfect image has 78 dB, not infinity
         ssim = torch.zeros((), device=x.device)
         if self._has_ssim:
+            from torchmetrics.functional.image import structural_similarity_index_measure  # its import takes seconds
+
             each = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
             assert isinstance(each, Tensor)
             ssim = each.double().sum()

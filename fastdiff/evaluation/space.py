@@ -29,7 +29,7 @@ class Space(Protocol):
         ...
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the network sees of raw images, uint8 (N, H, W, 3), for commands and figures; drawn by the generator."""
+        """What the network sees of raw images, uint8 (N, H, W, 3). With a generator it is random within each image."""
         ...
 
     def clip(self, x0_hat: Tensor) -> Tensor:

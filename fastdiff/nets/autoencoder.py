@@ -117,7 +117,7 @@ class Autoencoder(nn.Module):
         return mean, log_var.clamp(*LOG_VAR)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (N, 3, H, W), in [-1, 1] but for errors."""
+        """Images (N, 3, H, W), about in [-1, 1]."""
         return self.decoder(z)
 
     def forward(self, x: Tensor, noise: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

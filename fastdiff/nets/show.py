@@ -21,11 +21,11 @@ def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def table(net: nn.Module, *shapes: tuple[int, ...]) -> str:
     """A row for each part, in the order in which the network calls them, and the sums.
 
-    Args:
-        shapes: of the network's arguments, for one image.
-
     Nothing is computed. Operations are the additions and multiplications for one image in convolutions, matrix
     products and attention; nothing else counts.
+
+    Args:
+        shapes: of the network's arguments, for one image.
     """
     net = copy.deepcopy(net).to("meta").eval()
     lines = [_line("part", "resolution", "channels", "parameters", "GFLOP an image")]

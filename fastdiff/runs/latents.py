@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.checks import require
 from fastdiff.config import Config
+from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
 from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors
 from fastdiff.interop_autoencoder import TinyAutoencoder, autoencoder_shapes, is_autoencoder, read_autoencoder
@@ -21,7 +22,7 @@ from fastdiff.presets import PRESETS
 from fastdiff.runs.files import write_atomically
 from fastdiff.runs.outputs import complete_folder
 from fastdiff.runs.run import json_text
-from fastdiff.runs.weights import expanded, read_trained, weights_sha256
+from fastdiff.runs.weights import read_trained, weights_sha256
 
 OURS = "fastdiff.Autoencoder"  # the _class_name of what `AutoencoderWeights.save` writes
 FOLDER = "autoencoder"  # in a run, and in a folder of `export --to safetensors`
@@ -64,7 +65,7 @@ class AutoencoderWeights:
     def save(self, folder: Path) -> None:
         """Write it into a new folder, as `autoencoder_weights` reads it."""
         values = self.tiny or {"_class_name": OURS, "pixels": self.pixels, **asdict(self.config)}
-        with complete_folder(folder) as made:
+        with complete_folder(folder, flag="") as made:
             save_file({name: value.contiguous() for name, value in self.state.items()}, made / WEIGHTS[0])
             write_atomically(made / "config.json", json_text(values).encode())
 
@@ -104,7 +105,7 @@ def autoencoder_weights(
     if moved is None and named == before and home is not None:
         places = [str(home / FOLDER), saved.get("autoencoder_path", named), named]
     problem = f"the autoencoder {places[-1]} is not there; if it has moved, add {flag} and its new place."
-    for path in dict.fromkeys(expanded(place, flag) for place in places):
+    for path in dict.fromkeys(map(expanded, places)):
         if not path.exists():
             continue
         try:
@@ -131,8 +132,8 @@ def _read(path: Path) -> AutoencoderWeights:
         return AutoencoderWeights(config, state, pixels, path, weights_sha256(state))
     if is_autoencoder(path):
         found = read_autoencoder(path)
-        settings = ("scaling_factor", "shift_factor", "act_fn")  # which a tiny one's weights do not hold
-        more = "" if found.tiny is None else str([found.tiny.get(name) for name in settings])
+        beside = ("scaling_factor", "shift_factor", "act_fn")  # which a tiny one's weights do not hold
+        more = "" if found.tiny is None else str([found.tiny.get(name) for name in beside])
         sha256 = weights_sha256(found.state, more)
         return AutoencoderWeights(found.config, found.state, found.pixels, path, sha256, found.tiny)
     trained = read_trained(path)

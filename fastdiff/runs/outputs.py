@@ -23,8 +23,11 @@ def is_empty_folder(path: Path) -> bool:
 
 
 @contextmanager
-def complete_folder(out: Path) -> Generator[Path]:
+def complete_folder(out: Path, *, flag: str = "--out ") -> Generator[Path]:
     """A folder to write in, whose content is moved to `out` in the end; after an error nothing is left.
+
+    Args:
+        flag: that named it, for messages.
 
     Raises:
         UserError: it cannot be written.
@@ -47,7 +50,7 @@ def complete_folder(out: Path) -> Generator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"--out {out} cannot be written: {error}.") from error
+            raise UserError(f"{flag}{out} cannot be written: {error}.") from error
         raise
 
 

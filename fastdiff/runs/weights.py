@@ -12,20 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastdiff.config import Config
+from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
 from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
 from fastdiff.interop_autoencoder import autoencoder_shapes, read_autoencoder
-from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.model_sections import UNetConfig
 from fastdiff.runs import checkpoint
-
-
-def expanded(path: str, flag: str) -> Path:
-    """The path, its `~` expanded. Raises UserError for a `~` that stands for no folder."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{flag} {path}: {error}; give the whole path.") from error
 
 
 def weights_sha256(state: Mapping[str, Tensor], more: str = "") -> str:
@@ -132,26 +124,23 @@ def initial_weights(config: Config) -> InitialWeights | None:
     if named is None:
         return None
     flag = "--init-from" if config.optim.init_from else "--teacher"
-    path = expanded(named, flag)
+    path = expanded(named)
     flag, text, latents = f"{flag} {path}", "", ""
-    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path):
-        trained = read_trained(path)
-        if config.autoencoder.factor or trained.config.autoencoder.factor:
-            return _initial_autoencoder(flag, config, trained)
+    ours = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path)
+    trained = read_trained(path) if ours else None
+    if config.autoencoder.factor or (trained is not None and trained.config.autoencoder.factor):
+        return _initial_autoencoder(flag, config, path, trained)
+    if trained is not None:
         net, state, task = trained.config.net, trained.state, trained.config.diffusion.task
         names, scale = trained.config.conditions.class_names, trained.config.diffusion.time_scale
         source, text = f"{trained.path}, step {trained.step:,}", trained.config.conditions.text_fingerprint
         latents = trained.config.space.autoencoder_sha256
     else:
-        if config.autoencoder.factor:
-            found = read_autoencoder(path)
-            _check_autoencoder(flag, config.autoencoder, found.config)
-            return InitialWeights(found.state, str(path), None)
         network = read_diffusers(path, image_size=config.net.image_size)
         net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
     if (here := config.space.autoencoder_sha256) != latents:
-        there, ours = (f"latents of {each[:12]}..." if each else "pixels" for each in (latents, here))
-        raise UserError(f"{flag} was trained on {there}, but this run trains on {ours}; choose its --latents.")
+        there, here = (f"latents of {each[:12]}..." if each else "pixels" for each in (latents, here))
+        raise UserError(f"{flag} was trained on {there}, but this run trains on {here}; choose its --latents.")
     if config.diffusion.time_scale != scale:
         raise UserError(
             f"{flag} was trained with --time-scale {scale:g}, but this run has "
@@ -169,26 +158,26 @@ def initial_weights(config: Config) -> InitialWeights | None:
     return InitialWeights(state, source, warning)
 
 
-def _initial_autoencoder(flag: str, config: Config, trained: TrainedWeights) -> InitialWeights:
-    """Raises UserError unless both are autoencoders of one shape."""
-    here, there = config.autoencoder, trained.config.autoencoder
+def _initial_autoencoder(flag: str, config: Config, path: Path, trained: TrainedWeights | None) -> InitialWeights:
+    """From one of our runs, or from diffusers. Raises UserError unless both are autoencoders of one shape."""
+    if trained is None:
+        found = read_autoencoder(path)
+        there, state, source = found.config, found.state, str(path)
+    else:
+        there, state = trained.config.autoencoder, trained.state
+        source = f"{trained.path}, step {trained.step:,}"
+    here = config.autoencoder
     if 0 in (here.factor, there.factor):
         kinds = [f"an autoencoder of factor {each.factor}" if each.factor else "a network" for each in (there, here)]
         raise UserError(f"{flag} holds {kinds[0]}, but this run trains {kinds[1]}; name a run of the same kind.")
-    _check_autoencoder(flag, here, there)
-    state = trained.state
-    if not here.critic_weight:
-        state = {name: value for name, value in state.items() if not name.startswith("critic.")}
-    return InitialWeights(state, f"{trained.path}, step {trained.step:,}", None)
-
-
-def _check_autoencoder(flag: str, here: AutoencoderConfig, there: AutoencoderConfig) -> None:
-    """Raise UserError where the shapes differ."""
     for name in ("factor", "latent_channels", "base_channels", "blocks"):
         ours, theirs = getattr(here, name), getattr(there, name)
         if ours != theirs:
             as_flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has {as_flag} {theirs}, but this run has {ours}; add {as_flag} {theirs}.")
+    if not here.critic_weight:
+        state = {name: value for name, value in state.items() if not name.startswith("critic.")}
+    return InitialWeights(state, source, None)
 
 
 @dataclass(frozen=True)
@@ -221,7 +210,7 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
         return None
     if saved and named == Config.from_dict(saved["config"]).tuning.teacher:
         named = saved["teacher_path"]
-    trained, flag = read_trained(expanded(named, "--teacher")), f"--teacher {named}"
+    trained, flag = read_trained(expanded(named)), f"--teacher {named}"
     if (few := trained.config.tuning.few_step) != "none":
         raise UserError(
             f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its own teacher."

@@ -383,7 +383,7 @@ def test_the_command_trains_and_resumes(autoencoder, tmp_path, monkeypatch, caps
     assert call("autoencoder", "--resume", "working/1", "--base-channels", 16) == 1
     assert "--base-channels was 8, now 16" in capsys.readouterr().err
     assert call("autoencoder", "--preset", "quick") == 2
-    assert "train it by `python train_cifar.py`" in capsys.readouterr().err
+    assert "which you train by `python train_cifar.py`" in capsys.readouterr().err
     shutil.rmtree(Path("working"))
 
 
