@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import Batch, _epoch_order, batch_plan, make_loader
+from fastdiff.errors import UserError
 
 KINDS = ["dali", "resident"]
 
@@ -253,3 +254,11 @@ def test_on_cuda_a_batch_needs_no_host_sync(kind):
         assert not torch.cuda.current_stream().query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_set_that_would_not_fit_on_the_device_is_refused_with_numbers(monkeypatch):
+    data = image_set(n=50, height=64, width=64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (data.images.nbytes, 2**40))
+    message = "random has 0.0 GiB, but --loader resident leaves the network a fifth of the 0.0 GiB .*: use --loader"
+    with pytest.raises(UserError, match=message):
+        make_loader("resident", data, batch_size=2, seed=0, device="cuda")

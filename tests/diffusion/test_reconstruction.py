@@ -183,3 +183,13 @@ def test_the_slope_is_the_squared_gradient_at_real_images():
     fake = torch.zeros(20_000, 3, 8, 8).double()
     played = loss._adversarial(critic, fake, real.expand_as(fake) * 0, eps) - 6
     assert (played.mean() / PENALTY).item() == pytest.approx(weight.square().sum().item(), rel=0.05)
+
+
+def test_a_critic_that_is_not_heard_yet_cannot_spoil_the_decoder():
+    loss = Reconstruction(
+        "l2", kl_weight=1.0, equivariance=False, latent_shape=(3, 1, 1), critic_weight=1, critic_start=9
+    )
+    loss.advance(8)
+    x = torch.zeros(2, 3, 8, 8)
+    scores = iter([torch.ones(2, 1), torch.ones(2, 1), -torch.ones(2, 1), torch.full((2, 1), torch.inf)])
+    assert not loss._adversarial(lambda images, frozen=False: next(scores), x, x, x).any()

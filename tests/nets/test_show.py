@@ -30,3 +30,6 @@ def test_the_command_prints_the_table_or_the_fused_program(capsys):
     code = capsys.readouterr().out
     assert "group_norm_silu(" in code
     assert code == program(fuse(UNet(PRESETS["quick"].net)))
+    assert main(["show", "--preset", "autoencoder"]) == 0
+    sums = re.findall(r"^sum +([\d,]+)", capsys.readouterr().out, re.MULTILINE)
+    assert sum(int(each.replace(",", "")) for each in sums) == 3_346_471

@@ -6,8 +6,19 @@ import signal
 
 import torch
 
+from fastdiff.config import Config
+from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.runs import checkpoint
 from fastdiff.training.step import TrainStep
+
+SHAPE = AutoencoderConfig(factor=2, base_channels=8, blocks=1)
+AUTOENCODER = {"root": "auto", "autoencoder": SHAPE, "eval_steps": 50, "steps": 10, "eval_samples": 50}
+CPU = torch.device("cpu")
+
+
+def recorded(run, **flags):
+    """The config that --resume begins with."""
+    return Config.from_dict(json.loads((run / "config.json").read_text())).replace(**flags)
 
 
 def rows_of(run):

@@ -176,6 +176,28 @@ def test_a_captured_function_gives_results_of_its_own(cuda, monkeypatch):
     assert calls.count((1, 2)) == WARMUP + 1
 
 
+def test_a_captured_function_knows_whether_autocast_is_on(cuda, monkeypatch):
+    """A graph of one would give the other's rounding."""
+    monkeypatch.setattr(graphs_module, "Captured", captured)
+    weight = torch.randn(4, 4)
+    call = CapturedFunction(lambda x: x @ weight, device=torch.device("cpu"), capture=True, what="the decoder")
+    for _ in range(WARMUP + 2):
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                assert call(torch.eye(4)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_the_critic_computes_in_float32_beside_bf16(monkeypatch):
+    step = make_step(
+        net=replace(AUTOENCODER, critic_weight=0.1), bf16=True,
+        objective=Reconstruction("l1", kl_weight=1e-3, equivariance=True, latent_shape=(4, 4, 4), critic_weight=0.1),
+    )  # fmt: skip
+    seen = []
+    step.critic.register_forward_hook(lambda module, inputs, y: seen.append((inputs[0].dtype, y.dtype)))
+    curve(step, 1)
+    assert seen == [(torch.float32, torch.float32)] * 4
+
+
 def test_a_replayed_step_goes_on_from_a_loaded_state(captured_step):
     train_step = captured_step(bf16=True)
     curve(train_step, 8)

@@ -39,6 +39,7 @@ def make_step(
     return TrainStep(
         network, objective, update, lr=LearningRate(1e-3, 5), grad_clip=grad_clip, seed=seed,
         bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks, space=space,
+        critic=getattr(model, "critic", None),
     )  # fmt: skip
 
 
