@@ -40,6 +40,8 @@ def test_distances_are_means_over_values_at_each_resolution():
     expected = sum(F.l1_loss(a[0], b[0]) for a, b in ((x, y), *coarse))
     torch.testing.assert_close(l1(x, y)[0], expected)
     assert not l1(x, x).any()
+    x, y = x[:, :, :2, :2], y[:, :, :2, :2]  # halved once, to one pixel
+    torch.testing.assert_close(l1(x, y)[0], F.l1_loss(x[0], y[0]) + F.l1_loss(x[0].mean((1, 2)), y[0].mean((1, 2))))
 
 
 class Linear(nn.Module):

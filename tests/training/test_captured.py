@@ -187,6 +187,24 @@ def test_a_captured_function_knows_whether_autocast_is_on(cuda, monkeypatch):
                 assert call(torch.eye(4)).dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
+def test_the_critic_learns_the_same_whatever_its_weight_in_the_decoders_loss():
+    steps = [
+        make_step(
+            net=replace(AUTOENCODER, critic_weight=weight), grad_clip=1e9,
+            objective=Reconstruction(
+                "l1", kl_weight=1e-3, equivariance=True, latent_shape=(4, 4, 4), critic_weight=weight
+            ),
+        )
+        for weight in (0.1, 5.0)
+    ]  # fmt: skip
+    for step in steps:
+        curve(step, 1)
+    one, other = (step.model.state_dict() for step in steps)
+    assert all(torch.equal(one[name], other[name]) for name in one if name.startswith("critic."))
+    last = "decoder.conv_out.weight"  # which alone learns in the first step, as it is zero
+    assert not torch.equal(one[last], other[last])
+
+
 def test_the_critic_computes_in_float32_beside_bf16(monkeypatch):
     step = make_step(
         net=replace(AUTOENCODER, critic_weight=0.1), bf16=True,

@@ -95,7 +95,12 @@ def test_a_tiny_autoencoder_of_diffusers_serves_too(tiny_config, tmp_path, capsy
         z = theirs.encode(normalize(images)).latents
         expected = to_uint8(theirs.decode(z).sample)
     assert (space.decode(space.encode(images)).int() - expected.int()).abs().max() <= 1
+    settings = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    scaled = shutil.copytree(tmp_path / "tiny", tmp_path / "scaled")
+    (scaled / "config.json").write_text(json.dumps(settings | {"scaling_factor": 0.5}))
     capsys.readouterr()
+    assert call("sample", "--checkpoint", run, "--n", 1, "--autoencoder", scaled, "--out", tmp_path / "a.png") == 1
+    assert "is another autoencoder" in capsys.readouterr().err
     assert call("export", "--checkpoint", run, "--out", tmp_path / "out") == 1
     assert "AutoencoderTiny cannot be exported" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
