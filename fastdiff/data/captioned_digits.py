@@ -22,18 +22,18 @@ COLOURS = {  # of the digit, RGB
 }  # fmt: skip
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "brown": (90, 50, 20),
                "cyan": (140, 230, 230)}  # fmt: skip
-POSITIONS = {  # row and column of the digit's upper left corner, in quarters of the picture; it fills 2 x 2 of them
+POSITIONS = {  # row and column of the digit's upper left corner, in halves of the room beside it
     "centre": (1, 1), "left": (1, 0), "right": (1, 2), "top": (0, 1), "bottom": (2, 1),
 }  # fmt: skip
 TEMPLATES = (
     "{a} {colour} {digit}",
     "{a} {colour} {digit} {place}",
-    "{a} {colour} {digit} on a {background} background",
-    "{a} {colour} {digit} on a {background} background {place}",
+    "{a} {colour} {digit} on {background}",
+    "{a} {colour} {digit} on {background} {place}",
     "{digit}, {colour}, on {background}, {place}",
 )
 COPIES = 10  # pictures of each handwritten digit in the training set
-SMALLEST = 16  # pixels: the digit fills half of the width, and its strokes need 8
+SMALLEST = 16  # pixels: a digit has 10 of them, and its strokes need 8
 
 
 class Attributes(NamedTuple):
@@ -70,24 +70,29 @@ def draw_attributes(split: str) -> tuple[np.ndarray, Attributes]:
 
 
 def render(source: np.ndarray, attributes: Attributes, size: int) -> np.ndarray:
-    """The pictures, uint8 (N, size, size, 3): digits of half their width, mixed into the background by their grey."""
+    """The pictures, uint8 (N, size, size, 3): digits mixed into the background by their grey."""
     if size < SMALLEST:
-        raise UserError(f"image_size is {size}; digits-captioned needs at least {SMALLEST}: a digit fills half of it")
-    half = size // 2
-    inks = np.stack([enlarged(grey, half) for grey in load_greys()[0]])[..., None] / 255
+        raise UserError(f"image_size is {size}; digits-captioned needs at least {SMALLEST}, 10 for a digit")
+    side = digit_side(size)
+    inks = np.stack([enlarged(grey, side) for grey in load_greys()[0]])[..., None] / 255
     colours, backgrounds = (np.array(list(table.values()), np.float32) for table in (COLOURS, BACKGROUNDS))
     images = new_images(len(source), size)
     images[:] = backgrounds[attributes.background][:, None, None]
     for i, (row, column) in enumerate(corners(size)[attributes.position]):
         ink, back = inks[source[i]], backgrounds[attributes.background[i]]
         mixed = ink * colours[attributes.colour[i]] + (1 - ink) * back
-        images[i, row : row + half, column : column + half] = np.rint(mixed)
+        images[i, row : row + side, column : column + side] = np.rint(mixed)
     return images
+
+
+def digit_side(size: int) -> int:
+    """Height and width of a digit in a picture of `size` pixels."""
+    return size * 5 // 8
 
 
 def corners(size: int) -> np.ndarray:
     """Row and column of the digit's upper left corner at each position, in pixels: int64 (5, 2)."""
-    return np.array(list(POSITIONS.values())) * (size - size // 2) // 2
+    return np.array(list(POSITIONS.values())) * (size - digit_side(size)) // 2
 
 
 def named(text: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.data.captioned_digits import BACKGROUNDS, COLOURS, Attributes, corners, named
+from fastdiff.data.captioned_digits import BACKGROUNDS, COLOURS, Attributes, corners, digit_side, named
 from fastdiff.data.digits import load_greys
 
 
@@ -76,15 +76,15 @@ def _position(ink: np.ndarray) -> np.ndarray:
     size, ink = ink.shape[1], np.where(ink > 0.25, ink, 0)
     weight = ink / np.maximum(ink.sum((1, 2), keepdims=True), 1e-6)
     row, column = (weight.sum(axis) @ np.arange(size) for axis in (2, 1))
-    middles = corners(size) + (size // 2 - 1) / 2
+    middles = corners(size) + (digit_side(size) - 1) / 2
     return _distance(np.stack([row, column], 1)[:, None], middles).argmin(1)
 
 
 def _digit(ink: np.ndarray, position: np.ndarray) -> np.ndarray:
     """What the classifier reads in the window of the position, reduced to 8x8."""
-    half = ink.shape[1] // 2
+    side = digit_side(ink.shape[1])
     windows = [
-        image[r : r + half, c : c + half] for image, (r, c) in zip(ink, corners(ink.shape[1])[position], strict=True)
+        image[r : r + side, c : c + side] for image, (r, c) in zip(ink, corners(ink.shape[1])[position], strict=True)
     ]
     return read_digits(np.stack(windows))
 
