@@ -19,7 +19,7 @@ from bench.inductor_mock import Call
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.fuse import RULES, Rule, fuse, half_parameters
-from fastdiff.nets.text import byte_ids
+from fastdiff.nets.text import READERS, byte_ids
 from fastdiff.nets.unet import UNet
 from fastdiff.runtime.device import compile_options
 from fastdiff.training.ema import EMA
@@ -134,7 +134,7 @@ def graphs_of(
     told: dict[str, Tensor] = {}
     if config.num_classes:
         told["labels"] = torch.zeros(batch, dtype=torch.int64)
-    if config.text_encoder == "bytes":
+    if config.text_encoder in READERS:
         told["text"] = byte_ids(["a"] * batch)
 
     def loss(*args: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ class Config:
                 f"--teacher-guidance is {self.tuning.teacher_guidance:g}, but guidance leads to a class or a caption; "
                 "add --conditional or --text, or drop it."
             )
-        if self.tuning.teacher is not None and self.conditions.text == "bytes":
+        text = self.conditions.text
+        if self.tuning.teacher is not None and text in ("bytes", "words"):
             raise UserError(
-                "--teacher with --text bytes is not built: teacher and student would each read by an encoder of their "
-                "own; use a frozen encoder, or consistency training without --teacher."
+                f"--teacher with --text {text} is not built: teacher and student would each read by an encoder of "
+                "their own; use a frozen encoder, or consistency training without --teacher."
             )
         self._check_decay()
         self._check_few_steps()
@@ -240,6 +241,8 @@ class Config:
                 flat[name] = value
         if unknown := sorted(flat.keys() - SECTION_OF.keys() - {"preset"}):
             raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
+        if flat.get("text", "none") != "none":  # networks that read texts were so before they had this field
+            flat = {"text_pooled": False} | flat
         try:
             return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
         except TypeError as error:

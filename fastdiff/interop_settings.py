@@ -59,10 +59,13 @@ _HARMLESS = frozenset(
 
 
 def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
-    """The settings of a diffusers `UNet2DModel` of the same shape."""
-    attends = [
-        config.image_size // 2**level in config.attention_resolutions for level in range(len(config.channel_mult))
-    ]
+    """The settings of a diffusers `UNet2DModel` of the same shape. Raises UserError for one with patches."""
+    if config.patch > 1:
+        raise UserError(
+            f"a network with --patch {config.patch} cannot be exported, as UNet2DModel has no patches; use --to "
+            "safetensors."
+        )
+    attends = [resolution in config.attention_resolutions for resolution in config.resolutions]
     return {
         "sample_size": config.image_size,
         "in_channels": config.image_channels,

@@ -33,9 +33,12 @@ class UNetConfig:
     """Shape of the U-Net; the defaults are google/ddpm-cifar10-32 (35,746,307 parameters)."""
 
     image_size: int = 32
-    """Height and width of the images, in pixels; a multiple of 2^(levels - 1)."""
+    """Height and width of the images, in pixels; a multiple of --patch x 2^(levels - 1)."""
     image_channels: int = 3
     """Channels of the images (RGB: 3)."""
+    patch: int = 1
+    """Side, in pixels, of the squares that are one position of the first level; 2 takes a quarter of the computation,
+    which small details must then share."""
     channels: int = 128
     """Channels of the first level; a multiple of --norm-groups."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
@@ -43,7 +46,7 @@ class UNetConfig:
     blocks_per_level: int = 2
     """Residual blocks in each level on the way down (one more on the way up)."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Resolutions, in pixels, whose blocks are followed by single-head self-attention."""
+    """Resolutions, in positions (pixels, unless --patch), whose blocks are followed by single-head self-attention."""
     dropout: float = 0.0
     """Dropout probability inside the residual blocks, in [0, 1)."""
     norm_groups: int = 32
@@ -56,29 +59,32 @@ class UNetConfig:
     """How many classes the network knows; 0: none. --conditional sets it by the data."""
     two_times: tyro.conf.Fixed[bool] = False
     """Whether the network is told a second time, to which its output leads; by --few-step flow-map."""
-    text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "frozen"]] = "none"
+    text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "words", "frozen"]] = "none"
     """What gives the tokens of texts; by --text."""
     text_width: int = 128
-    """Width of the tokens of --text bytes; a multiple of 4. Other encoders have their own."""
+    """Width of the tokens of --text bytes and words; a multiple of 4. Other encoders have their own."""
     text_blocks: int = 2
-    """Transformer blocks of --text bytes."""
+    """Transformer blocks of --text bytes and words; 0 will do where words mean the same in any order."""
+    text_pooled: bool = True
+    """Add the mean of a text's tokens to the time embedding, beside the attention to each of them."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "channels", "blocks_per_level", "norm_groups"):
+        for name in ("image_size", "image_channels", "patch", "channels", "blocks_per_level", "norm_groups"):
             at_least(1, name, getattr(self, name))
         mult = self.channel_mult
         require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
-        factor = 2 ** (len(mult) - 1)
+        factor, why = self.patch * 2 ** (len(mult) - 1), f" in patches of {self.patch}" if self.patch > 1 else ""
         require(
-            self.image_size % factor == 0, "image_size", self.image_size, f"a multiple of {factor} ({len(mult)} levels)"
-        )
+            self.image_size % factor == 0, "image_size", self.image_size,
+            f"a multiple of {factor} ({len(mult)} levels{why})",
+        )  # fmt: skip
         require(
             self.channels % self.norm_groups == 0,
             "channels",
             self.channels,
             f"a multiple of --norm-groups ({self.norm_groups})",
         )
-        resolutions = tuple(self.image_size // 2**level for level in range(len(mult)))
+        resolutions = self.resolutions
         for resolution in self.attention_resolutions:
             require(
                 resolution in resolutions, "attention_resolutions", self.attention_resolutions, f"among {resolutions}"
@@ -89,13 +95,18 @@ class UNetConfig:
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
         at_least(0, "num_classes", self.num_classes)
-        at_least(1, "text_blocks", self.text_blocks)
+        at_least(0, "text_blocks", self.text_blocks)
         width = self.text_width
         require(width >= 4 and width % 4 == 0, "text_width", width, "a multiple of 4, the heads of its attention")
         if self.text_encoder != "none":
             expected = "not empty with --text, as texts are read where there is attention"
             require(len(self.attention_resolutions) > 0, "attention_resolutions", self.attention_resolutions, expected)
             require(self.channels % 4 == 0, "channels", self.channels, "a multiple of 4, the heads that read texts")
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Height and width of each level, in positions."""
+        return tuple(self.image_size // self.patch // 2**level for level in range(len(self.channel_mult)))
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,8 @@ class ConditionsConfig:
     """Names of the classes, by label. --conditional takes them from the data."""
 
     text: str = "none"
-    """Tell the network what each image shows by its caption: `bytes` learns to read with the network; `wordllama` (a
+    """Tell the network what each image shows by its caption: `bytes` and `words` learn to read with the
+    network, words sooner, bytes also what is misspelt; `wordllama` (a
     package) and `transformers:PATH` (a folder of a CLIP or T5 encoder) are taken as they are; `none`: no captions."""
     captions: str | None = None
     """A file of templates, one a line with {} for the class, that makes captions of class names; by default the data's
@@ -125,8 +137,8 @@ class ConditionsConfig:
         require(0.0 <= self.label_dropout < 1.0, "label_dropout", self.label_dropout, "in [0, 1)")
         require(0.0 <= self.caption_dropout < 1.0, "caption_dropout", self.caption_dropout, "in [0, 1)")
         kind, _, path = self.text.partition(":")
-        known = self.text in ("none", "bytes", "wordllama") or bool(kind == "transformers" and path)
-        require(known, "text", self.text, "none, bytes, wordllama or transformers:PATH")
+        known = self.text in ("none", "bytes", "words", "wordllama") or bool(kind == "transformers" and path)
+        require(known, "text", self.text, "none, bytes, words, wordllama or transformers:PATH")
         if self.captions is not None and self.text == "none":
             raise UserError(f"--captions {self.captions} would be read by nothing; add --text bytes, or drop it.")
 

@@ -187,6 +187,13 @@ def test_a_config_from_before_the_time_scale_is_read_and_tells_it_only_where_it_
     assert config.replace(time_scale=0.01).diffusion.task == "edm on edm, sigma_data 0.5, time scale 0.01"
 
 
+def test_a_network_that_read_texts_before_there_was_a_choice_is_read_as_it_was():
+    for config, pooled in ((Config.of(text="bytes"), False), (Config(), True)):
+        values = config.to_dict()
+        assert values["net"].pop("text_pooled")
+        assert Config.from_dict(values).net.text_pooled is pooled
+
+
 def test_an_unknown_field_is_named():
     with pytest.raises(UserError, match="does not know: colour"):
         Config.from_dict({**Config().to_dict(), "colour": 1})
@@ -221,7 +228,8 @@ def test_a_bad_value_is_refused_by_the_flags_name(name, value):
 
 BAD_NET = [
     ("image_size", 0), ("image_size", 30), ("image_channels", 0), ("channels", 100), ("channel_mult", ()),
-    ("channel_mult", (1, 0)), ("blocks_per_level", 0), ("attention_resolutions", (5,)), ("dropout", 1.0),
+    ("channel_mult", (1, 0)), ("blocks_per_level", 0), ("patch", 0), ("patch", 3), ("text_blocks", -1),
+    ("attention_resolutions", (5,)), ("dropout", 1.0),
     ("dropout", -0.1), ("norm_groups", 0), ("norm_groups", 5), ("norm_eps", 0.0), ("norm_eps", float("inf")),
 ]  # fmt: skip
 

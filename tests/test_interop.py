@@ -227,4 +227,11 @@ def test_what_diffusers_cannot_draw_is_not_exported(tmp_path, changes, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_of_patches_is_not_exported(tmp_path):
+    net = UNet(dataclasses.replace(SMALL, patch=2))
+    with pytest.raises(UserError, match="--patch 2 cannot be exported, as UNet2DModel has no patches; use --to"):
+        save_diffusers_pipeline(net, tmp_path, schedule="cosine", timesteps=1000, objective="v")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Import, of networks that diffusers itself has made and saved.

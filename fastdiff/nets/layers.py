@@ -50,6 +50,19 @@ class LabelEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
 
+class PooledText(nn.Module):
+    """The mean of a text's tokens, mapped to the embedding's width; zero at the start."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.linear = zeroed(nn.Linear(text_width, width))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (N, L, text_width) and a mask (N, L), at least one true a row -> (N, width)."""
+        kept = mask[..., None].to(tokens.dtype)
+        return self.linear((tokens * kept).sum(1) / kept.sum(1))
+
+
 class Dropout(nn.Module):
     """Dropout whose mask can be fixed by a seed: a pure function of seed, stream and position (kernels/philox.py).
 

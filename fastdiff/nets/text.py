@@ -1,20 +1,23 @@
-"""Text for a network: the encoder of bytes that is trained with it, and what every encoder checks.
+"""Text for a network: the encoder of bytes or words that is trained with it, and what every encoder checks.
 
 An encoder turns N texts into tokens (N, L, D) and a mask (N, L), true where a token is one. The empty text is the null
 caption of classifier-free guidance; it has tokens too, so that no row of an attention is without a key.
 """
 
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
-from fastdiff.nets.layers import merge_heads, split_heads
+from fastdiff.nets.layers import merge_heads, split_heads, zeroed
 
-POSITIONS = 64  # of the byte encoder: begin, at most 62 bytes, end
-BEGIN, END, PAD = 256, 257, 258
+POSITIONS = 64  # begin, at most 62 bytes or words, end
+BEGIN, END, PAD = 256, 257, 258  # after the bytes; words follow
+WORDS = 8192  # numbers of words
 
 
 def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
@@ -29,6 +32,30 @@ def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
         check_length(text, len(content), length - 2, "bytes")
         row[: len(content) + 2] = torch.tensor([BEGIN, *content, END])
     return ids
+
+
+def word_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
+    """Begin, a number for each word and each sign, end, padding: int64 (N, length).
+
+    A number is the hash of a word in small letters: no vocabulary is kept, and few words share a number.
+
+    Raises:
+        UserError: a text has over length - 2 words, or UTF-8 cannot hold it; names it.
+    """
+    ids = torch.full((len(texts), length), PAD)
+    for row, text in zip(ids, texts, strict=True):
+        words = re.findall(r"\w+|[^\w\s]", check_unicode(text).lower())
+        check_length(text, len(words), length - 2, "words")
+        numbers = [PAD + 1 + zlib.crc32(word.encode()) % WORDS for word in words]
+        row[: len(words) + 2] = torch.tensor([BEGIN, *numbers, END])
+    return ids
+
+
+# What is read, by the name of --text: texts -> numbers, and how many there are.
+READERS: dict[str, tuple[Callable[[Sequence[str]], Tensor], int]] = {
+    "bytes": (byte_ids, PAD + 1),
+    "words": (word_ids, PAD + 1 + WORDS),
+}
 
 
 def check_unicode(text: str) -> str:
@@ -46,26 +73,26 @@ def check_length(text: str, length: int, longest: int, unit: str) -> None:
         raise UserError(f"the text {text!r} has {length} {unit}, but at most {longest} fit; shorten it")
 
 
-class ByteEncoder(nn.Module):
-    """A small transformer over bytes, trained with the network: no vocabulary, so no word is unknown.
+class TextEncoder(nn.Module):
+    """A small transformer over bytes or words, trained with the network.
 
     Args:
+        numbers: how many bytes or words there are.
         width: of the tokens; a multiple of `heads`.
-        blocks: pre-norm transformer blocks.
+        blocks: pre-norm transformer blocks; 0: a token says its own byte or word and where it stands, nothing else.
         heads: of each attention.
     """
 
-    def __init__(self, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
+    def __init__(self, numbers: int = PAD + 1, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.byte = nn.Embedding(PAD + 1, width)
+        self.byte = nn.Embedding(numbers, width)
         self.position = nn.Embedding(POSITIONS, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
-        for table in (self.byte, self.position):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.5)  # the other is N(0, 1): a token begins as its byte or word
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (N, L) int64, as by `byte_ids`, L at most 64 -> tokens (N, L, D), 0 at padding, and mask (N, L)."""
+        """ids (N, L) int64, as by READERS, L at most 64 -> tokens (N, L, D), 0 at padding, and mask (N, L)."""
         mask = ids != PAD
         h = self.byte(ids) + self.position.weight[: ids.shape[1]]
         for block in self.blocks:
@@ -74,14 +101,14 @@ class ByteEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + MLP(norm(h)): (N, L, D) -> (N, L, D)."""
+    """h + attention(norm(h)), then h + MLP(norm(h)): (N, L, D) -> (N, L, D). It starts as the identity."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv, self.out = nn.Linear(width, 3 * width), zeroed(nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), zeroed(nn.Linear(4 * width, width)))
 
     def forward(self, h: Tensor, mask: Tensor) -> Tensor:
         """mask (N, L): the positions to attend to."""

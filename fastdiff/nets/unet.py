@@ -9,6 +9,7 @@ from fastdiff.nets.layers import (
     Downsample,
     LabelEmbedding,
     NoAttention,
+    PooledText,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
@@ -16,7 +17,7 @@ from fastdiff.nets.layers import (
     tag_dropouts,
     zeroed,
 )
-from fastdiff.nets.text import ByteEncoder
+from fastdiff.nets.text import READERS, TextEncoder
 
 Text = tuple[Tensor | None, Tensor | None]  # tokens and mask
 
@@ -84,17 +85,22 @@ class UNet(nn.Module):
             )  # fmt: skip
 
         def attention(channels: int, level: int) -> nn.Module:
-            if config.image_size // 2**level in config.attention_resolutions:
+            if config.resolutions[level] in config.attention_resolutions:
                 return SelfAttention(channels, groups=groups, eps=eps, text_width=text_width)
             return NoAttention()
 
-        self.text = ByteEncoder(config.text_width, config.text_blocks) if config.text_encoder == "bytes" else None
+        self.text = None
+        if config.text_encoder in READERS:
+            _, numbers = READERS[config.text_encoder]
+            self.text = TextEncoder(numbers, text_width, config.text_blocks)
         self.time = TimeEmbedding(config.channels)
         self.span = TimeEmbedding(config.channels) if config.two_times else None
         if self.span is not None:
             zeroed(self.span.linear_2)
+        self.pooled = PooledText(text_width, 4 * config.channels) if text_width and config.text_pooled else None
         self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
-        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        side = config.patch
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3 * side, stride=side, padding=side)
 
         c, skips = config.channels, [config.channels]  # channels now, and of every activation that is kept
         self.down = nn.ModuleList()
@@ -119,7 +125,7 @@ class UNet(nn.Module):
             c = width
 
         self.norm_out = nn.GroupNorm(groups, c, eps)
-        self.conv_out = zeroed(nn.Conv2d(c, config.image_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(c, config.image_channels * side**2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
         tag_dropouts(self)
 
@@ -141,19 +147,22 @@ class UNet(nn.Module):
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
-        embedding = self.time(t)
+        embedding, words = self.time(t), (text, text_mask)
         if self.span is not None:
             embedding = embedding + self.span(span)
         if self.label is not None:
             embedding = embedding + self.label(labels)
+        if self.pooled is not None:
+            embedding = embedding + self.pooled(*words)
         embedding = F.silu(embedding)
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, dropout_seed, skips, (text, text_mask))
+            h = stage(h, embedding, dropout_seed, skips, words)
         h = self.middle_1(h, embedding, dropout_seed)
         h = self.middle_attention(h)
         h = self.middle_2(h, embedding, dropout_seed)
         for stage in self.up:
-            h = stage(h, embedding, dropout_seed, skips, (text, text_mask))
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = stage(h, embedding, dropout_seed, skips, words)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return h if self.config.patch == 1 else F.pixel_shuffle(h, self.config.patch)

@@ -11,6 +11,7 @@ from fastdiff.config import Config
 from fastdiff.data.datasets import BUILT_IN, ImageSet, load_dataset
 from fastdiff.errors import UserError
 from fastdiff.nets.frozen_text import frozen_encoder
+from fastdiff.nets.text import READERS
 
 
 def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None) -> tuple[ImageSet, dict[str, Any]]:
@@ -80,8 +81,8 @@ def _with_text(config: Config) -> Config:
     name = config.conditions.text
     if name == "none":
         return config
-    if name == "bytes":
-        return config.replace(text_encoder="bytes")
+    if name in READERS:
+        return config.replace(text_encoder=name)
     encoder = frozen_encoder(name)
     known = config.conditions.text_fingerprint or encoder.fingerprint  # `text_reader` compares it
     return config.replace(text_encoder="frozen", text_width=encoder.width, text_fingerprint=known)

@@ -8,21 +8,21 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.nets.frozen_text import frozen_encoder, text_table
-from fastdiff.nets.text import POSITIONS, byte_ids
+from fastdiff.nets.text import PAD, READERS
 
 Texts = Callable[[list[str]], dict[str, Tensor]]  # n texts -> n rows of each argument
 
 
-def text_reader(config: Config, cache: Path | None, *, longest: int = POSITIONS) -> Texts | None:
+def text_reader(config: Config, cache: Path | None, *, trim: bool = False) -> Texts | None:
     """What turns texts into the network's arguments; None for a network without text.
 
     Args:
         config: of the run.
         cache: folder of tokens that were computed before; None: no cache.
-        longest: byte positions; fewer than all cost less, and change no result.
+        trim: leave out positions that no text of a call has; they cost time, and change no result.
 
     Returns:
-        A function of texts. For --text bytes it gives `text`, int64 (n, longest), which the network's own encoder
+        A function of texts. For --text bytes and words it gives `text`, int64 (n, L), which the network's own encoder
         reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L).
 
     Raises:
@@ -30,8 +30,14 @@ def text_reader(config: Config, cache: Path | None, *, longest: int = POSITIONS)
     """
     if config.net.text_encoder == "none":
         return None
-    if config.net.text_encoder == "bytes":
-        return lambda texts: {"text": byte_ids(texts, longest)}
+    if config.net.text_encoder in READERS:
+        numbers, _ = READERS[config.net.text_encoder]
+
+        def read_ids(texts: list[str]) -> dict[str, Tensor]:
+            ids = numbers(texts)
+            return {"text": ids[:, : int((ids != PAD).sum(1).max())] if trim else ids}
+
+        return read_ids
     encoder, known = frozen_encoder(config.conditions.text), config.conditions.text_fingerprint
     if known not in ("", encoder.fingerprint):
         raise UserError(

@@ -231,11 +231,11 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
 def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
     """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
 
-    text = ("text_width", "text_blocks")
+    text = ("text_width", "text_blocks", "text_pooled")
     if there.two_times and not here.two_times:
         raise UserError(f"{flag} was trained for two times; only --few-step flow-map and mean-flow can start from it.")
     if here.text_encoder != there.text_encoder:
-        told = {"none": "no texts", "bytes": "--text bytes", "frozen": "a frozen text encoder"}
+        told = {"none": "no texts", "bytes": "--text bytes", "words": "--text words", "frozen": "a frozen text encoder"}
         raise UserError(
             f"{flag} holds a network with {told[there.text_encoder]}, but this run has "
             f"{told[here.text_encoder]}; choose --text as there."

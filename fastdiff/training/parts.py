@@ -19,7 +19,6 @@ from fastdiff.evaluation.wishes import nothing, wishes
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse, half_parameters
-from fastdiff.nets.text import POSITIONS
 from fastdiff.nets.unet import UNet
 from fastdiff.runs.run import Run
 from fastdiff.runs.texts import text_reader
@@ -43,10 +42,9 @@ def make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[T
                 image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
             )
         )
-    if image_set.captions is not None:
-        longest = min(POSITIONS, 2 + max(len(text.encode()) for texts in image_set.captions for text in texts))
-        if read := text_reader(config, cache_folder(config.images.data_root), longest=longest):
-            conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
+    read = text_reader(config, cache_folder(config.images.data_root), trim=True)
+    if read is not None and image_set.captions is not None:
+        conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
     return conditions
 
 

@@ -58,6 +58,7 @@ NETS = {
     "odd widths": (UNet, dataclasses.replace(SMALL, channels=12, image_channels=1, norm_groups=3)),
     "another network": (Bottleneck, SMALL),
     "five classes": (UNet, dataclasses.replace(SMALL, num_classes=5)),
+    "patches": (UNet, dataclasses.replace(SMALL, image_size=2 * SMALL.image_size, patch=2)),
     "adaptive norms": (UNet, dataclasses.replace(SMALL, norm_conditioning=True, dropout=0.0)),
 }
 EACH = [pytest.param(*net, id=name) for name, net in NETS.items()]

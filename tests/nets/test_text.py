@@ -9,8 +9,8 @@ from torch import nn
 
 from fastdiff.errors import UserError
 from fastdiff.nets.fuse import fuse
-from fastdiff.nets.layers import CrossAttention
-from fastdiff.nets.text import BEGIN, END, PAD, ByteEncoder, byte_ids
+from fastdiff.nets.layers import CrossAttention, PooledText
+from fastdiff.nets.text import BEGIN, END, PAD, READERS, TextEncoder, byte_ids, word_ids
 
 TEXTS = ["a red three", "", "ein Kätzchen 🐈", "x" * 14]
 
@@ -18,7 +18,11 @@ TEXTS = ["a red three", "", "ein Kätzchen 🐈", "x" * 14]
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return ByteEncoder(width=32, blocks=2, heads=4)
+    encoder = TextEncoder(width=32, blocks=2, heads=4)
+    for block in encoder.blocks:  # which start as the identity
+        for layer in (block.out, block.mlp[-1]):
+            nn.init.normal_(layer.weight, std=0.1)
+    return encoder
 
 
 def test_ids_are_the_bytes_between_begin_and_end():
@@ -28,7 +32,27 @@ def test_ids_are_the_bytes_between_begin_and_end():
     assert byte_ids(["x" * 62]).shape == (1, 64)
 
 
+def test_words_have_the_same_number_in_any_text_and_signs_are_words():
+    ids = word_ids(["A red three", "three, RED", "", "a🐈"], 8)
+    assert ids.dtype == torch.int64
+    (a, red, three), (comma, cat) = ids[0, 1:4].tolist(), (ids[1, 2].item(), ids[3, 2].item())
+    assert len({a, red, three, comma, cat}) == 5
+    assert min(a, red, three, comma, cat) > PAD
+    assert ids.tolist() == [
+        [BEGIN, a, red, three, END, *[PAD] * 3],
+        [BEGIN, three, comma, red, END, *[PAD] * 3],
+        [BEGIN, END, *[PAD] * 6],
+        [BEGIN, a, cat, END, *[PAD] * 4],
+    ]
+    assert ids.max() < READERS["words"][1]
+    assert (red, three) == (259 + 8079, 259 + 6389)  # of every machine and version: networks are trained on them
+
+
 def test_texts_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="has 63 words, but at most 62 fit"):
+        word_ids(["so " * 63])
+    with pytest.raises(UserError, match="is not valid Unicode"):
+        word_ids(["\udcff"])
     with pytest.raises(UserError, match=r"'é+' has 64 bytes, but at most 62 fit"):
         byte_ids(["é" * 32])
     with pytest.raises(UserError, match="is not valid Unicode"):
@@ -63,15 +87,16 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.text = ByteEncoder(width=16, blocks=1, heads=2)
+        self.text = TextEncoder(width=16, blocks=1, heads=2)
         self.conv_in, self.conv_out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
         self.cross = CrossAttention(8, 16, heads=2, groups=4, eps=1e-6)
-        self.norm = nn.GroupNorm(4, 8)
+        self.pooled, self.norm = PooledText(16, 8), nn.GroupNorm(4, 8)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, ids):
         tokens, mask = self.text(ids)
-        return self.conv_out(F.silu(self.norm(self.cross(self.conv_in(x), tokens, mask))))
+        h = self.cross(self.conv_in(x), tokens, mask) + self.pooled(tokens, mask)[:, :, None, None]
+        return self.conv_out(F.silu(self.norm(h)))
 
 
 @pytest.fixture
@@ -96,10 +121,24 @@ def test_cross_attention_starts_without_effect_and_then_reads_the_text(small):
     torch.testing.assert_close(swapped.flip(0), y, rtol=0, atol=1e-12)
 
 
+def test_the_pooled_text_is_of_its_own_tokens_alone(small):
+    net, _ = small
+    texts = ["red", "a green one"]
+    assert not net.pooled(*net.text(byte_ids(texts))).any()  # without effect at the start
+    nn.init.normal_(net.pooled.linear.weight)
+    padded, apart = (
+        net.pooled(*net.text(byte_ids(texts, 64))),
+        [net.pooled(*net.text(byte_ids([t], 20))) for t in texts],
+    )
+    torch.testing.assert_close(padded, torch.cat(apart), rtol=0, atol=1e-12)
+    assert (padded[0] - padded[1]).abs().max() > 0.01
+
+
 def test_a_fused_network_with_text_is_the_plain_one(small):
     net, x = small
     nn.init.normal_(net.cross.out.weight)
     nn.init.normal_(net.cross.out.bias)
+    nn.init.normal_(net.pooled.linear.weight)
     fused, ids = fuse(net), byte_ids(["red", "a green one"], 16)
     assert not any(isinstance(each, nn.GroupNorm) for each in fused.modules())
 

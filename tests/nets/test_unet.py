@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastdiff.nets.layers import Dropout, TimeEmbedding
 from fastdiff.nets.unet import UNet, UNetConfig
@@ -63,8 +64,27 @@ def test_any_shape_of_network_keeps_the_images_shape(mult, blocks):
     assert UNet(config)(torch.randn(3, 2, 12, 12), torch.zeros(3)).shape == (3, 2, 12, 12)
 
 
-def test_activations_and_weights_stay_channels_last():
-    model = UNet(SMALL).eval()
+def test_patches_are_what_folding_pixels_into_channels_would_be():
+    torch.manual_seed(0)
+    patches = UNet(replace(SMALL, image_size=16, patch=2)).eval()
+    folded = UNet(replace(SMALL, image_channels=12)).eval()
+    for p in patches.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    state = patches.state_dict()
+    kernel = state["conv_in.weight"].unflatten(3, (3, 2)).unflatten(2, (3, 2))  # (C, 3, 3, 2, 3, 2)
+    state["conv_in.weight"] = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    folded.load_state_dict(state)
+    x, t = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        theirs = F.pixel_shuffle(folded(F.pixel_unshuffle(x, 2), t), 2)
+        ours = patches(x, t)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_activations_and_weights_stay_channels_last(patch):
+    model = UNet(replace(SMALL, image_size=8 * patch, patch=patch)).eval()
     layouts = {}
 
     def watch(name):
@@ -77,7 +97,7 @@ def test_activations_and_weights_stay_channels_last():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(watch(name))
             assert module.weight.is_contiguous(memory_format=torch.channels_last)
-    model(torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2))
+    model(torch.randn(2, 3, 8 * patch, 8 * patch).to(memory_format=torch.channels_last), torch.zeros(2))
     assert layouts
     assert all(layouts.values())
 
