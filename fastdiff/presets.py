@@ -79,7 +79,7 @@ PRESETS: dict[str, Config] = {
             channels=64,
             channel_mult=(1, 1),
             blocks_per_level=1,
-            attention_resolutions=(4,),
+            attention_resolutions=(8, 4),
             norm_groups=8,
             norm_conditioning=True,
             text_width=64,
@@ -88,10 +88,11 @@ PRESETS: dict[str, Config] = {
         objective="edm",  # x0 takes long to learn how to pass on colours
         weighting="image",
         sigma_data=0.7,
-        steps=2400,
-        lr=3e-3,
+        steps=3600,
+        batch_size=32,
+        log_every=50,
         save_every=600,
-        eval_every=2400,
+        eval_every=3600,
         eval_guidance=3.0,
     ),
     "quick-consistency": on_cpu(

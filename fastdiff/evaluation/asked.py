@@ -1,15 +1,18 @@
 """What the flags of `sample` ask for: classes or prompts, and how many images of each."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastdiff.errors import UsageError, UserError
 from fastdiff.evaluation.evaluate import Trained
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import parse_classes
 from fastdiff.flags import Sample
+from fastdiff.nets.text import split_words
 from fastdiff.runs.texts import text_reader
 
 
@@ -26,13 +29,28 @@ def asked_for(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str
         if read is None:
             raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
         try:
-            return read(prompts), prompts, {"prompts": np.array(prompts)}
+            found = read(prompts)
         except UserError as error:
             raise UsageError(f"--prompt: {error}") from error
+        _tell_unseen(prompts, found["text"], trained)
+        return found, prompts, {"prompts": np.array(prompts)}
     labels = parse_classes(flags.classes, names) or (list(range(len(names))) if trained.read is None else [])
     if not labels:
         return {}, (), {}
     return {"labels": torch.tensor(labels)}, [names[label] for label in labels], {"labels": np.array(labels)}
+
+
+def _tell_unseen(prompts: Sequence[str], ids: Tensor, trained: Trained) -> None:
+    """Warn of words that no caption had in training: the network takes them for noise."""
+    encoder = trained.model.text
+    if encoder is None or trained.config.net.text_encoder != "words":
+        return
+    words = list[str]()
+    for text, new in zip(prompts, encoder.unseen(ids)[:, 1:].tolist(), strict=True):
+        words += [word for word, is_new in zip(split_words(text), new, strict=False) if is_new]
+    if words:
+        listed = ", ".join(map(repr, dict.fromkeys(words)))
+        print(f"warning: no caption in training had {listed}; the network cannot know what it means", file=sys.stderr)
 
 
 def _prompts(flags: Sample) -> list[str]:

@@ -34,6 +34,11 @@ def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     return ids
 
 
+def split_words(text: str) -> list[str]:
+    """The words and signs of a text, in small letters."""
+    return re.findall(r"\w+|[^\w\s]", check_unicode(text).lower())
+
+
 def word_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     """Begin, a number for each word and each sign, end, padding: int64 (N, length).
 
@@ -44,7 +49,7 @@ def word_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     """
     ids = torch.full((len(texts), length), PAD)
     for row, text in zip(ids, texts, strict=True):
-        words = re.findall(r"\w+|[^\w\s]", check_unicode(text).lower())
+        words = split_words(text)
         check_length(text, len(words), length - 2, "words")
         numbers = [PAD + 1 + zlib.crc32(word.encode()) % WORDS for word in words]
         row[: len(words) + 2] = torch.tensor([BEGIN, *numbers, END])
@@ -85,11 +90,12 @@ class TextEncoder(nn.Module):
 
     def __init__(self, numbers: int = PAD + 1, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.byte = nn.Embedding(numbers, width)
+        start = torch.Generator().manual_seed(0)  # the same in every run, see `unseen`
+        self.byte = nn.Embedding.from_pretrained(torch.randn(numbers, width, generator=start), freeze=False)
         self.position = nn.Embedding(POSITIONS, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.position.weight, std=0.5)  # the other is N(0, 1): a token begins as its byte or word
+        nn.init.normal_(self.position.weight, std=0.5)  # less than the other: a token begins as its byte or word
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (N, L) int64, as by READERS, L at most 64 -> tokens (N, L, D), 0 at padding, and mask (N, L)."""
@@ -98,6 +104,12 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             h = block(h, mask)
         return self.norm(h) * mask[..., None], mask
+
+    def unseen(self, ids: Tensor) -> Tensor:
+        """Which numbers have their vectors of the start still, as no text had them in training: bool, as `ids`."""
+        numbers, width = self.byte.weight.shape
+        start = torch.randn(numbers, width, generator=torch.Generator().manual_seed(0))
+        return (self.byte.weight.detach().cpu() == start).all(1)[ids.cpu()]
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastdiff.config import Config
+from fastdiff.nets.text import word_ids
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
 from fastdiff.runs.run import create_run
@@ -29,8 +30,8 @@ def run(tmp_path):
         return made.path
 
 
-@pytest.fixture
-def captioned(tmp_path):
+@pytest.fixture(params=["bytes", "words"])
+def captioned(tmp_path, request):
     """A run of a network that reads texts, made without training."""
     rng = np.random.default_rng(0)
     np.savez(
@@ -39,13 +40,17 @@ def captioned(tmp_path):
     )  # fmt: skip
     config = Config.of(
         data=str(tmp_path / "images.npz"), data_root=str(tmp_path / "data"), net=NET, timesteps=100, eval_steps=4,
-        text="bytes",
-    ).replace(text_encoder="bytes", text_width=8, text_blocks=1)  # fmt: skip
+        text=request.param,
+    ).replace(text_encoder=request.param, text_width=8, text_blocks=1)  # fmt: skip
     with create_run(tmp_path / "working", config=config.to_dict()) as made:
         torch.manual_seed(0)
         model = UNet(config.net)
+        start = model.text.byte.weight.detach().clone()
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
+        if request.param == "words":  # these were never trained
+            new = word_ids(["scarlet,"])[0, 1:3]
+            model.text.byte.weight.data[new] = start[new]
         state = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": {}, "config": config.to_dict()}
         checkpoint.save(made.checkpoints, 1, state)
         return made.path

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.errors import UsageError
+from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.evaluation.wishes import LabelAgreement, balanced, kept_features, parse_classes
 from fastdiff.model_sections import Guidance
@@ -212,13 +213,17 @@ def test_sample_draws_a_row_for_each_prompt(captioned, tmp_path, capsys):
     with np.load(npz) as saved:
         assert np.array_equal(saved["images"][2:], images[2:])  # what else is asked for changes nothing
         assert not np.array_equal(saved["images"][:2], images[:2])
+    capsys.readouterr()
+    assert call(*asked, "--prompt", "a cat", "Scarlet, a dog") == 0
+    words = load_trained(captioned, device=torch.device("cpu")).config.conditions.text == "words"
+    assert ("no caption in training had 'scarlet', ','; the network" in capsys.readouterr().err) is words
     assert call("sample", "--checkpoint", captioned, "--steps", 2, "--out", out, "--n", 3) == 0
     assert call("likelihood", "--checkpoint", captioned, "--n", 4, "--steps", 2) == 0
 
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [(["a cat", " "], "prompt 2 of 2 is empty"), (["x" * 63], "has 63 bytes, but at most 62 fit"),
+    [(["a cat", " "], "prompt 2 of 2 is empty"), (["? " * 63], ", but at most 62 fit"),
      (["caf\udce9"], "is not valid Unicode")],
 )  # fmt: skip
 def test_bad_prompts_are_told_in_one_line(captioned, tmp_path, capsys, prompts, message):
