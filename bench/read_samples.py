@@ -20,6 +20,7 @@ import tyro
 
 from fastdiff.cli import run_command
 from fastdiff.data.captioned_digits import captioned_digits
+from fastdiff.data.datasets import load_dataset
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.attributes import agreement, read_digits
 from fastdiff.evaluation.evaluate import Trained, load_trained
@@ -83,8 +84,13 @@ def caption_rows(
 ) -> Iterator[tuple[str, Read]]:
     """Captions that name all attributes, of pairs that training saw and of pairs that it did not, for each w."""
     assert trained.read is not None
+    size, known = trained.config.net.image_size, trained.saved.get("data_sha256")
+    if known not in (None, load_dataset("digits-captioned", image_size=size).sha256):
+        raise UsageError(
+            f"{trained.path} was trained on digits-captioned of another version; read it with that version."
+        )
     for pairs, split in (("seen", "train"), ("never seen", "test")):
-        images, _, captions = captioned_digits(split, trained.config.net.image_size)
+        images, _, captions = captioned_digits(split, size)
         chosen = np.random.default_rng(seed).choice(len(images), n, replace=False)
         prompts = [captions[i][3] for i in chosen]
         yield f"{pairs}, real pictures", agreement(images[chosen], prompts)

@@ -38,7 +38,7 @@ class UNetConfig:
     """Channels of the images (RGB: 3)."""
     patch: int = 1
     """Side, in pixels, of the squares that are one position of the first level; 2 takes a quarter of the computation,
-    which small details must then share."""
+    which small details must then share. Divide --attention-resolutions by it as well."""
     channels: int = 128
     """Channels of the first level; a multiple of --norm-groups."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
@@ -64,7 +64,7 @@ class UNetConfig:
     text_width: int = 128
     """Width of the tokens of --text bytes and words; a multiple of 4. Other encoders have their own."""
     text_blocks: int = 2
-    """Transformer blocks of --text bytes and words; 0 will do where words mean the same in any order."""
+    """Transformer blocks of --text bytes (at least 1) and words; 0 will do where words mean the same in any order."""
     text_pooled: bool = True
     """Add the mean of a text's tokens to the time embedding, beside the attention to each of them."""
 
@@ -98,6 +98,8 @@ class UNetConfig:
         at_least(0, "text_blocks", self.text_blocks)
         width = self.text_width
         require(width >= 4 and width % 4 == 0, "text_width", width, "a multiple of 4, the heads of its attention")
+        if self.text_encoder == "bytes":
+            at_least(1, "text_blocks", self.text_blocks)  # a byte alone says nothing
         if self.text_encoder != "none":
             expected = "not empty with --text, as texts are read where there is attention"
             require(len(self.attention_resolutions) > 0, "attention_resolutions", self.attention_resolutions, expected)
@@ -123,7 +125,7 @@ class ConditionsConfig:
 
     text: str = "none"
     """Tell the network what each image shows by its caption: `bytes` and `words` learn to read with the
-    network, words sooner, bytes also what is misspelt; `wordllama` (a
+    network, words sooner, but none that no caption has; `wordllama` (a
     package) and `transformers:PATH` (a folder of a CLIP or T5 encoder) are taken as they are; `none`: no captions."""
     captions: str | None = None
     """A file of templates, one a line with {} for the class, that makes captions of class names; by default the data's
@@ -140,7 +142,9 @@ class ConditionsConfig:
         known = self.text in ("none", "bytes", "words", "wordllama") or bool(kind == "transformers" and path)
         require(known, "text", self.text, "none, bytes, words, wordllama or transformers:PATH")
         if self.captions is not None and self.text == "none":
-            raise UserError(f"--captions {self.captions} would be read by nothing; add --text bytes, or drop it.")
+            raise UserError(
+                f"--captions {self.captions} would be read by nothing; add --text bytes or words, or drop it."
+            )
 
     @property
     def any(self) -> bool:

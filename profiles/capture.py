@@ -184,7 +184,7 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
     from kernels import adam_ema_, add_group_norm_silu, ema_update_, group_norm_silu, merge_columns
 
     net, dtype = config.net, torch.bfloat16 if bf16 else torch.float32
-    levels = [(net.channels * mult, net.image_size >> i) for i, mult in enumerate(net.channel_mult)]
+    levels = [(net.channels * mult, side) for mult, side in zip(net.channel_mult, net.resolutions, strict=True)]
 
     def norm(channels: int, side: int, *, add: bool) -> Callable[[], object]:
         shape = (config.optim.batch_size, channels, side, side)

@@ -187,6 +187,12 @@ def test_a_config_from_before_the_time_scale_is_read_and_tells_it_only_where_it_
     assert config.replace(time_scale=0.01).diffusion.task == "edm on edm, sigma_data 0.5, time scale 0.01"
 
 
+def test_bytes_need_a_block_and_words_do_not():
+    with pytest.raises(UserError, match="--text-blocks is 0, but must be at least 1"):
+        Config.of(text="bytes", text_blocks=0).replace(text_encoder="bytes")
+    assert Config.of(text="words", text_blocks=0).replace(text_encoder="words").net.text_blocks == 0
+
+
 def test_a_network_that_read_texts_before_there_was_a_choice_is_read_as_it_was():
     for config, pooled in ((Config.of(text="bytes"), False), (Config(), True)):
         values = config.to_dict()

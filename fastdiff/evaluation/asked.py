@@ -27,7 +27,7 @@ def asked_for(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str
     if prompts:
         read = text_reader(trained.config, None)  # few texts, which no cache need keep
         if read is None:
-            raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text bytes.")
+            raise UsageError(f"--prompt {prompts[0]!r}: this network reads no texts; train one with --text words.")
         try:
             found = read(prompts)
         except UserError as error:
@@ -41,16 +41,16 @@ def asked_for(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str
 
 
 def _tell_unseen(prompts: Sequence[str], ids: Tensor, trained: Trained) -> None:
-    """Warn of words that no caption had in training: the network takes them for noise."""
+    """Warn of words that no caption had in training."""
     encoder = trained.model.text
     if encoder is None or trained.config.net.text_encoder != "words":
         return
     words = list[str]()
-    for text, new in zip(prompts, encoder.unseen(ids)[:, 1:].tolist(), strict=True):
+    for text, new in zip(prompts, encoder.unseen(ids.to(encoder.byte.weight.device))[:, 1:].tolist(), strict=True):
         words += [word for word, is_new in zip(split_words(text), new, strict=False) if is_new]
     if words:
         listed = ", ".join(map(repr, dict.fromkeys(words)))
-        print(f"warning: no caption in training had {listed}; the network cannot know what it means", file=sys.stderr)
+        print(f"warning: no caption in training had {listed}; the network knows nothing of it", file=sys.stderr)
 
 
 def _prompts(flags: Sample) -> list[str]:

@@ -63,7 +63,7 @@ def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
             "checkpoint of the same task, such as an earlier one of the same run."
         )
     if guide is not None and guide.model.text is not None:
-        raise UsageError("--guide: a guide reads bytes by an encoder of its own, which is not built; drop --guide.")
+        raise UsageError("--guide: a guide reads texts by an encoder of its own, which is not built; drop --guide.")
     machine = Config.of(machine=trained.config.machine, device=device.type, precision=flags.precision)
     machine = machine.resolved(device.type).machine
     if machine.warning:

@@ -142,7 +142,7 @@ def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions
     """Conditions with the tokens of texts in float32, so that no step of a sampler computes them.
 
     Args:
-        encoder: turns the bytes of `text` into tokens and their mask; None where `text` is tokens already.
+        encoder: turns the bytes or words of `text` into tokens and their mask; None where `text` is tokens already.
     """
     if encoder is None:
         return {name: v.float() if v.is_floating_point() else v for name, v in conditions.items()}
@@ -173,7 +173,7 @@ class Generator:
         compile: torch.compile the network.
         graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
         nothing: what each condition of the network is where nothing is asked for, one row (...) each.
-        encoder: turns the bytes of `text` into tokens and their mask.
+        encoder: turns the bytes or words of `text` into tokens and their mask.
         guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
             network with `nothing`.
         space: of the network.

@@ -21,7 +21,7 @@ from fastdiff.nets.text import POSITIONS, check_length, check_unicode
 MODELS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}  # of transformers
 
 
-class TextEncoder(Protocol):
+class FrozenEncoder(Protocol):
     """What turns texts into tokens.
 
     Attributes:
@@ -41,7 +41,7 @@ class TextEncoder(Protocol):
         ...
 
 
-def frozen_encoder(name: str) -> TextEncoder:
+def frozen_encoder(name: str) -> FrozenEncoder:
     """`wordllama`, or `transformers:PATH` for the folder of a CLIP or T5 encoder.
 
     Raises:
@@ -52,7 +52,7 @@ def frozen_encoder(name: str) -> TextEncoder:
     kind, _, path = name.partition(":")
     if kind == "transformers" and path:
         return Transformers(Path(path).expanduser())
-    raise UserError(f"text encoder {name!r} is not known; choose bytes, wordllama or transformers:PATH")
+    raise UserError(f"text encoder {name!r} is not known; choose bytes, words, wordllama or transformers:PATH")
 
 
 class WordLlama:
@@ -75,7 +75,7 @@ class WordLlama:
         self.fingerprint = f"wordllama-{_sha256([weights, tokenizer])}"
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """See TextEncoder."""
+        """See FrozenEncoder."""
         rows = [torch.tensor(self.tokenizer.encode(check_unicode(text)).ids) for text in texts]  # each begins with <s>
         for text, row in zip(texts, rows, strict=True):
             check_length(text, len(row), POSITIONS, "tokens")
@@ -111,7 +111,7 @@ class Transformers:
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """See TextEncoder."""
+        """See FrozenEncoder."""
         batch = self.tokenizer(list(map(check_unicode, texts)), padding=True, return_tensors="pt")
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         for text, length in zip(texts, mask.sum(1).tolist(), strict=True):
@@ -135,7 +135,7 @@ class TextTable:
     row: dict[str, int]
 
 
-def text_table(encoder: TextEncoder, texts: Iterable[str], cache: Path | None, *, batch_size: int = 256) -> TextTable:
+def text_table(encoder: FrozenEncoder, texts: Iterable[str], cache: Path | None, *, batch_size: int = 256) -> TextTable:
     """Encode each text once, or read what an earlier run stored for the same encoder and texts.
 
     Raises:

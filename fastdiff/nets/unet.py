@@ -165,4 +165,6 @@ class UNet(nn.Module):
         for stage in self.up:
             h = stage(h, embedding, dropout_seed, skips, words)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return h if self.config.patch == 1 else F.pixel_shuffle(h, self.config.patch)
+        if self.config.patch == 1:
+            return h
+        return F.pixel_shuffle(h, self.config.patch).contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """Averaged weights as they were saved: in a run, one checkpoint, a folder of `export`, or by diffusers."""
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Mapping
@@ -147,7 +148,8 @@ def initial_weights(config: Config) -> InitialWeights | None:
             f"{config.diffusion.time_scale:g}, by which its network would take each noise level for another; add "
             f"--time-scale {scale:g}."
         )
-    _check_net(flag, config.net, net)
+    pooled = net.text_pooled or config.net.text_pooled  # which begins without effect
+    _check_net(flag, config.net, dataclasses.replace(net, text_pooled=pooled))
     if text != config.conditions.text_fingerprint and config.net.text_encoder == "frozen":
         raise UserError(f"{flag} was trained on the tokens of another text encoder; choose its --text.")
     state, labels = _with_labels(flag, config, net, state, theirs=names)

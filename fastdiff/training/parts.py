@@ -81,10 +81,13 @@ def make_step(
         )  # fmt: skip
     else:
         model = UNet(config.net).to(ranks.device)
+        for table in conditions:
+            if isinstance(table, CaptionTable) and model.text is not None:
+                model.text.begin_with(table.tables["text"])
         read = text_reader(config, cache_folder(config.images.data_root)) if teacher is not None else None
         objective = objective_of(config, ranks.device, teacher=teacher, nothing=nothing(config, read))
     if initial is not None:
-        new = {name: v for name, v in model.state_dict().items() if name.startswith(("span.", "critic."))}
+        new = {name: v for name, v in model.state_dict().items() if name.startswith(("span.", "critic.", "pooled."))}
         model.load_state_dict(new | initial.state)  # which may lack them
         if isinstance(model, Autoencoder):
             model.latent_std.zero_()  # not measured yet

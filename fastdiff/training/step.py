@@ -57,7 +57,7 @@ class TrainStep:
             labels are drawn for the whole batch, as one alone would; dropout draws other masks. With several, `update`
             must be made with accumulate=True.
         conditions: what the network is told about an image by its index in the set.
-        encoder: turns the bytes of captions into tokens, trained with the network as its part `text`.
+        encoder: turns the bytes or words of captions into tokens, trained with the network as its part `text`.
         space: turns a batch into x0.
         critic: an autoencoder's discriminator, its part `critic`, trained in the same step; `objective` gets it.
     """
@@ -126,7 +126,7 @@ class TrainStep:
             return losses.mean(), losses.detach()
 
     def _read(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The network's arguments: bytes become tokens."""
+        """The network's arguments: bytes or words become tokens."""
         if self.encoder is None:
             return cond
         text, mask = functional_call(self.encoder, self._weights_of(TEXT), (cond["text"],))

@@ -239,7 +239,7 @@ def test_bad_prompts_are_told_in_one_line(captioned, tmp_path, capsys, prompts, 
 
 def test_a_run_without_text_says_how_to_get_one(run, capsys):
     assert call("sample", "--checkpoint", run, "--prompt", "a cat") == 2
-    assert "this network reads no texts; train one with --text bytes" in capsys.readouterr().err
+    assert "this network reads no texts; train one with --text words" in capsys.readouterr().err
 
 
 def test_images_of_other_classes_measure_nothing(conditional, tmp_path, capsys):

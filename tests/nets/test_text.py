@@ -82,6 +82,17 @@ def test_the_gradient_reaches_the_bytes_that_occur_and_no_others(encoder):
     assert encoder.position.weight.grad.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_numbers_that_no_text_of_the_training_set_has_stay_unseen():
+    encoder = TextEncoder(READERS["words"][1], width=16, blocks=0)
+    encoder.begin_with(word_ids(["a red three", "a blue one"]))
+    ids = word_ids(["a red one", "a scarlet three!"], 7)
+    assert encoder.unseen(ids).tolist() == [[False] * 7, [False, False, True, False, True, False, False]]
+    (encoder(ids[:1])[0] * torch.randn(1, 7, 16)).sum().backward()
+    unseen = encoder.unseen(torch.arange(len(encoder.byte.weight)))
+    assert encoder.byte.weight.grad[~unseen].any()
+    assert not encoder.byte.weight.grad[unseen].any()
+
+
 class Small(nn.Module):
     """Of the least that holds a text encoder and a cross-attention among other layers."""
 

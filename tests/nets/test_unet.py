@@ -42,6 +42,21 @@ def test_classes_change_nothing_until_they_are_trained_and_then_only_their_own_i
     assert same == [True, False, False, True]
 
 
+def test_texts_change_nothing_until_they_are_trained():
+    net = replace(SMALL, text_encoder="frozen", text_width=8)
+    plain, told, alone = UNet(SMALL).eval(), UNet(net).eval(), UNet(replace(net, text_pooled=False))
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    left = told.load_state_dict(plain.state_dict(), strict=False)
+    assert "pooled.linear.weight" in left.missing_keys
+    assert not any(name.startswith("pooled.") for name in alone.state_dict())
+    x, t = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.tensor([10.0, 500.0])
+    text, mask = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(told(x, t, text=text, text_mask=mask), plain(x, t))
+    told(x, t, text=text, text_mask=mask).square().sum().backward()
+    assert told.pooled.linear.weight.grad.abs().sum() > 0
+
+
 def test_a_second_time_changes_nothing_until_it_is_trained():
     plain, told = UNet(SMALL).eval(), UNet(replace(SMALL, two_times=True)).eval()
     for p in plain.parameters():

@@ -171,6 +171,21 @@ def test_a_run_with_captions_resumes_bit_for_bit_and_only_with_its_captions(
         train(again.replace(steps=40), resume=run)
 
 
+def test_a_network_with_texts_may_start_from_one_without_their_mean(tiny_config, labelled, tmp_path):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {}\n")
+    config = {
+        "text": "words", "captions": str(templates), "text_width": 8, "text_blocks": 0, "data": labelled("cat", "dog"),
+        "steps": 2, "eval_every": 2,
+    }  # fmt: skip
+    assert train(tiny_config(**config, text_pooled=False)) == 0
+    run, more = tmp_path / "working" / "1", tmp_path / "more"
+    assert train(tiny_config(**config, init_from=str(run), run_root=str(more))) == 0
+    assert "pooled.linear.weight" in checkpoint.load_latest(more / "1" / "checkpoints").state["ema"]
+    with pytest.raises(UserError, match=r"Add --text-pooled\.$"):
+        train(tiny_config(**config, text_pooled=False, init_from=str(more / "1")))
+
+
 @pytest.mark.parametrize(("given", "message"), [(("cat",), "all images of .* are of one"), ((), "has none; sort")])
 def test_a_conditional_run_needs_classes(tiny_config, labelled, tmp_path, given, message):
     with pytest.raises(UserError, match=message):
