@@ -103,7 +103,7 @@ def test_transformers(tmp_path, kind):
 
 
 def test_names_and_packages_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="'clip' is not known; choose bytes, wordllama or transformers:PATH"):
+    with pytest.raises(UserError, match="'clip' is not known; choose bytes, words, wordllama or transformers:PATH"):
         frozen_encoder("clip")
     with pytest.raises(UserError, match=r"has no config\.json"):
         frozen_encoder(f"transformers:{tmp_path}")
