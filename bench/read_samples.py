@@ -19,7 +19,6 @@ import torch
 import tyro
 
 from fastdiff.cli import run_command
-from fastdiff.data.captioned_digits import captioned_digits
 from fastdiff.data.datasets import load_dataset
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.attributes import agreement, read_digits
@@ -84,16 +83,15 @@ def caption_rows(
 ) -> Iterator[tuple[str, Read]]:
     """Captions that name all attributes, of pairs that training saw and of pairs that it did not, for each w."""
     assert trained.read is not None
-    size, known = trained.config.net.image_size, trained.saved.get("data_sha256")
-    if known not in (None, load_dataset("digits-captioned", image_size=size).sha256):
-        raise UsageError(
-            f"{trained.path} was trained on digits-captioned of another version; read it with that version."
-        )
-    for pairs, split in (("seen", "train"), ("never seen", "test")):
-        images, _, captions = captioned_digits(split, size)
-        chosen = np.random.default_rng(seed).choice(len(images), n, replace=False)
-        prompts = [captions[i][3] for i in chosen]
-        yield f"{pairs}, real pictures", agreement(images[chosen], prompts)
+    size = trained.config.net.image_size
+    sets = {split: load_dataset("digits-captioned", split=split, image_size=size) for split in ("train", "test")}
+    if trained.saved.get("data_sha256", sets["train"].sha256) != sets["train"].sha256:
+        raise UsageError(f"{trained.path} was trained on digits-captioned of another version; use that version.")
+    for pairs, data in zip(("seen", "never seen"), sets.values(), strict=True):
+        assert data.captions is not None
+        chosen = np.random.default_rng(seed).choice(len(data.images), n, replace=False)
+        prompts = [data.captions[i][3] for i in chosen]
+        yield f"{pairs}, real pictures", agreement(data.images[chosen], prompts)
         asked = trained.read(prompts)
         for w in guidance:
             yield f"{pairs}, w = {w:g}", agreement(draw(asked, w), prompts)

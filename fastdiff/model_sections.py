@@ -64,7 +64,8 @@ class UNetConfig:
     text_width: int = 128
     """Width of the tokens of --text bytes and words; a multiple of 4. Other encoders have their own."""
     text_blocks: int = 2
-    """Transformer blocks of --text bytes (at least 1) and words; 0 will do where words mean the same in any order."""
+    """Transformer blocks of --text bytes (at least 1) and words; 0: a token is
+    its own word and place alone."""
     text_pooled: bool = True
     """Add the mean of a text's tokens to the time embedding, beside the attention to each of them."""
 
@@ -124,8 +125,8 @@ class ConditionsConfig:
     """Names of the classes, by label. --conditional takes them from the data."""
 
     text: str = "none"
-    """Tell the network what each image shows by its caption: `bytes` and `words` learn to read with the
-    network, words sooner, but none that no caption has; `wordllama` (a
+    """Tell the network what each image shows by its caption: `bytes` and `words` are read by an
+    encoder that learns with the network, and knows no word that no caption has; `wordllama` (a
     package) and `transformers:PATH` (a folder of a CLIP or T5 encoder) are taken as they are; `none`: no captions."""
     captions: str | None = None
     """A file of templates, one a line with {} for the class, that makes captions of class names; by default the data's

@@ -1,5 +1,6 @@
 """The table of recipes: `--preset NAME` gives every other flag its default."""
 
+from dataclasses import replace
 from typing import Any
 
 from fastdiff.config import Config
@@ -9,6 +10,9 @@ from fastdiff.model_sections import UNetConfig
 SMALL = UNetConfig(
     image_size=16, channels=16, channel_mult=(1, 4, 4), blocks_per_level=1, attention_resolutions=(8, 4), norm_groups=8,
 )  # fmt: skip
+
+
+LOWER = replace(SMALL, image_size=8, channels=64, channel_mult=(1, 1))  # its two lower levels
 
 
 def on_cpu(**changes: Any) -> Config:
@@ -59,33 +63,15 @@ PRESETS: dict[str, Config] = {
     "quick-latent": on_cpu(
         preset="quick-latent",
         **DIGITS,
-        net=UNetConfig(  # the two lower levels of `quick`; for the latents of quick-autoencoder
-            image_size=8,
-            channels=64,
-            channel_mult=(1, 1),
-            blocks_per_level=1,
-            attention_resolutions=(8, 4),
-            norm_groups=8,
-        ),
+        net=LOWER,  # for the latents of quick-autoencoder
         eval_at_start=True,
     ),
     "text-digits": on_cpu(
         preset="text-digits",
         data="digits-captioned",
         text="words",
-        net=UNetConfig(
-            image_size=16,
-            patch=2,
-            channels=64,
-            channel_mult=(1, 1),
-            blocks_per_level=1,
-            attention_resolutions=(8, 4),
-            norm_groups=8,
-            norm_conditioning=True,
-            text_width=64,
-            text_blocks=0,
-        ),
-        objective="edm",  # x0 takes long to learn how to pass on colours
+        net=replace(LOWER, image_size=16, patch=2, norm_conditioning=True, text_width=64, text_blocks=0),
+        objective="edm",
         weighting="image",
         sigma_data=0.7,
         steps=3600,

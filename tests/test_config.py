@@ -187,6 +187,13 @@ def test_a_config_from_before_the_time_scale_is_read_and_tells_it_only_where_it_
     assert config.replace(time_scale=0.01).diffusion.task == "edm on edm, sigma_data 0.5, time scale 0.01"
 
 
+def test_patches_count_where_the_image_size_does_not_fit():
+    with pytest.raises(
+        UserError, match=r"--image-size is 36, but must be a multiple of 16 \(4 levels in patches of 2\)"
+    ):
+        Config.of(image_size=36, patch=2)
+
+
 def test_bytes_need_a_block_and_words_do_not():
     with pytest.raises(UserError, match="--text-blocks is 0, but must be at least 1"):
         Config.of(text="bytes", text_blocks=0).replace(text_encoder="bytes")

@@ -57,7 +57,7 @@ def word_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     return ids
 
 
-# What is read, by the name of --text: texts -> numbers, and how many there are.
+# What is read, by the name of --text: texts -> ids, and how many ids there are.
 READERS: dict[str, tuple[Callable[[Sequence[str]], Tensor], int]] = {
     "bytes": (byte_ids, PAD + 1),
     "words": (word_ids, PAD + 1 + WORDS),
@@ -83,15 +83,15 @@ class TextEncoder(nn.Module):
     """A small transformer over bytes or words, trained with the network.
 
     Args:
-        numbers: how many bytes or words there are.
+        ids: how many there are, of bytes or words.
         width: of the tokens; a multiple of `heads`.
         blocks: pre-norm transformer blocks; 0: a token says its own byte or word and where it stands, nothing else.
         heads: of each attention.
     """
 
-    def __init__(self, numbers: int = PAD + 1, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
+    def __init__(self, ids: int = PAD + 1, width: int = 256, blocks: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.byte = nn.Embedding(numbers, width)  # or word
+        self.byte = nn.Embedding(ids, width)  # or word
         self.position = nn.Embedding(POSITIONS, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
@@ -107,14 +107,14 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, ids: Tensor) -> None:
-        """Forget the numbers that are not in `ids`, those of the training set: they have no vector, see `unseen`."""
+        """Set the vectors of all numbers to 0 but those in `ids`, the training set's; `unseen` finds them."""
         others = torch.ones(len(self.byte.weight), dtype=torch.bool, device=ids.device)
         others[ids.flatten()] = False
         self.byte.weight[others] = 0.0
 
     def unseen(self, ids: Tensor) -> Tensor:
         """Which numbers no text had in training, so that their vectors stayed at 0: bool, as `ids`."""
-        return ~self.byte.weight.any(1)[ids]
+        return ~self.byte(ids).any(-1)
 
 
 class Block(nn.Module):

@@ -91,8 +91,8 @@ class UNet(nn.Module):
 
         self.text = None
         if config.text_encoder in READERS:
-            _, numbers = READERS[config.text_encoder]
-            self.text = TextEncoder(numbers, text_width, config.text_blocks)
+            _, ids = READERS[config.text_encoder]
+            self.text = TextEncoder(ids, text_width, config.text_blocks)
         self.time = TimeEmbedding(config.channels)
         self.span = TimeEmbedding(config.channels) if config.two_times else None
         if self.span is not None:

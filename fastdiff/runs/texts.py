@@ -31,10 +31,10 @@ def text_reader(config: Config, cache: Path | None, *, trim: bool = False) -> Te
     if config.net.text_encoder == "none":
         return None
     if config.net.text_encoder in READERS:
-        numbers, _ = READERS[config.net.text_encoder]
+        ids_of, _ = READERS[config.net.text_encoder]
 
         def read_ids(texts: list[str]) -> dict[str, Tensor]:
-            ids = numbers(texts)
+            ids = ids_of(texts)
             return {"text": ids[:, : int((ids != PAD).sum(1).max())] if trim else ids}
 
         return read_ids

@@ -18,11 +18,11 @@ from tests.evaluation.commands import NET
 pytest.importorskip("sklearn")
 
 
-def save(folder, config):
+def save(folder, config, **more):
     """A run of the config that was never trained."""
     with create_run(folder, config=config.to_dict()) as made:
         weights = UNet(config.net).state_dict()
-        saved = {"model": weights, "ema": weights, "optimizer": {}, "config": config.to_dict()}
+        saved = {"model": weights, "ema": weights, "optimizer": {}, "config": config.to_dict(), **more}
         checkpoint.save(made.checkpoints, 1, saved)
         return made.path
 
@@ -63,6 +63,13 @@ def test_captions_are_read_beside_real_pictures(tmp_path, capsys):
     shares = {name: min(map(float, values)) for name, *values in rows}
     assert shares["seen, real pictures"] >= 95
     assert shares["seen, w = 3"] <= 50
+
+
+def test_a_run_on_captioned_digits_of_another_version_is_refused(tmp_path):
+    net = replace(NET, image_size=16, attention_resolutions=(8,), text_encoder="words", text_width=8, text_blocks=0)
+    config = Config.of(data="digits-captioned", net=net, timesteps=100, text="words")
+    with pytest.raises(UsageError, match="was trained on digits-captioned of another version"):
+        read_samples.main(save(tmp_path, config, data_sha256="0" * 64), n=2, steps=2)
 
 
 def test_a_run_on_other_classes_is_refused(tmp_path):

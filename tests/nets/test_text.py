@@ -48,6 +48,11 @@ def test_words_have_the_same_number_in_any_text_and_signs_are_words():
     assert (red, three) == (259 + 8079, 259 + 6389)  # of every machine and version: networks are trained on them
 
 
+def test_a_word_has_one_number_however_its_letters_are_put_together():
+    composed, apart = "CAF\u00c9", "cafe\u0301"
+    assert torch.equal(word_ids([composed]), word_ids([apart]))
+
+
 def test_texts_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="has 63 words, but at most 62 fit"):
         word_ids(["so " * 63])
@@ -57,6 +62,12 @@ def test_texts_that_do_not_fit_are_named():
         byte_ids(["é" * 32])
     with pytest.raises(UserError, match="is not valid Unicode"):
         byte_ids(["\udcff"])
+
+
+def test_a_token_begins_as_its_byte_and_its_place():
+    encoder, ids = TextEncoder(width=32, blocks=2), byte_ids(["a red three"], 13)
+    expected = encoder.norm(encoder.byte(ids) + encoder.position.weight[:13])
+    assert torch.equal(encoder(ids)[0], expected)
 
 
 def test_padding_and_other_texts_change_nothing(encoder):
@@ -137,12 +148,13 @@ def test_the_pooled_text_is_of_its_own_tokens_alone(small):
     texts = ["red", "a green one"]
     assert not net.pooled(*net.text(byte_ids(texts))).any()  # without effect at the start
     nn.init.normal_(net.pooled.linear.weight)
-    padded, apart = (
-        net.pooled(*net.text(byte_ids(texts, 64))),
-        [net.pooled(*net.text(byte_ids([t], 20))) for t in texts],
-    )
+    padded = net.pooled(*net.text(byte_ids(texts, 64)))
+    apart = [net.pooled(*net.text(byte_ids([text], 20))) for text in texts]
     torch.testing.assert_close(padded, torch.cat(apart), rtol=0, atol=1e-12)
     assert (padded[0] - padded[1]).abs().max() > 0.01
+    tokens, mask = torch.randn(1, 4, 16).double(), torch.tensor([[True, True, False, True]])
+    expected = net.pooled.linear(tokens[:, [0, 1, 3]].mean(1))
+    torch.testing.assert_close(net.pooled(tokens, mask), expected, rtol=0, atol=1e-12)
 
 
 def test_a_fused_network_with_text_is_the_plain_one(small):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastdiff.reporting.profiling import analyse, read_trace
 from profiles import capture
@@ -37,6 +38,13 @@ def test_a_capture_leaves_its_three_files(tmp_path, capsys, command, title, cate
     assert profile.categories["other"] < 0.1 * profile.step  # the table of names knows what runs
     if command == "kernels":
         assert profile.ranges.keys() == {"forward", "backward", "optimizer", "ema"}
+
+
+def test_kernels_are_called_at_the_levels_of_patches():
+    config = capture.defaults(["--preset", "text-digits"]).replace(batch_size=2)
+    calls, shapes = capture._kernel_calls(config, torch.device("cpu"), bf16=False)
+    assert shapes == "(2, 64, 8, 8), (2, 64, 4, 4)"
+    assert len(calls) > len(config.net.resolutions)
 
 
 def test_the_folder_is_named_for_device_command_and_preset():

@@ -1,11 +1,13 @@
 """What is made of a config."""
 
+import numpy as np
 import pytest
 import torch
 
 from fastdiff.config import Config
+from fastdiff.data.datasets import ImageSet
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.parts import evaluation_samplers, make_step
+from fastdiff.training.parts import evaluation_samplers, make_conditions, make_step
 from tests.configs import TINY
 
 
@@ -14,6 +16,20 @@ def test_a_step_with_exact_derivatives_is_not_captured(few_step, captured):
     config = Config.of(net=TINY, few_step=few_step, objective="edm", init_from="x").resolved("cpu")
     step, _, _ = make_step(config, [], Ranks(torch.device("cpu")), None, None)
     assert step.graphs == captured
+
+
+@pytest.mark.parametrize(("text", "longest"), [("bytes", 13), ("words", 5)])
+def test_a_step_reads_no_more_positions_than_the_longest_caption_has_and_knows_its_words(text, longest):
+    images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    image_set = ImageSet.from_arrays(images, None, "two", captions=(("a red three",), ("a", "two")))
+    config = Config.of(net=TINY, text=text).replace(text_encoder=text, text_width=8).resolved("cpu")
+    ranks = Ranks(torch.device("cpu"))
+    (table,) = conditions = make_conditions(config, image_set, ranks)
+    assert table.tables["text"].shape == (4, longest)  # the empty text too
+    _, model, ema = make_step(config, conditions, ranks, None, None)
+    for network in (model, ema.model):
+        seen = (~network.text.unseen(torch.arange(len(network.text.byte.weight)))).nonzero()[:, 0]
+        assert torch.equal(seen, table.tables["text"].unique())
 
 
 @pytest.mark.parametrize(
