@@ -109,10 +109,7 @@ def make_step(variant: Variant, config: UNetConfig, rules: Sequence[Rule] = RULE
     update = make_update(
         "triton" if ours else "torch", model, EMA(model, 0.9999), weight_decay=0.0, half=half_parameters(network)
     )
-    return TrainStep(
-        network, objective, update, lr=LearningRate(2e-4), grad_clip=1.0, seed=0, bf16=True, compile=False,
-        encoder=model.text,
-    )  # fmt: skip
+    return TrainStep(network, objective, update, lr=LearningRate(2e-4), grad_clip=1.0, seed=0, bf16=True, compile=False)
 
 
 def graphs_of(

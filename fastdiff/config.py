@@ -59,12 +59,6 @@ class Config:
                 f"--teacher-guidance is {self.tuning.teacher_guidance:g}, but guidance leads to a class or a caption; "
                 "add --conditional or --text, or drop it."
             )
-        text = self.conditions.text
-        if self.tuning.teacher is not None and text in ("bytes", "words"):
-            raise UserError(
-                f"--teacher with --text {text} is not built: teacher and student would each read by an encoder of "
-                "their own; use a frozen encoder, or consistency training without --teacher."
-            )
         self._check_decay()
         self._check_few_steps()
         self._check_autoencoder()

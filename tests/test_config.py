@@ -143,7 +143,6 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency or scm"),
         ({"teacher_guidance": 2.0, "conditional": True}, "--teacher-guidance is 2, but there is no --teacher"),
         ({"teacher": "x", "teacher_guidance": 2.0}, "--teacher-guidance is 2, but guidance leads to a class"),
-        ({"teacher": "x", "text": "bytes"}, "--teacher with --text bytes is not built"),
     ],
 )
 def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):

@@ -23,7 +23,7 @@ from fastdiff.evaluation.evaluate import evaluate as measure
 from fastdiff.evaluation.exporting import export as export
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
-from fastdiff.evaluation.generate import Generator, SamplerSettings, parse_options, with_tokens
+from fastdiff.evaluation.generate import Generator, SamplerSettings, on_device, parse_options
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, wishes
 from fastdiff.flags import Evaluate, Likelihood, Sample, Sampling, Show
@@ -62,8 +62,6 @@ def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
             f"--guide {guide.path} was trained as {_told(guide)}, but {trained.path} as {_told(trained)}; name a "
             "checkpoint of the same task, such as an earlier one of the same run."
         )
-    if guide is not None and guide.model.text is not None:
-        raise UsageError("--guide: a guide reads texts by an encoder of its own, which is not built; drop --guide.")
     machine = Config.of(machine=trained.config.machine, device=device.type, precision=flags.precision)
     machine = machine.resolved(device.type).machine
     if machine.warning:
@@ -273,7 +271,7 @@ def _conditions_of(trained: Trained, images: ImageSet, chosen: np.ndarray, devic
         found["labels"] = torch.from_numpy(_check_classes(trained, images)[chosen])
     if trained.read is not None and images.captions is not None:
         found |= trained.read([images.captions[i][0] for i in chosen])
-    return with_tokens(trained.model.text, {name: v.to(device) for name, v in found.items()})
+    return on_device(found, device)
 
 
 def _check_classes(trained: Trained, images: ImageSet) -> np.ndarray:

@@ -66,7 +66,7 @@ class Trained:
         shape = net.image_channels, net.image_size, net.image_size
         return Generator(
             self.network, self.objective, settings, shape=shape, space=self.space,
-            nothing=nothing(self.config, self.read), encoder=self.model.text, **options,
+            nothing=nothing(self.config, self.read), **options,
         )  # fmt: skip
 
     @cached_property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -21,9 +22,12 @@ from fastdiff.evaluation.graph_loop import Conditions, GraphLoop
 from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import half_parameters
+from fastdiff.nets.split import split_conditions
 from fastdiff.runtime.device import compiled
 
 Network = TypeVar("Network", bound=nn.Module)
+Denoiser = Callable[..., Tensor]
+GUIDE = "guide."  # before the names of what a guide is told
 NONE = Guidance()
 
 
@@ -137,24 +141,17 @@ def _batch_seed(seed: int, batch: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@torch.no_grad()
-def with_tokens(encoder: nn.Module | None, conditions: Conditions) -> Conditions:
-    """Conditions with the tokens of texts in float32, so that no step of a sampler computes them.
-
-    Args:
-        encoder: turns the bytes or words of `text` into tokens and their mask; None where `text` is tokens already.
-    """
-    if encoder is None:
-        return {name: v.float() if v.is_floating_point() else v for name, v in conditions.items()}
-    text, mask = encoder(conditions["text"])
-    return {**conditions, "text": text, "text_mask": mask}
+def on_device(conditions: Conditions, device: torch.device) -> Conditions:
+    """The conditions there, tokens in float32."""
+    return {name: v.to(device, torch.float32 if v.is_floating_point() else v.dtype) for name, v in conditions.items()}
 
 
 def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
-    """The tokens, or mask, of the empty text with as many positions as those of a text (N, L, ...) have."""
+    """The empty text, tokens (L', D), mask or ids (L',), with as many positions as a text (N, L, ...) has."""
     if given is None or nothing.ndim == 0:
         return nothing
-    return torch.cat([nothing, nothing.new_zeros(given.shape[1] - len(nothing), *nothing.shape[1:])])
+    more = given.shape[1] - len(nothing)  # below 0 for ids, which end in padding
+    return F.pad(nothing, (0, 0, 0, more) if nothing.ndim == 2 else (0, more))
 
 
 class Generator:
@@ -173,7 +170,6 @@ class Generator:
         compile: torch.compile the network.
         graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
         nothing: what each condition of the network is where nothing is asked for, one row (...) each.
-        encoder: turns the bytes or words of `text` into tokens and their mask.
         guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
             network with `nothing`.
         space: of the network.
@@ -198,7 +194,6 @@ class Generator:
         compile: bool = False,
         graphs: bool = True,
         nothing: Conditions | None = None,
-        encoder: nn.Module | None = None,
         guide: nn.Module | None = None,
         space: Space = PIXELS,
     ) -> None:
@@ -210,23 +205,27 @@ class Generator:
         self.bf16, self.graphs = bf16, graphs
         self.plan = settings.plan(objective.schedule)
         self.net = half_weights(network) if bf16 else network  # what computes
-        self.nothing = {name: v.to(device) for name, v in (nothing or {}).items()}
-        self.encoder = encoder
+        self.nothing = on_device(nothing or {}, device)
         self.guide = half_weights(guide) if bf16 and guide is not None else guide
-        run = compiled if compile else (lambda net: net)
-        self.loop = GraphLoop(self._denoiser(run(self.net), run(self.guide) if self.guide else None), device)
-        self.few_loop = GraphLoop(self._denoiser(self.net, self.guide), device)  # not worth compiling
+        nets = [net for net in (self.net, self.guide) if net is not None]
+        if "text" in self.nothing:  # what reading it takes is done once for all steps
+            self.prepare, nets = map(list, zip(*map(split_conditions, nets), strict=True))
+        else:
+            self.prepare = [dict for _ in nets]
+        self.loop = GraphLoop(self._denoiser(*map(compiled, nets) if compile else nets), device)
+        self.few_loop = GraphLoop(self._denoiser(*nets), device)  # not worth compiling
 
-    def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        def denoise(x_t: Tensor, t: Tensor, *r: Tensor, guidance: Tensor | None = None, **conditions: Tensor) -> Tensor:
+    def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None = None) -> Denoiser:
+        def denoise(x_t: Tensor, t: Tensor, *r: Tensor, guidance: Tensor | None = None, **told: Tensor) -> Tensor:
             x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 if guidance is None:
-                    return self.space.clip(x0_hat(model, x_t, t, *r, **conditions))
+                    return self.space.clip(x0_hat(model, x_t, t, *r, **told))
                 if other is None:  # the conditions have 2 N rows: what is asked for, then nothing
-                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, *r, **conditions).chunk(2)
+                    asked, rest = x0_hat(model, torch.cat([x_t, x_t]), t, *r, **told).chunk(2)
                 else:
-                    asked, rest = (x0_hat(net, x_t, t, *r, **conditions) for net in (model, other))
+                    others = {name.removeprefix(GUIDE): told.pop(name) for name in list(told) if name.startswith(GUIDE)}
+                    asked, rest = x0_hat(model, x_t, t, *r, **told), x0_hat(other, x_t, t, *r, **others)
                 weight = guidance_weight(self.objective.schedule, t, guidance)
                 return self.space.clip(guide(asked, rest, weight))
 
@@ -346,19 +345,22 @@ class Generator:
         if scale == 1 and self.guide is not None:
             raise UsageError("--guide does nothing at --guidance 1; add --guidance 2, say, or drop it.")
 
+    @torch.no_grad()
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
-        """What the denoiser is told about n images."""
-        given = {name: v.to(self.device) for name, v in given.items()}
+        """What the denoiser is told about n images: what its networks compute of their conditions alone."""
+        given, (prepare, *of_guide) = on_device(given, self.device), self.prepare
         nothing = {name: padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
-        given, nothing = with_tokens(self.encoder, nothing | given), with_tokens(self.encoder, nothing)
-        if guidance.scale == 1:
-            return given
-        numbers = torch.tensor(guidance.numbers, device=self.device).expand(n, 3)
-        if self.guide is not None:
-            return {**given, "guidance": numbers}
-        if guidance.scale == 0 and guidance.interval is None:
-            return nothing
-        return {"guidance": numbers, **{name: torch.cat([given[name], v]) for name, v in nothing.items()}}
+        given = {**nothing, **given}
+        numbers = {"guidance": torch.tensor(guidance.numbers, device=self.device).expand(n, 3)}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if guidance.scale == 1:
+                return prepare(**given)
+            if of_guide:
+                led = {f"{GUIDE}{name}": v for name, v in of_guide[0](**given).items()}
+                return {**numbers, **led, **prepare(**given)}
+            if guidance.scale == 0 and guidance.interval is None:
+                return prepare(**nothing)
+            return {**numbers, **prepare(**{name: torch.cat([given[name], v]) for name, v in nothing.items()})}
 
     def _noise(self, loop: GraphLoop, seed: int, n: int) -> Tensor:
         """x_T, float32 (n, C, H, W); what the loop's sampler draws later is of the same seed."""

@@ -62,10 +62,8 @@ class UpStage(nn.Module):
 class UNet(nn.Module):
     """A residual U-Net with time embedding and self-attention at chosen resolutions.
 
-    It is told how noisy its input is and, if the config says so, its class, and tokens of a text: not what its output
-    means, not the schedule, not the precision. `text`, if there is one, is the encoder that gives the tokens and is
-    trained with the network; who calls the network calls it.
-    Weights are made in channels_last memory.
+    It is told how noisy its input is and, if the config says so, its class and a text: not what its output means, not
+    the schedule, not the precision. Weights are made in channels_last memory.
 
     Args:
         config: the shape; `UNetConfig()` is google/ddpm-cifar10-32.
@@ -140,13 +138,15 @@ class UNet(nn.Module):
             t: (N,) noise levels, about 0..1000 (a schedule's `c_noise`).
             dropout_seed: (1,) int64 that fixes the dropout masks; None for masks from PyTorch's own generator.
             labels: (N,) int64 in 0..num_classes, of which the last means no class; only if the network has classes.
-            text, text_mask: tokens (N, L, text_width), and which of them count, (N, L) bool, at least one in each row;
-                only if the network has a text encoder.
+            text: (N, L) int64, bytes or words as by `READERS`, or, of a frozen encoder, tokens (N, L, text_width) with
+                text_mask (N, L) bool, which of them count, at least one in each row; only if the network reads texts.
             span: (N,) how far its output leads in time, 0 or more, in units of t; only if the network has two times.
 
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
         """
+        if self.text is not None:
+            text, text_mask = self.text(text)
         embedding, words = self.time(t), (text, text_mask)
         if self.span is not None:
             embedding = embedding + self.span(span)

@@ -102,8 +102,7 @@ def make_step(
         network, objective, update, lr=LearningRate.of(config),
         grad_clip=optim.grad_clip, seed=config.run.seed, bf16=bf16, compile=compile, accumulate=optim.accumulate,
         graphs=graphs, skip_nonfinite=optim.skip_nonfinite, ranks=ranks, conditions=conditions,
-        encoder=model.text if isinstance(model, UNet) else None, space=space,
-        critic=model.critic if isinstance(model, Autoencoder) else None,
+        space=space, critic=model.critic if isinstance(model, Autoencoder) else None,
     )  # fmt: skip
     return step, model, ema
 
@@ -139,7 +138,6 @@ def make_evaluator(
         batch_size=wanted.eval_batch_size, shape=(net.image_channels, net.image_size, net.image_size),
         device=ranks.device, bf16=step.bf16, compile=machine.compile == "on", graphs=machine.graphs,
         space=step.space, nothing=nothing(config, read),
-        encoder=ema.model.text if isinstance(ema.model, UNet) else None,
     )  # fmt: skip
     guidance = Guidance(wanted.eval_guidance, wanted.eval_guidance_interval)
     return Evaluator(

@@ -20,7 +20,7 @@ from fastdiff.training.conditions import UNIFORMS, Table
 from fastdiff.training.metrics import Metrics, NoiseLevels
 from fastdiff.training.optim import Update
 
-TEXT, CRITIC = "text.", "critic."  # before the names of the weights of parts that are called beside the network
+CRITIC = "critic."  # before the names of the weights of an autoencoder's critic, which is called beside it
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -57,7 +57,6 @@ class TrainStep:
             labels are drawn for the whole batch, as one alone would; dropout draws other masks. With several, `update`
             must be made with accumulate=True.
         conditions: what the network is told about an image by its index in the set.
-        encoder: turns the bytes or words of captions into tokens, trained with the network as its part `text`.
         space: turns a batch into x0.
         critic: an autoencoder's discriminator, its part `critic`, trained in the same step; `objective` gets it.
     """
@@ -78,11 +77,10 @@ class TrainStep:
         skip_nonfinite: int = 0,
         ranks: Ranks | None = None,
         conditions: Sequence[Table] = (),
-        encoder: nn.Module | None = None,
         space: Space = PIXELS,
         critic: nn.Module | None = None,
     ) -> None:
-        self.conditions, self.encoder, self.space, self.critic = conditions, encoder, space, critic
+        self.conditions, self.space, self.critic = conditions, space, critic
         self.model, self.objective, self.update = model, objective, update
         if isinstance(objective, Reconstruction) and critic is not None:
             objective.critic = self._judge
@@ -122,28 +120,19 @@ class TrainStep:
         if self.objective.shares_dropout:
             cond["dropout_seed"] = seed_or_drawn(None, images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.objective.loss(self._network, x0, t, eps, **self._read(cond))
+            losses = self.objective.loss(self._network, x0, t, eps, **cond)
             return losses.mean(), losses.detach()
-
-    def _read(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The network's arguments: bytes or words become tokens."""
-        if self.encoder is None:
-            return cond
-        text, mask = functional_call(self.encoder, self._weights_of(TEXT), (cond["text"],))
-        return {**cond, "text": text, "text_mask": mask}
 
     def _judge(self, images: Tensor, frozen: bool = False) -> Tensor:
         """What the critic says, with or without a gradient of its weights; in float32, as slopes are differences."""
         assert self.critic is not None
-        weights = {n: w.detach() if frozen else w for n, w in self._weights_of(CRITIC).items()}
+        own = {n.removeprefix(CRITIC): w for n, w in self.update.weights.items() if n.startswith(CRITIC)}
+        weights = {n: w.detach() if frozen else w for n, w in own.items()}
         with torch.autocast(images.device.type, enabled=False):
             return functional_call(self.critic, weights, (images.to(next(iter(weights.values())).dtype),))
 
-    def _weights_of(self, part: str) -> dict[str, Tensor]:
-        return {n.removeprefix(part): w for n, w in self.update.weights.items() if n.startswith(part)}
-
     def _network(self, x_t: Tensor, c_noise: Tensor, **cond: Tensor) -> Tensor:
-        weights = {n: w for n, w in self.update.weights.items() if not n.startswith((TEXT, CRITIC))}  # called apart
+        weights = {n: w for n, w in self.update.weights.items() if not n.startswith(CRITIC)}
         return functional_call(self.model, weights, (x_t, c_noise), cond)
 
     def __call__(self, images: Tensor, step: int, index: Tensor | None = None) -> None:

@@ -2,19 +2,26 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastdiff.data.pixels import to_uint8
 from fastdiff.diffusion.objectives import make_objective
+from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.evaluation.wishes import LabelAgreement, balanced, kept_features, parse_classes
 from fastdiff.model_sections import Guidance
-from tests.evaluation.commands import CLASSES, call
+from fastdiff.nets.fuse import fuse
+from fastdiff.nets.text import byte_ids
+from fastdiff.nets.unet import UNet
+from tests.evaluation.commands import CLASSES, NET, call
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100)
 
@@ -74,6 +81,58 @@ def test_a_network_that_guides_itself_changes_nothing_and_another_does():
         assert not torch.equal(
             draw(generator(model, classes=classes, guide=other), asked, guidance=Guidance(3.0)), plain
         )
+
+
+def reader(seed):
+    """A small network that reads bytes, and how often its encoder has been called, by the rows that it was given."""
+    torch.manual_seed(seed)
+    net = UNet(replace(NET, text_encoder="bytes", text_width=8, text_blocks=1)).eval().requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    rows = []
+    net.text.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    return net, rows
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_texts_are_read_once_for_all_steps_also_by_a_guide_of_its_own(fused):
+    (net, rows), (other, others) = reader(0), reader(1)
+    texts, empty, cpu = byte_ids(["a cat", "a dog", "", "two"]), byte_ids([""])[0], torch.device("cpu")
+    network, leads = (fuse(net), fuse(other)) if fused else (net, other)
+
+    def drawn(scale, guide=None, graphs=True):
+        made = Generator(
+            network, OBJECTIVE, SamplerSettings("ddim", 3), shape=(3, 8, 8), batch_size=4, device=cpu, graphs=graphs,
+            nothing={"text": empty}, guide=guide,
+        )  # fmt: skip
+        for each in (rows, others):
+            each.clear()
+        [images] = made.batches(4, seed=0, conditions={"text": texts}, guidance=Guidance(scale))
+        return images, [*rows], [*others]
+
+    def expected(scale, away):
+        def denoise(x_t, t):
+            asked = OBJECTIVE.denoise(network, x_t, t, text=texts)
+            return (away(x_t, t) + scale * (asked - away(x_t, t))).clamp(-1, 1)
+
+        ts = SamplerSettings("ddim", 3).times(OBJECTIVE.schedule)
+        noise = torch.randn(4, 8, 8, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+        return to_uint8(SAMPLERS["ddim"](denoise, OBJECTIVE.schedule, noise, ts))
+
+    def unasked(x_t, t):
+        return OBJECTIVE.denoise(network, x_t, t, text=empty.expand(4, -1))
+
+    def led(x_t, t):
+        return OBJECTIVE.denoise(leads, x_t, t, text=texts)
+
+    for scale, guide, away, calls in (
+        (1.0, None, unasked, ([4], [])), (3.0, None, unasked, ([8], [])), (3.0, leads, led, ([4], [4]))
+    ):  # fmt: skip
+        images, *read = drawn(scale, guide)
+        assert tuple(read) == calls  # 8: what is asked for, and nothing
+        assert (images.int() - expected(scale, away).int()).abs().max() <= 1  # sums of 8 rows may round otherwise
+        assert torch.equal(drawn(scale, guide, graphs=False)[0], images)
+    assert (images.int() - expected(3.0, unasked).int()).abs().max() > 10
 
 
 def test_guidance_needs_something_to_lead_away_from():
@@ -258,6 +317,10 @@ def test_a_guide_needs_guidance_and_a_prompt_file_prompts(conditional, captioned
     guide = conditional / "checkpoints" / "step-1"
     assert call("sample", "--checkpoint", conditional, "--steps", 2, "--guide", guide) == 2
     assert "does nothing at --guidance 1" in capsys.readouterr().err
+    other = tmp_path / "other"  # another network of the same task
+    copytree(captioned, other)
+    asked = ["sample", "--checkpoint", captioned, "--steps", 2, "--prompt", "a cat", "--guidance", 2, "--guide", other]
+    assert call(*asked, "--out", tmp_path / "guided.png") == 0
     (tmp_path / "empty.txt").write_text("")
     assert call("sample", "--checkpoint", captioned, "--steps", 2, "--prompt-file", tmp_path / "empty.txt") == 2
     assert "holds no prompt" in capsys.readouterr().err

@@ -186,6 +186,25 @@ def test_a_network_with_texts_may_start_from_one_without_their_mean(tiny_config,
         train(tiny_config(**config, text_pooled=False, init_from=str(more / "1")))
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_student_of_texts_learns_from_a_teacher_that_reads_them_too(tiny_config, labelled, tmp_path, kernels):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {}\none more {}\n")
+    config = {
+        "text": "bytes", "captions": str(templates), "text_width": 8, "text_blocks": 1, "data": labelled("cat", "dog"),
+        "steps": 2, "eval_every": 2, "objective": "edm", "kernels": kernels,
+    }  # fmt: skip
+    assert train(tiny_config(**config)) == 0
+    teacher = tmp_path / "working" / "1"
+    student = {"few_step": "consistency", "teacher": str(teacher), "teacher_guidance": 2.0}
+    assert train(tiny_config(**config, **student, run_root=str(tmp_path / "student"))) == 0
+    before, after = (
+        checkpoint.load_latest(run / "checkpoints").state["model"] for run in (teacher, tmp_path / "student" / "1")
+    )
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["text.byte.weight"], after["text.byte.weight"])  # it learns to read by itself
+
+
 @pytest.mark.parametrize(("given", "message"), [(("cat",), "all images of .* are of one"), ((), "has none; sort")])
 def test_a_conditional_run_needs_classes(tiny_config, labelled, tmp_path, given, message):
     with pytest.raises(UserError, match=message):

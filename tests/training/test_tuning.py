@@ -6,6 +6,7 @@ from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import VObjective
 from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
+from fastdiff.nets.text import PAD, byte_ids
 from fastdiff.nets.unet import UNet
 from fastdiff.runs.weights import TeacherWeights
 from fastdiff.training.tuning import objective_of
@@ -38,3 +39,24 @@ def test_a_guided_teacher_leads_away_from_no_class():
     assert (got - (other + 2.5 * (asked - other))).abs().max() < 1e-4
     assert (asked - other)[:3].abs().amax() > 1e-4
     assert not got.requires_grad
+
+
+def test_a_teacher_reads_texts_by_an_encoder_of_its_own():
+    config = Config.of(
+        net=TINY, text="bytes", text_width=8, objective="edm", few_step="consistency", teacher="x",
+        teacher_guidance=2.5, kernels="torch",
+    ).replace(text_encoder="bytes")  # fmt: skip
+    torch.manual_seed(0)
+    net = UNet(config.net).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    learned = objective_of(
+        config, torch.device("cpu"), teacher=TeacherWeights(net.state_dict(), "x", ""),
+        nothing={"text": byte_ids([""])[0]},
+    )  # fmt: skip
+    x_t, t, text = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 10.0]).double(), byte_ids(["a cat", "dogs"], 9)
+    got = learned.teacher(x_t, t, text=text)
+    asked, other = (learned.kind.denoise(net, x_t, t, text=ids) for ids in (text, byte_ids(["", ""])))
+    assert (text[:, -2:] == PAD).all()
+    assert (got - (other + 2.5 * (asked - other))).abs().max() < 1e-4
+    assert (asked - other).abs().amax() > 1e-4
