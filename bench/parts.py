@@ -34,9 +34,9 @@ def make_parts(size: Size, kernels: str, *, graphs: bool = False) -> tuple[nn.Mo
     """
     torch.manual_seed(0)
     model = UNet(size.config.net).to(size.device)
-    network = fuse(model) if kernels == "triton" else model
+    network, optim = fuse(model) if kernels == "triton" else model, size.config.optim
     update = make_update(
-        kernels, model, EMA(model, size.config.optim.ema_decay), weight_decay=size.config.optim.weight_decay,
+        kernels, model, EMA(model, optim.ema_decay), weight_decay=optim.weight_decay, beta2=optim.beta2,
         half=half_parameters(network) if size.bf16 else (), graphs=graphs,
     )  # fmt: skip
     return network, update

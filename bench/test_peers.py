@@ -33,7 +33,9 @@ def diffusers_step(size: Size, batch: Tensor) -> Callable[[int], None]:
     config = size.config
     model = unet_to_diffusers(UNet(config.net)).to(size.device).train()
     scheduler: Any = DDPMScheduler(config.diffusion.timesteps)
-    adam = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, betas=(0.9, config.optim.beta2)
+    )
     average = EMAModel(model.parameters(), decay=config.optim.ema_decay)
     average.to(size.device)
 

@@ -73,6 +73,8 @@ class OptimConfig:
     """The part of --steps over which --lr-decay wsd falls, in (0, 1]."""
     weight_decay: float = 0.0
     """Decoupled weight decay, as AdamW's; 0: none."""
+    beta2: float = 0.999
+    """Decay of the optimizer's mean of squared gradients, in (0, 1); a run of few steps may want it lower."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     skip_nonfinite: int = 0
@@ -92,6 +94,7 @@ class OptimConfig:
         positive(self, "lr", "grad_clip")
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "at least 0")
+        require(0.0 < self.beta2 < 1.0, "beta2", self.beta2, "in (0, 1)")
         require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
         require(0.0 < self.decay_fraction <= 1.0, "decay_fraction", self.decay_fraction, "above 0 and at most 1")
 

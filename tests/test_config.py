@@ -219,7 +219,7 @@ def test_the_changes_that_a_resumed_run_may_make_are_fields():
 
 BAD = [
     ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("warmup_steps", -1),
-    ("weight_decay", -1.0), ("grad_clip", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1),
+    ("weight_decay", -1.0), ("beta2", 0.0), ("beta2", 1.0), ("grad_clip", 0.0), ("ema_decay", 1.0), ("ema_decay", -0.1),
     ("batch_size", 2**31), ("steps", 0), ("seed", -1), ("seed", 2**63), ("skip_nonfinite", 2**63), ("steps", 2**63),
     ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
     ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),

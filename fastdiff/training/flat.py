@@ -85,7 +85,7 @@ class FlatUpdate(ABC):
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings, make: Make) -> None:
         self.ema, self.make = ema, make
-        self.weight_decay, self.accumulate = settings.weight_decay, settings.accumulate
+        self.weight_decay, self.beta2, self.accumulate = settings.weight_decay, settings.beta2, settings.accumulate
         self.parameters = list(model.parameters())
         place = {p: i for i, p in enumerate(self.parameters)}
         averages = dict(zip(self.parameters, ema.model.parameters(), strict=True))

@@ -15,7 +15,7 @@ class FusedAdam(FlatUpdate):
     """AdamW by `kernels.adam_ema_`; see FlatUpdate."""
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings) -> None:
-        make = partial(without_dynamo(torch.optim.AdamW), weight_decay=settings.weight_decay, fused=True)
+        make = partial(without_dynamo(torch.optim.AdamW), fused=True, **settings.options)
         super().__init__(model, ema, settings, make)
         self.step = torch.zeros_like(self.decay)  # one count for all
         for flat in self.flats:
@@ -29,5 +29,6 @@ class FusedAdam(FlatUpdate):
         for flat in self.flats:
             kernels.adam_ema_(
                 flat.parameter, flat.total, flat.state["exp_avg"], flat.state["exp_avg_sq"], flat.average, flat.half,
-                step=self.step, lr=flat.lr, decay=self.decay, clip=clip, weight_decay=self.weight_decay,
+                step=self.step, lr=flat.lr, decay=self.decay, clip=clip, beta2=self.beta2,
+                weight_decay=self.weight_decay,
             )  # fmt: skip

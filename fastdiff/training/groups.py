@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Group = dict[str, Any]
-State = dict[nn.Parameter, dict[str, Tensor]]
+State = dict[Any, dict[str, Tensor]]  # by parameter
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Settings:
 
     weight_decay: float
     """Decoupled weight decay, at least 0."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients, in (0, 1)."""
     half: Collection[nn.Parameter] = ()
     """Parameters that the network computes with in bf16; flat buffers keep copies of them."""
     accumulate: bool = False
@@ -28,6 +30,11 @@ class Settings:
     """Whether a CUDA graph must be able to capture it."""
     skip_nonfinite: bool = False
     """Whether to pass over updates that are not finite."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What PyTorch's optimizers are given."""
+        return {"weight_decay": self.weight_decay, "betas": (0.9, self.beta2)}
 
 
 def parameter_groups(model: nn.Module) -> list[Group]:

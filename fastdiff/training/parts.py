@@ -94,7 +94,7 @@ def make_step(
     network = fuse(model) if machine.kernels == "triton" else model
     ema = EMA(model, optim.ema_decay)
     update = make_update(
-        machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay,
+        machine.kernels, model, ema, optimizer=optim.optimizer, weight_decay=optim.weight_decay, beta2=optim.beta2,
         half=half_parameters(network) if bf16 else (), accumulate=optim.accumulate * ranks.size > 1,
         graphs=graphs, skip_nonfinite=optim.skip_nonfinite > 0,
     )  # fmt: skip

@@ -24,7 +24,7 @@ class RAdam(FlatUpdate):
 
     def __init__(self, model: nn.Module, ema: EMA, settings: Settings, *, fused: bool) -> None:
         kind = without_dynamo(torch.optim.RAdam)
-        make = partial(kind, weight_decay=settings.weight_decay, decoupled_weight_decay=True)
+        make = partial(kind, decoupled_weight_decay=True, **settings.options)
         super().__init__(model, ema, settings if fused else replace(settings, half=()), make)
         self.fused, self.on_device = fused, self.decay.is_cuda
         groups = [{"params": [flat.parameter], "lr": flat.lr} for flat in self.flats]

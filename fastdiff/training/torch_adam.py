@@ -26,7 +26,7 @@ class TorchAdam:
         self.ema, self.guarded = ema, settings.graphs or settings.skip_nonfinite
         self.weights: dict[str, Tensor] = dict(model.named_parameters())
         self.parameters = list(model.parameters())
-        self.make = partial(without_dynamo(torch.optim.AdamW), weight_decay=settings.weight_decay, fused=True)
+        self.make = partial(without_dynamo(torch.optim.AdamW), fused=True, **settings.options)
         self.adam = self.make(parameter_groups(model))
         device = self.parameters[0].device
         self.decay: float | Tensor = 0.0

@@ -139,13 +139,15 @@ def test_an_update_that_is_not_good_is_as_if_it_had_not_been(optimizer, kernels)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RAdam])
-def test_ten_steps_follow_torch_optim(optimizer, kernels):
+@pytest.mark.parametrize(
+    ("optimizer", "beta2"), [(torch.optim.AdamW, 0.999), (torch.optim.AdamW, 0.9), (torch.optim.RAdam, 0.99)]
+)
+def test_ten_steps_follow_torch_optim(optimizer, beta2, kernels):
     """On parameters of their own, which PyTorch clips and updates one by one; and their average."""
-    update = make(optimizer.__name__.lower().removesuffix("w"), kernels, half=(), weight_decay=0.1)
+    update = make(optimizer.__name__.lower().removesuffix("w"), kernels, half=(), weight_decay=0.1, beta2=beta2)
     twins = [torch.nn.Parameter(p.detach().clone()) for p in update.parameters]
     options = {"decoupled_weight_decay": True} if optimizer is torch.optim.RAdam else {}
-    theirs = optimizer(twins, weight_decay=0.1, **options)
+    theirs = optimizer(twins, weight_decay=0.1, betas=(0.9, beta2), **options)
     averages = [p.detach().clone() for p in twins]
     for step in range(10):  # RAdam is rectified from the 6th on
         update.begin(lr=0.1)
