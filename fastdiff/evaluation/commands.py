@@ -31,11 +31,12 @@ from fastdiff.model_sections import Guidance
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.graph import program
+from fastdiff.nets.text import POSITIONS, READERS
 from fastdiff.nets.unet import UNet
 from fastdiff.presets import PRESETS
 from fastdiff.reporting import pictures
 from fastdiff.reporting.progress import bar
-from fastdiff.runs.data import load_run_data
+from fastdiff.runs.data import load_run_data, with_inputs
 from fastdiff.runs.outputs import check_output, npz_writer
 from fastdiff.runs.run import open_run
 from fastdiff.runtime import output
@@ -289,16 +290,21 @@ def show(flags: Show) -> None:
     """Print a preset's network as a table, or the program that it is fused into."""
     from fastdiff.nets.show import table  # its FLOP counter warns where Triton is missing
 
-    config = PRESETS[flags.preset]
+    config = with_inputs(PRESETS[flags.preset])
     side, shape = config.pixels, config.autoencoder
-    image = (1, config.net.image_channels, side, side)
-    nets = [("", UNet(config.net), [image, (1,)])]
+    image = torch.empty(1, config.net.image_channels, side, side)
+    told = {"span": torch.empty(1)} if config.net.two_times else {}
+    if config.net.text_encoder in READERS:
+        told["text"] = torch.zeros(1, POSITIONS, dtype=torch.int64)
+    nets = [("", UNet(config.net), {"x": image, "t": torch.empty(1), **told})]
     if shape.factor:
         both, small = Autoencoder(shape), side // shape.factor
-        latents = (1, shape.latent_channels, small, small)
-        nets = [("encoder\n", both.encoder, [image]), ("\ndecoder\n", both.decoder, [latents])]
+        latents = torch.empty(1, shape.latent_channels, small, small)
+        nets = [("encoder\n", both.encoder, {"x": image}), ("\ndecoder\n", both.decoder, {"z": latents})]
     for title, net, inputs in nets:
-        print(title + (program(fuse(net)) if flags.code else table(net, *inputs)), end="")
+        print(title + (program(fuse(net)) if flags.code else table(net, **inputs)), end="")
+    if config.conditions.conditional and not flags.code:
+        print(f"and {4 * config.net.channels} parameters for each class of the data, and for none")
 
 
 def _check_seed(seed: int) -> None:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,14 +17,14 @@ def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def table(net: nn.Module, *shapes: tuple[int, ...]) -> str:
+def table(net: nn.Module, **inputs: Tensor) -> str:
     """A row for each part, in the order in which the network calls them, and the sums.
 
     Nothing is computed. Operations are the additions and multiplications for one image in convolutions, matrix
     products and attention; nothing else counts.
 
     Args:
-        shapes: of the network's arguments, for one image.
+        inputs: the network's arguments, for one image; only their shapes and dtypes count.
     """
     net = copy.deepcopy(net).to("meta").eval()
     lines = [_line("part", "resolution", "channels", "parameters", "GFLOP an image")]
@@ -35,15 +34,17 @@ def table(net: nn.Module, *shapes: tuple[int, ...]) -> str:
         def begin(module: nn.Module, inputs: Any, counter: FlopCounterMode = counter) -> None:
             counter.__enter__()
 
-        def end(module: nn.Module, inputs: Any, y: Tensor, name: str = name, counter: Any = counter) -> None:
+        def end(module: nn.Module, inputs: Any, y: Any, name: str = name, counter: Any = counter) -> None:
             counter.__exit__(None, None, None)
+            y = y[0] if isinstance(y, tuple) else y  # of an encoder of texts: tokens and their mask
             sides = dict.fromkeys(str(v.shape[-1]) for v in (inputs[0], y)) if y.ndim == 4 else ()
-            lines.append(_line(name, " -> ".join(sides), f"{y.shape[1]:,}", *_costs(module, counter)))
+            channels = y.shape[1 if y.ndim == 4 else -1]
+            lines.append(_line(name, " -> ".join(sides), f"{channels:,}", *_costs(module, counter)))
 
         part.register_forward_pre_hook(begin)
         part.register_forward_hook(end)
     with FlopCounterMode(display=False) as total:
-        net(*(torch.empty(shape, device="meta") for shape in shapes))
+        net(**{name: v.to("meta") for name, v in inputs.items()})
     return "\n".join([*lines, _line("sum", "", "", *_costs(net, total))]) + "\n"
 
 

@@ -64,7 +64,7 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
 
 
 def with_conditions(config: Config, images: ImageSet) -> Config:
-    """The config with what its data say, the classes and which text encoder it is; and the network's second time.
+    """The config with what its data say, the classes, and with what its flags say of the network's inputs.
 
     A run keeps the names of its classes, and its encoder.
 
@@ -73,12 +73,16 @@ def with_conditions(config: Config, images: ImageSet) -> Config:
     """
     if config.conditions.captions is not None:
         config = config.replace(captions=_path(config.conditions.captions))
-    config = config.replace(two_times=config.tuning.two_times)
-    return _with_text(_with_classes(config, images))
+    return with_inputs(_with_classes(config, images))
 
 
-def _with_text(config: Config) -> Config:
-    name = config.conditions.text
+def with_inputs(config: Config) -> Config:
+    """The config with what its flags say of the network's inputs: the text encoder, a second time.
+
+    Raises:
+        UserError: a text encoder that cannot be had, or has changed.
+    """
+    config, name = config.replace(two_times=config.tuning.two_times), config.conditions.text
     if name == "none":
         return config
     if name in READERS:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from fastdiff.cli import main
 from fastdiff.nets.fuse import fuse
@@ -13,7 +14,7 @@ from fastdiff.presets import PRESETS
 
 
 def test_the_parts_of_the_cifar10_network_add_up():
-    lines = table(UNet(UNetConfig()), (1, 3, 32, 32), (1,)).splitlines()
+    lines = table(UNet(UNetConfig()), x=torch.empty(1, 3, 32, 32), t=torch.empty(1)).splitlines()
     rows = {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in lines[1:]}
     assert rows["conv_in"] == ["32", "128", "3,584", f"{2 * 32 * 32 * 128 * 27 / 1e9:.3f}"]
     assert rows["down.0"][0] == "32 -> 16"
@@ -30,6 +31,12 @@ def test_the_command_prints_the_table_or_the_fused_program(capsys):
     code = capsys.readouterr().out
     assert "group_norm_silu(" in code
     assert code == program(fuse(UNet(PRESETS["quick"].net)))
+    assert main(["show", "--preset", "text-digits"]) == 0
+    shown = capsys.readouterr().out  # with its encoder of words
+    assert re.search(r"^text +64 +545,\d+ ", shown, re.MULTILINE)
+    assert "1,987,852" in shown
+    assert main(["show", "--preset", "flow-map-cifar10"]) == 0
+    assert re.search(r"^span ", capsys.readouterr().out, re.MULTILINE)
     assert main(["show", "--preset", "autoencoder"]) == 0
     sums = re.findall(r"^sum +([\d,]+)", capsys.readouterr().out, re.MULTILINE)
     assert sum(int(each.replace(",", "")) for each in sums) == 3_346_471
