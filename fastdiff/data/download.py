@@ -121,7 +121,8 @@ def _blocks(url: str, deadline: float) -> Iterator[bytes]:
 
     def read() -> None:
         try:
-            with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
+            # Its own time is longer, so that it only ends the thread: the queue below says what is wrong.
+            with urllib.request.urlopen(url, timeout=2 * STALL_SECONDS) as response:
                 while not abandoned.is_set():
                     block = response.read(BLOCK_BYTES)
                     received.put(block)
