@@ -51,6 +51,14 @@ def autoencoder(shape: AutoencoderConfig, *, image_size: int, **recipe: Any) -> 
 DIGITS = {"data": "digits", "conditional": True, "steps": 600, "save_every": 300, "eval_every": 600}
 
 
+# Small pictures of what their captions say: 2x2 pixels a position, with attention at 8x8.
+CAPTIONED = {
+    "net": replace(LOWER, image_size=16, patch=2, norm_conditioning=True, text_width=64, text_blocks=0),
+    "text": "words", "objective": "edm", "weighting": "image", "steps": 3600, "batch_size": 32, "beta2": 0.99,
+    "log_every": 50, "save_every": 600, "eval_every": 3600, "eval_guidance": 3.0,
+}  # fmt: skip
+
+
 PRESETS: dict[str, Config] = {
     "ddpm-cifar10": Config.of(),
     "cifar10-conditional": Config.of(preset="cifar10-conditional", conditional=True, eval_guidance=1.25),
@@ -66,20 +74,21 @@ PRESETS: dict[str, Config] = {
         net=LOWER,  # for the latents of quick-autoencoder
         eval_at_start=True,
     ),
-    "text-digits": on_cpu(
-        preset="text-digits",
-        data="digits-captioned",
+    "text-digits": on_cpu(preset="text-digits", data="digits-captioned", sigma_data=0.7, **CAPTIONED),
+    "emoji-16": on_cpu(preset="emoji-16", data="openmoji", sigma_data=0.55, **CAPTIONED),
+    "emoji": Config.of(
+        preset="emoji",
+        data="openmoji",
         text="words",
-        net=replace(LOWER, image_size=16, patch=2, norm_conditioning=True, text_width=64, text_blocks=0),
+        net=UNetConfig(image_size=64, patch=2, norm_conditioning=True, attention_resolutions=(16, 8), text_blocks=2),
         objective="edm",
         weighting="image",
-        sigma_data=0.7,
-        steps=3600,
-        batch_size=32,
-        log_every=50,
-        save_every=600,
-        eval_every=3600,
+        schedule="cosine",
+        sigma_data=0.55,
+        steps=50_000,
+        lr_decay="linear-decay",
         eval_guidance=3.0,
+        eval_samples=1000,
     ),
     "quick-consistency": on_cpu(
         preset="quick-consistency",
