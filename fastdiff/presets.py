@@ -51,7 +51,7 @@ def autoencoder(shape: AutoencoderConfig, *, image_size: int, **recipe: Any) -> 
 DIGITS = {"data": "digits", "conditional": True, "steps": 600, "save_every": 300, "eval_every": 600}
 
 
-# Small pictures of what their captions say: 2x2 pixels a position, with attention at 8x8.
+# Small pictures of what their captions say: 2x2 pixels a position, texts read at 8x8 and 4x4.
 CAPTIONED = {
     "net": replace(LOWER, image_size=16, patch=2, norm_conditioning=True, text_width=64, text_blocks=0),
     "text": "words", "objective": "edm", "weighting": "image", "steps": 3600, "batch_size": 32, "beta2": 0.99,

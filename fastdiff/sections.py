@@ -94,7 +94,9 @@ class OptimConfig:
         positive(self, "lr", "grad_clip")
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "weight_decay", decay, "at least 0")
-        require(0.0 < self.beta2 < 1.0, "beta2", self.beta2, "in (0, 1)")
+        adam = self.optimizer == "adam"  # at 2/3 and below RAdam would never adapt
+        expected = "in (0, 1)" if adam else "above 2/3 and below 1, as --optimizer radam needs"
+        require((0.0 if adam else 2 / 3) < self.beta2 < 1.0, "beta2", self.beta2, expected)
         require(0.0 <= self.ema_decay < 1.0, "ema_decay", self.ema_decay, "in [0, 1)")
         require(0.0 < self.decay_fraction <= 1.0, "decay_fraction", self.decay_fraction, "above 0 and at most 1")
 

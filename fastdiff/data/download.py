@@ -121,7 +121,7 @@ def _blocks(url: str, deadline: float) -> Iterator[bytes]:
 
     def read() -> None:
         try:
-            # Its own time is longer, so that it only ends the thread: the queue below says what is wrong.
+            # Twice as long, so that the wait on the queue below always ends first and gives the one message.
             with urllib.request.urlopen(url, timeout=2 * STALL_SECONDS) as response:
                 while not abandoned.is_set():
                     block = response.read(BLOCK_BYTES)

@@ -45,11 +45,13 @@ class DiscreteSchedule(Schedule):
         """log alpha_bar at t (any shape, values in [0, T]), always float64."""
         t, table = t.double(), self._table(t.device)
         below = t.floor().clamp(0, self.T - 1).long()
-        value = torch.lerp(table[below], table[below + 1], t - below)
+        # take: for an index without dimensions the host would wait, which no captured step may.
+        at, above = table.take(below), table.take(below + 1)
+        value = torch.lerp(at, above, t - below)
         if not self.ends_at_zero:
             return value
         # alpha = (T - t) alpha_{T-1}, where log alpha_bar would be interpolated with -inf.
-        return torch.where(below == self.T - 1, table[below] + 2.0 * (self.T - t).log(), value)
+        return torch.where(below == self.T - 1, at + 2.0 * (self.T - t).log(), value)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (0.5 * self.log_alpha_bar(t)).exp()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -23,10 +22,10 @@ from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import half_parameters
 from fastdiff.nets.split import split_conditions
+from fastdiff.nets.text import PAD
 from fastdiff.runtime.device import compiled
 
 Network = TypeVar("Network", bound=nn.Module)
-Denoiser = Callable[..., Tensor]
 GUIDE = "guide."  # before the names of what a guide is told
 NONE = Guidance()
 
@@ -147,11 +146,13 @@ def on_device(conditions: Conditions, device: torch.device) -> Conditions:
 
 
 def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
-    """The empty text, tokens (L', D), mask or ids (L',), with as many positions as a text (N, L, ...) has."""
+    """The empty text, tokens (L', D), mask or ids (L',), with as many positions as a text (N, L, ...) has, L >= L'."""
     if given is None or nothing.ndim == 0:
         return nothing
-    more = given.shape[1] - len(nothing)  # below 0 for ids, which end in padding
-    return F.pad(nothing, (0, 0, 0, more) if nothing.ndim == 2 else (0, more))
+    more = given.new_full(
+        (given.shape[1] - len(nothing), *nothing.shape[1:]), PAD if nothing.dtype == torch.int64 else 0
+    )
+    return torch.cat([nothing, more])
 
 
 class Generator:
@@ -169,7 +170,8 @@ class Generator:
         bf16: autocast activations, and compute with bfloat16 copies of the weights.
         compile: torch.compile the network.
         graphs: capture a sampling step in a CUDA graph and replay it (CUDA only); see `GraphLoop`.
-        nothing: what each condition of the network is where nothing is asked for, one row (...) each.
+        nothing: what each condition of the network is where nothing is asked for, one row (...) each. With `text` among
+            them the network is cut in two, see `split_conditions`.
         guide: another network of the same objective, in eval mode, from which guidance leads away; by default it is the
             network with `nothing`.
         space: of the network.
@@ -208,14 +210,15 @@ class Generator:
         self.nothing = on_device(nothing or {}, device)
         self.guide = half_weights(guide) if bf16 and guide is not None else guide
         nets = [net for net in (self.net, self.guide) if net is not None]
+        self.prepares: list[Callable[..., Conditions]] = [dict for _ in nets]
         if "text" in self.nothing:  # what reading it takes is done once for all steps
-            self.prepare, nets = map(list, zip(*map(split_conditions, nets), strict=True))
-        else:
-            self.prepare = [dict for _ in nets]
+            self.prepares, nets = map(list, zip(*map(split_conditions, nets), strict=True))
         self.loop = GraphLoop(self._denoiser(*map(compiled, nets) if compile else nets), device)
         self.few_loop = GraphLoop(self._denoiser(*nets), device)  # not worth compiling
 
-    def _denoiser(self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None = None) -> Denoiser:
+    def _denoiser(
+        self, model: Callable[..., Tensor], other: Callable[..., Tensor] | None = None
+    ) -> Callable[..., Tensor]:
         def denoise(x_t: Tensor, t: Tensor, *r: Tensor, guidance: Tensor | None = None, **told: Tensor) -> Tensor:
             x0_hat = self.objective.denoise
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -348,15 +351,15 @@ class Generator:
     @torch.no_grad()
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
         """What the denoiser is told about n images: what its networks compute of their conditions alone."""
-        given, (prepare, *of_guide) = on_device(given, self.device), self.prepare
+        given, (prepare, *prepare_guide) = on_device(given, self.device), self.prepares
         nothing = {name: padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
         given = {**nothing, **given}
         numbers = {"guidance": torch.tensor(guidance.numbers, device=self.device).expand(n, 3)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if guidance.scale == 1:
                 return prepare(**given)
-            if of_guide:
-                led = {f"{GUIDE}{name}": v for name, v in of_guide[0](**given).items()}
+            if prepare_guide:
+                led = {f"{GUIDE}{name}": v for name, v in prepare_guide[0](**given).items()}
                 return {**numbers, **led, **prepare(**given)}
             if guidance.scale == 0 and guidance.interval is None:
                 return prepare(**nothing)

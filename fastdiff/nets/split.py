@@ -28,7 +28,8 @@ def split_conditions(net: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
     early: set[Node] = set()
     for node in nodes:
         inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
-        if node.target in CONDITIONS if node.op == "placeholder" else inputs and early.issuperset(inputs):
+        told = node.target in CONDITIONS if node.op == "placeholder" else bool(inputs) and early.issuperset(inputs)
+        if told:
             early.add(node)
     handed = [node for node in nodes if node in early and not early.issuperset(node.users)]
 

@@ -13,17 +13,17 @@ from fastdiff.nets.text import PAD, READERS
 Texts = Callable[[list[str]], dict[str, Tensor]]  # n texts -> n rows of each argument
 
 
-def text_reader(config: Config, cache: Path | None, *, trim: bool = False) -> Texts | None:
+def text_reader(config: Config, cache: Path | None) -> Texts | None:
     """What turns texts into the network's arguments; None for a network without text.
 
     Args:
         config: of the run.
         cache: folder of tokens that were computed before; None: no cache.
-        trim: leave out positions that no text of a call has; they cost time, and change no result.
 
     Returns:
         A function of texts. For --text bytes and words it gives `text`, int64 (n, L), which the network's own encoder
-        reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L).
+        reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L). L is the longest text's: more positions would
+        cost time and change no result.
 
     Raises:
         UserError: an encoder that cannot be had; the function, for a text that is too long.
@@ -35,7 +35,7 @@ def text_reader(config: Config, cache: Path | None, *, trim: bool = False) -> Te
 
         def read_ids(texts: list[str]) -> dict[str, Tensor]:
             ids = ids_of(texts)
-            return {"text": ids[:, : int((ids != PAD).sum(1).max())] if trim else ids}
+            return {"text": ids[:, : int((ids != PAD).sum(1).max())]}
 
         return read_ids
     encoder, known = frozen_encoder(config.conditions.text), config.conditions.text_fingerprint

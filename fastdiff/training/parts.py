@@ -42,7 +42,7 @@ def make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[T
                 image_set.labels, num_classes=config.net.num_classes, dropout=told.label_dropout, device=ranks.device
             )
         )
-    read = text_reader(config, cache_folder(config.images.data_root), trim=True)
+    read = text_reader(config, cache_folder(config.images.data_root))
     if read is not None and image_set.captions is not None:
         conditions.append(CaptionTable(image_set.captions, read, dropout=told.caption_dropout, device=ranks.device))
     return conditions

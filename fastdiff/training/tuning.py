@@ -11,7 +11,7 @@ from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
-from fastdiff.evaluation.generate import padded
+from fastdiff.evaluation.generate import on_device, padded
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
@@ -51,7 +51,7 @@ def _frozen(
     network = fuse(model) if config.machine.kernels == "triton" else model
     scale = config.tuning.teacher_guidance
     numbers = torch.tensor([Guidance(scale).numbers], dtype=torch.float64, device=device)
-    rows = {name: v.to(device) for name, v in nothing.items()}
+    rows = on_device(nothing, device)
 
     def denoise(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         asked = objective.denoise(network, x_t, t, **cond)

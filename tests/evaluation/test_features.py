@@ -250,7 +250,7 @@ def test_what_is_not_the_file_is_refused(server, checkpoints, fault):
 def test_a_network_that_does_not_answer_costs_bounded_time(server, checkpoints, fault):
     server.answer = getattr(server, fault)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"did not answer|timed out"):
+    with pytest.raises(UserError, match="did not answer"):
         inception_weights()
     assert time.monotonic() - start < 5 * download.STALL_SECONDS
     assert list(checkpoints.iterdir()) == []

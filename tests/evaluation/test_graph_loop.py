@@ -1,11 +1,13 @@
 """Sampling through fixed buffers, as a CUDA graph replays it; on a CPU without the capture, or with a recorded one."""
 
 import gc
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from fastdiff.config import Config
 from fastdiff.diffusion import plan
 from fastdiff.diffusion.objectives import make_objective
 from fastdiff.diffusion.plan import Rows
@@ -13,7 +15,9 @@ from fastdiff.diffusion.samplers import PLANS, clipping
 from fastdiff.evaluation import graph_loop
 from fastdiff.evaluation.generate import Generator, SamplerSettings, half_weights
 from fastdiff.evaluation.graph_loop import GraphLoop
+from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
+from fastdiff.nets.text import byte_ids
 from fastdiff.nets.unet import UNet, UNetConfig
 from fastdiff.runtime.graphs import WARMUP
 from tests.recorded import captured, recorded_cuda
@@ -201,6 +205,43 @@ def test_a_generator_follows_weights_that_change_in_place(deterministic, request
     assert images.loop.steps == made
     assert not torch.equal(again, first)
     assert torch.equal(again, draw(drawer(net, device=device, bf16=bf16, graphs=False), 10))
+
+
+TEXTS = [["a cat", "a dog", "", "two"], ["", "a mouse", "two", "a cat"]]
+
+
+@pytest.mark.parametrize("told", ["labels", "text"])
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("eps", "ddpm-linear"), ("edm", "cosine"), ("edm", "auto"), ("flow", "auto")]
+)
+def test_a_replayed_guided_step_sees_each_calls_conditions_scale_and_weights(replaying, kind, schedule, told):
+    net = replace(NET, num_classes=3) if told == "labels" else replace(NET, text_encoder="bytes", text_width=8)
+    torch.manual_seed(0)
+    network = UNet(net).eval().requires_grad_(False)
+    for p in network.parameters():
+        p.add_(0.2 * torch.randn(p.shape))
+    objective = make_objective(**Config.of(objective=kind, schedule=schedule).diffusion.arguments)
+
+    def generator(graphs):
+        nothing = {"labels": torch.tensor(3)} if told == "labels" else {"text": byte_ids([""], 9)[0]}
+        return Generator(
+            fuse(network), objective, SamplerSettings("ddim", STEPS), shape=(3, 8, 8), batch_size=4, bf16=True,
+            device=torch.device("cpu"), nothing=nothing, graphs=graphs,
+        )  # fmt: skip
+
+    replayed, seen = generator(True), []
+    for i, guidance in enumerate([Guidance(3.0), Guidance(1.5, (0.2, 5.0))] * 2):
+        asked = {"labels": torch.tensor([i % 2, 2, 1, 0])} if told == "labels" else {"text": byte_ids(TEXTS[i % 2], 9)}
+        images, plain = (
+            next(made.batches(4, seed=1, conditions=asked, guidance=guidance)) for made in (replayed, generator(False))
+        )
+        assert torch.equal(images, plain)
+        assert all(not torch.equal(images, before) for before in seen)
+        seen.append(images)
+        for p in network.parameters():
+            p.mul_(1.02)
+    (step,) = replayed.loop.steps.values()
+    assert step.call.graph.replays == 4 * STEPS - WARMUP
 
 
 def test_progress_counts_images_up_to_the_last():

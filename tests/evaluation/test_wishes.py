@@ -21,6 +21,7 @@ from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
 from fastdiff.nets.text import byte_ids
 from fastdiff.nets.unet import UNet
+from fastdiff.runs import checkpoint
 from tests.evaluation.commands import CLASSES, NET, call
 
 OBJECTIVE = make_objective("eps", schedule="ddpm-linear", timesteps=100)
@@ -317,10 +318,16 @@ def test_a_guide_needs_guidance_and_a_prompt_file_prompts(conditional, captioned
     guide = conditional / "checkpoints" / "step-1"
     assert call("sample", "--checkpoint", conditional, "--steps", 2, "--guide", guide) == 2
     assert "does nothing at --guidance 1" in capsys.readouterr().err
-    other = tmp_path / "other"  # another network of the same task
-    copytree(captioned, other)
-    asked = ["sample", "--checkpoint", captioned, "--steps", 2, "--prompt", "a cat", "--guidance", 2, "--guide", other]
-    assert call(*asked, "--out", tmp_path / "guided.png") == 0
+    other, saved = tmp_path / "other", checkpoint.load_latest(captioned / "checkpoints").state
+    copytree(captioned, other)  # another network of the same task
+    checkpoint.save(other / "checkpoints", 2, saved | {"ema": {name: 0.5 * v for name, v in saved["ema"].items()}})
+    asked = ["sample", "--checkpoint", captioned, "--steps", 2, "--prompt", "a cat", "--guidance"]
+    pictures = []
+    for options in ([1], [2, "--guide", captioned], [2, "--guide", other]):
+        assert call(*asked, *options, "--out", tmp_path / "guided.png") == 0
+        pictures.append(np.asarray(Image.open(tmp_path / "guided.png")))
+    assert np.array_equal(pictures[0], pictures[1])  # by itself it is led nowhere
+    assert not np.array_equal(pictures[0], pictures[2])
     (tmp_path / "empty.txt").write_text("")
     assert call("sample", "--checkpoint", captioned, "--steps", 2, "--prompt-file", tmp_path / "empty.txt") == 2
     assert "holds no prompt" in capsys.readouterr().err

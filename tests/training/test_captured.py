@@ -12,10 +12,12 @@ from fastdiff.errors import UserError
 from fastdiff.evaluation.space import Latents
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.nets.text import byte_ids
 from fastdiff.runtime import graphs as graphs_module
 from fastdiff.runtime.graphs import WARMUP, Captured, CapturedFunction
 from fastdiff.runtime.world import Ranks
 from fastdiff.training import step as step_module
+from fastdiff.training.conditions import CaptionTable
 from tests.recorded import captured, recorded_cuda
 from tests.runtime.test_graphs import assert_same_state
 from tests.training.test_step import SMALL, batch, consistency, curve, flow_map, make_step
@@ -122,6 +124,21 @@ def test_a_replayed_step_sees_each_stage_of_few_steps(captured_step, make_object
     assert replayed.run.graph.replays == 12 - WARMUP
     assert replayed.objective.stage == plain.objective.stage == pytest.approx(stage)
     assert_same_state(replayed, plain)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_replayed_step_reads_each_batchs_captions(captured_step, bf16):
+    captions = tuple((f"a {colour} {thing}", thing) for colour in ("red", "blue") for thing in "abcdefgh")
+    table = CaptionTable(captions, lambda texts: {"text": byte_ids(texts, 10)}, dropout=0.2, device=torch.device("cpu"))
+    options = {
+        "net": replace(SMALL, text_encoder="bytes", text_width=8, text_blocks=1), "bf16": bf16, "conditions": [table],
+    }  # fmt: skip
+    plain, replayed = make_step(kernels="triton", graphs=True, **options), captured_step(**options)
+    assert curve(replayed, 9) == curve(plain, 9)
+    assert_same_state(replayed, plain)
+    half = {name for name, weight in replayed.update.weights.items() if weight.dtype == torch.bfloat16}
+    assert ("text.blocks.0.qkv.weight" in half) == bf16
+    assert not {"text.byte.weight", "text.position.weight", "text.norm.weight"} & half
 
 
 AUTOENCODER = AutoencoderConfig(factor=2, base_channels=8, blocks=1)

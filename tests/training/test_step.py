@@ -25,7 +25,7 @@ SMALL = UNetConfig(
 
 def make_step(
     device="cpu", *, net=SMALL, kernels="torch", bf16=False, compile=False, grad_clip=1.0, seed=0, accumulate=1,
-    graphs=False, ranks=None, wrap=lambda model: model, objective=None, space=PIXELS,
+    graphs=False, ranks=None, wrap=lambda model: model, objective=None, space=PIXELS, conditions=(),
 ):  # fmt: skip
     torch.manual_seed(0)
     kind = Autoencoder if isinstance(net, AutoencoderConfig) else UNet
@@ -39,7 +39,7 @@ def make_step(
     return TrainStep(
         network, objective, update, lr=LearningRate(1e-3, 5), grad_clip=grad_clip, seed=seed,
         bf16=bf16, compile=compile, accumulate=accumulate, graphs=graphs, ranks=ranks, space=space,
-        critic=getattr(model, "critic", None),
+        critic=getattr(model, "critic", None), conditions=conditions,
     )  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def batch(step, device="cpu", n=16):
 def curve(train_step, steps, device="cpu", start=0, batch=batch):
     losses = []
     for step in range(start, start + steps):
-        train_step(batch(step, device), step)
+        images = batch(step, device)
+        train_step(images, step, torch.arange(len(images), device=device))
         losses.append(train_step.metrics.means()["loss"])
     return losses
 

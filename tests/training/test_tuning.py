@@ -6,7 +6,7 @@ from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.objectives import VObjective
 from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
-from fastdiff.nets.text import PAD, byte_ids
+from fastdiff.nets.text import byte_ids
 from fastdiff.nets.unet import UNet
 from fastdiff.runs.weights import TeacherWeights
 from fastdiff.training.tuning import objective_of
@@ -41,22 +41,27 @@ def test_a_guided_teacher_leads_away_from_no_class():
     assert not got.requires_grad
 
 
-def test_a_teacher_reads_texts_by_an_encoder_of_its_own():
+@pytest.mark.parametrize("encoder", ["bytes", "frozen"])
+def test_a_teacher_reads_texts_and_leads_away_from_the_empty_one(encoder):
     config = Config.of(
         net=TINY, text="bytes", text_width=8, objective="edm", few_step="consistency", teacher="x",
         teacher_guidance=2.5, kernels="torch",
-    ).replace(text_encoder="bytes")  # fmt: skip
+    ).replace(text_encoder=encoder)  # fmt: skip
     torch.manual_seed(0)
     net = UNet(config.net).eval()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
+    cond, empty = {"text": byte_ids(["a cat", "dogs"], 9)}, {"text": byte_ids([""], 2)}
+    if encoder == "frozen":  # whose tokens are kept in half precision
+        cond = {"text": torch.randn(2, 9, 8), "text_mask": torch.arange(9) < torch.tensor([[7], [6]])}
+        empty = {"text": torch.randn(1, 2, 8).half(), "text_mask": torch.ones(1, 2, dtype=torch.bool)}
     learned = objective_of(
         config, torch.device("cpu"), teacher=TeacherWeights(net.state_dict(), "x", ""),
-        nothing={"text": byte_ids([""])[0]},
+        nothing={name: rows[0] for name, rows in empty.items()},
     )  # fmt: skip
-    x_t, t, text = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 10.0]).double(), byte_ids(["a cat", "dogs"], 9)
-    got = learned.teacher(x_t, t, text=text)
-    asked, other = (learned.kind.denoise(net, x_t, t, text=ids) for ids in (text, byte_ids(["", ""])))
-    assert (text[:, -2:] == PAD).all()
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 10.0]).double()
+    got = learned.teacher(x_t, t, **cond)
+    nothing = {n: v.float().expand(2, -1, -1) if v.ndim == 3 else v.expand(2, -1) for n, v in empty.items()}
+    asked, other = (learned.kind.denoise(net, x_t, t, **each) for each in (cond, nothing))
     assert (got - (other + 2.5 * (asked - other))).abs().max() < 1e-4
     assert (asked - other).abs().amax() > 1e-4
