@@ -22,8 +22,8 @@ def text_reader(config: Config, cache: Path | None) -> Texts | None:
 
     Returns:
         A function of texts. For --text bytes and words it gives `text`, int64 (n, L), which the network's own encoder
-        reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L). L is the longest text's: more positions would
-        cost time and change no result.
+        reads; else `text`, float16 (n, L, D), and `text_mask`, bool (n, L). L is the longest text's: more positions
+        would cost time and change no result.
 
     Raises:
         UserError: an encoder that cannot be had; the function, for a text that is too long.
