@@ -56,7 +56,7 @@ class Sampling:
     """Capture a sampling step in a CUDA graph and replay it; without effect on a CPU."""
     guide: Path | None = None
     """An earlier checkpoint, of the same run, say, from which guidance leads away (autoguidance); by default guidance
-    leads away from the network's own samples of no class."""
+    leads away from what the network itself draws when nothing is asked for."""
     autoencoder: Path | None = None
     """Of a run with --latents: where its autoencoder lies, if it has moved."""
 
@@ -68,7 +68,7 @@ class Sample(Sampling):
     n: int | None = None
     """Images to draw; default: 64, or 8 of each class or prompt; with several --steps 8, or 1 of each."""
     classes: tuple[str, ...] = ()
-    """Of a conditional run: classes to draw, a row each, by name, by number, or `all`, the default."""
+    """Of a conditional run: classes to draw, a row each, by name, by number, or `all`, the default without --text."""
     prompt: tuple[str, ...] = ()
     """Of a run with --text: what to draw, a row each."""
     prompt_file: Path | None = None
@@ -76,8 +76,8 @@ class Sample(Sampling):
     per_class: int | None = None
     """Images of each class or prompt, in place of --n."""
     guidance: float = 1.0
-    """w in x0_hat = x0_other + w (x0_asked - x0_other): 1 as the network draws by itself, 0 as if no class was asked
-    for, above 1 more typical of the class. Ho & Salimans count it from 0: their w is this one minus 1."""
+    """w in x0_hat = x0_other + w (x0_asked - x0_other): 1 as the network draws by itself, 0 as if nothing was asked
+    for, above 1 more typical of the class or prompt. Ho & Salimans count it from 0: their w is this one minus 1."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where LO < sigma / alpha <= HI, such as 0.2 1.5; everywhere by default."""
     out: Path = Path("samples.png")

@@ -60,7 +60,7 @@ class UNetConfig:
     two_times: tyro.conf.Fixed[bool] = False
     """Whether the network is told a second time, to which its output leads; by --few-step flow-map."""
     text_encoder: tyro.conf.Fixed[Literal["none", "bytes", "words", "frozen"]] = "none"
-    """What gives the tokens of texts; by --text."""
+    """What gives the tokens of texts; set from --text by runs/data.py."""
     text_width: int = 128
     """Width of the tokens of --text bytes and words; a multiple of 4. Other encoders have their own."""
     text_blocks: int = 2

@@ -134,7 +134,7 @@ class EvalConfig:
     eval_few_steps: tuple[int, ...] = ()
     """Also measure the sampler consistency in each of these numbers of steps, such as 1 2 4, without guidance."""
     eval_guidance: float = 1.0
-    """Guidance scale w of evaluations, see `python -m fastdiff sample --help`; 1: none. With --conditional."""
+    """Guidance scale w of evaluations with --conditional or --text, see `python -m fastdiff sample --help`; 1: none."""
     eval_guidance_interval: tuple[float, float] | None = None
     """Guide only where LO < sigma / alpha <= HI; everywhere by default."""
     grid_samples: int = 64

@@ -41,12 +41,12 @@ def asked_for(flags: Sample, trained: Trained) -> tuple[Conditions, Sequence[str
 
 
 def _tell_unseen(prompts: Sequence[str], ids: Tensor, trained: Trained) -> None:
-    """Warn of words that no caption had in training."""
+    """Warn of words that no caption had in training; of those that share their number with one, it cannot."""
     encoder = trained.model.text
     if encoder is None or trained.config.net.text_encoder != "words":
         return
-    words = list[str]()
-    for text, new in zip(prompts, encoder.unseen(ids.to(encoder.byte.weight.device))[:, 1:].tolist(), strict=True):
+    unseen, words = encoder.unseen(ids.to(encoder.byte.weight.device))[:, 1:], list[str]()  # without the begin
+    for text, new in zip(prompts, unseen.tolist(), strict=True):
         words += [word for word, is_new in zip(split_words(text), new, strict=False) if is_new]
     if words:
         listed = ", ".join(map(repr, dict.fromkeys(words)))
@@ -81,4 +81,5 @@ def shares_of(flags: Sample, rows: int) -> list[int]:
     several = len(flags.steps) > 1
     if not rows:
         return [n or (8 if several else 64)]
+    # Else n is shared out evenly.
     return [per_class or (1 if several else 8)] * rows if n is None else [len(range(i, n, rows)) for i in range(rows)]

@@ -99,13 +99,15 @@ def sample(flags: Sample) -> None:
     trained, generators = _trained(flags)
     generator = generators[0]
     generator.check(guidance)
-    asked, names, told = asked_for(flags, trained)
+    asked, names, arrays = asked_for(flags, trained)
+    if guidance.scale != 1 and generator.guide is None and not asked:
+        raise UsageError(f"--guidance is {guidance.scale:g}, but nothing is asked for; add --prompt, or drop it.")
     shares = shares_of(flags, len(names))
     n, row = sum(shares), np.repeat(np.arange(len(shares)), shares)  # of each image
     conditions = {name: v[row] for name, v in asked.items()}
     c, height, width = generator.image_shape
     shown: list[list[np.ndarray]] = [[] for _ in generators]
-    arrays = {name: v[row] for name, v in told.items()}
+    arrays = {name: v[row] for name, v in arrays.items()}
     with bar("sampling", n * len(generators)) as show, npz_writer(save_npz, (n, height, width, c), **arrays) as write:
         for i, (draws, kept) in enumerate(zip(generators, shown, strict=True)):
             for images in draws.batches(

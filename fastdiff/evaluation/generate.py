@@ -210,7 +210,7 @@ class Generator:
         self.nothing = on_device(nothing or {}, device)
         self.guide = half_weights(guide) if bf16 and guide is not None else guide
         nets = [net for net in (self.net, self.guide) if net is not None]
-        self.prepares: list[Callable[..., Conditions]] = [dict for _ in nets]
+        self.prepares: list[Callable[..., Conditions]] = [dict for _ in nets]  # conditions as they are given
         if "text" in self.nothing:  # what reading it takes is done once for all steps
             self.prepares, nets = map(list, zip(*map(split_conditions, nets), strict=True))
         self.loop = GraphLoop(self._denoiser(*map(compiled, nets) if compile else nets), device)
@@ -342,15 +342,19 @@ class Generator:
         scale = next((guidance.scale for guidance in guidances if guidance.scale != 1), 1)
         if scale != 1 and self.guide is None and not self.nothing:
             raise UsageError(
-                f"--guidance is {scale:g}, but the network knows no classes to be led to; add --guide and an earlier "
-                "checkpoint to lead away from, or drop it."
+                f"--guidance is {scale:g}, but the network knows no classes or texts to be led to; add --guide and an "
+                "earlier checkpoint to lead away from, or drop it."
             )
         if scale == 1 and self.guide is not None:
             raise UsageError("--guide does nothing at --guidance 1; add --guidance 2, say, or drop it.")
 
     @torch.no_grad()
     def _asked(self, n: int, given: Conditions, guidance: Guidance) -> Conditions:
-        """What the denoiser is told about n images: what its networks compute of their conditions alone."""
+        """What the denoiser is told about n images: the conditions as `prepare` gives them, by its names.
+
+        With guidance also w and its interval, in a tensor, so that one captured graph serves all; and either what the
+        guide is told, or 2 n rows: what is asked for, then nothing.
+        """
         given, (prepare, *prepare_guide) = on_device(given, self.device), self.prepares
         nothing = {name: padded(v, given.get(name)).repeat(n, *[1] * v.ndim) for name, v in self.nothing.items()}
         given = {**nothing, **given}

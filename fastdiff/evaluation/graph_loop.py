@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdiff.diffusion.plan import OnStep, Plan, Rows, noise_like
 from fastdiff.runtime.graphs import Captured
 
-Conditions = Mapping[str, Tensor]  # by the names of the network's arguments, each (N, ...)
+Conditions = Mapping[str, Tensor]  # by the names of the denoiser's arguments, each (N, ...)
 
 
 class GraphLoop:

@@ -23,13 +23,12 @@ def split_conditions(net: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
     Raises:
         ValueError: torch.fx cannot trace the network; names it.
     """
-    whole = net if isinstance(net, fx.GraphModule) else fuse(net, rules=[drop_identities])
+    whole = net if isinstance(net, fx.GraphModule) else fuse(net, rules=[drop_identities])  # that is, traced
     nodes = list(whole.graph.nodes)
-    early: set[Node] = set()
-    for node in nodes:
+    early: set[Node] = {node for node in nodes if node.op == "placeholder" and node.target in CONDITIONS}
+    for node in nodes:  # and what follows of them and of parameters
         inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
-        told = node.target in CONDITIONS if node.op == "placeholder" else bool(inputs) and early.issuperset(inputs)
-        if told:
+        if inputs and early.issuperset(inputs):
             early.add(node)
     handed = [node for node in nodes if node in early and not early.issuperset(node.users)]
 

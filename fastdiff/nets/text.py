@@ -107,10 +107,11 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, ids: Tensor) -> None:
-        """Set the vectors of all numbers to 0 but those in `ids`, the training set's; `unseen` finds them."""
+        """Set the vectors of all numbers and places to 0 but those of `ids`, the training set's; see `unseen`."""
         others = torch.ones(len(self.byte.weight), dtype=torch.bool, device=ids.device)
         others[ids.flatten()] = False
         self.byte.weight[others] = 0.0
+        self.position.weight[ids.shape[1] :] = 0.0
 
     def unseen(self, ids: Tensor) -> Tensor:
         """Which numbers no text had in training, so that their vectors stayed at 0: bool, as `ids`."""

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B): `model(x_t, t) -> (N, C, H, W)`."""
+"""The U-Net of DDPM (Ho et al. 2020, appendix B): `model(x_t, t, **conditions) -> (N, C, H, W)`."""
 
 import torch
 import torch.nn.functional as F
@@ -147,23 +147,23 @@ class UNet(nn.Module):
         """
         if self.text is not None:
             text, text_mask = self.text(text)
-        embedding, words = self.time(t), (text, text_mask)
+        embedding, tokens = self.time(t), (text, text_mask)
         if self.span is not None:
             embedding = embedding + self.span(span)
         if self.label is not None:
             embedding = embedding + self.label(labels)
         if self.pooled is not None:
-            embedding = embedding + self.pooled(*words)
+            embedding = embedding + self.pooled(*tokens)
         embedding = F.silu(embedding)
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, dropout_seed, skips, words)
+            h = stage(h, embedding, dropout_seed, skips, tokens)
         h = self.middle_1(h, embedding, dropout_seed)
         h = self.middle_attention(h)
         h = self.middle_2(h, embedding, dropout_seed)
         for stage in self.up:
-            h = stage(h, embedding, dropout_seed, skips, words)
+            h = stage(h, embedding, dropout_seed, skips, tokens)
         h = self.conv_out(F.silu(self.norm_out(h)))
         if self.config.patch == 1:
             return h

@@ -299,6 +299,12 @@ def test_bad_prompts_are_told_in_one_line(captioned, tmp_path, capsys, prompts, 
     assert call("sample", "--checkpoint", captioned, "--steps", 2, "--prompt-file", file) == 2
 
 
+def test_guidance_without_a_prompt_is_refused(captioned, tmp_path, capsys):
+    assert call("sample", "--checkpoint", captioned, "--steps", 2, "--guidance", 2, "--out", tmp_path / "g.png") == 2
+    assert "--guidance is 2, but nothing is asked for; add --prompt" in capsys.readouterr().err
+    assert not (tmp_path / "g.png").exists()
+
+
 def test_a_run_without_text_says_how_to_get_one(run, capsys):
     assert call("sample", "--checkpoint", run, "--prompt", "a cat") == 2
     assert "this network reads no texts; train one with --text words" in capsys.readouterr().err

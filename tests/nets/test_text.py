@@ -95,7 +95,8 @@ def test_the_gradient_reaches_the_bytes_that_occur_and_no_others(encoder):
 
 def test_numbers_that_no_text_of_the_training_set_has_stay_unseen():
     encoder = TextEncoder(READERS["words"][1], width=16, blocks=0)
-    encoder.begin_with(word_ids(["a red three", "a blue one"]))
+    encoder.begin_with(word_ids(["a red three", "a blue one"], 6))
+    assert encoder.position.weight.any(1).tolist() == [True] * 6 + [False] * 58
     ids = word_ids(["a red one", "a scarlet three!"], 7)
     assert encoder.unseen(ids).tolist() == [[False] * 7, [False, False, True, False, True, False, False]]
     (encoder(ids[:1])[0] * torch.randn(1, 7, 16)).sum().backward()
