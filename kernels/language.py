@@ -28,9 +28,10 @@ try:
         The search, for the keys of caches, takes seconds and finds none of ours; `caching` covers them all.
         """
 
-        def register(function: Callable[..., Any]) -> Any:
+        def register(function: Any) -> Any:
             schema = infer_schema(function, mutates_args=mutates_args)
-            without_source = partial(function)
+            without_source: Any = partial(function)
+            without_source.__globals__ = function.__globals__  # torch 2.11 infers the schema anew
             return torch.library.triton_op(name, without_source, mutates_args=mutates_args, schema=schema)
 
         return register
