@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor
 from torch.library import infer_schema
@@ -5,6 +6,7 @@ from torch.library import infer_schema
 from kernels import language
 
 
+@pytest.mark.skipif(not language.TRITON_INSTALLED, reason="needs Triton")
 def test_an_op_can_be_registered_by_torch_2_11(monkeypatch):
     """It infers the schema from the function that it is given, whatever schema comes with it."""
     given = []
