@@ -210,9 +210,9 @@ def test_a_generator_follows_weights_that_change_in_place(deterministic, request
 TEXTS = [["a cat", "a dog", "", "two"], ["", "a mouse", "two", "a cat"]]
 
 
-@pytest.mark.parametrize("told", ["labels", "text"])
 @pytest.mark.parametrize(
-    ("kind", "schedule"), [("eps", "ddpm-linear"), ("edm", "cosine"), ("edm", "auto"), ("flow", "auto")]
+    ("kind", "schedule", "told"),
+    [("eps", "ddpm-linear", "labels"), ("edm", "cosine", "text"), ("edm", "auto", "labels"), ("flow", "auto", "text")],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_replayed_guided_step_sees_each_calls_conditions_scale_and_weights(

@@ -39,3 +39,14 @@ def test_few_steps_are_drawn_by_the_networks_own_sampler(few_step, objective, sa
     config = Config.of(few_step=few_step, objective=objective, eval_few_steps=(1, 4), eval_steps=7, last_level=2.0)
     drawn = [(each.name, each.steps, each.last_level) for each in evaluation_samplers(config)]
     assert drawn == [("ddim", 7, 2.0), (sampler, 1, 2.0), (sampler, 4, 2.0)]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_the_optimizer_has_the_configs_settings(optimizer, kernels):
+    settings = {"optimizer": optimizer, "beta2": 0.9, "weight_decay": 0.1, "kernels": kernels}
+    config = Config.of(net=TINY, **settings).resolved("cpu")
+    step, _, _ = make_step(config, [], Ranks(torch.device("cpu")), None, None)
+    (group,) = step.update.state_dict()["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.9), 0.1)
+    assert getattr(step.update, "beta2", 0.9) == 0.9  # what our kernel is given
