@@ -107,7 +107,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, ids: Tensor) -> None:
-        """Set the vectors of all numbers and places to 0 but those of `ids`, the training set's; see `unseen`."""
+        """Zero the embedding of every id and every position that `ids` (N, L), the training captions, do not have."""
         others = torch.ones(len(self.byte.weight), dtype=torch.bool, device=ids.device)
         others[ids.flatten()] = False
         self.byte.weight[others] = 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.captions import Captions
+from fastdiff.evaluation.generate import on_device
 from fastdiff.runs.texts import Texts
 
 UNIFORMS = 3  # random numbers that each image takes: label left out, caption left out, which of its captions
@@ -61,5 +62,4 @@ class CaptionTable:
         count = self.count[index]
         nth = (uniform[:, 2].double() * count).long().clamp(max=count - 1)
         row = self.rows[self.first[index] + nth].masked_fill(uniform[:, 1] < self.dropout, 0)
-        found = {name: table[row] for name, table in self.tables.items()}
-        return {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
+        return dict(on_device({name: table[row] for name, table in self.tables.items()}, row.device))
