@@ -149,7 +149,7 @@ def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
     """The empty text, tokens (L', D), mask or ids (L',), with as many positions as a text (N, L, ...) has, L >= L'."""
     if given is None or nothing.ndim == 0:
         return nothing
-    more = given.new_full(
+    more = nothing.new_full(
         (given.shape[1] - len(nothing), *nothing.shape[1:]), PAD if nothing.dtype == torch.int64 else 0
     )
     return torch.cat([nothing, more])
