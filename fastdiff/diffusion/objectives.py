@@ -11,6 +11,7 @@ Write p for the network's output. Every kind here is affine in it at given x_t, 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,6 @@ class EpsObjective(Objective):
     needs_signal = True
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """eps itself."""
         return eps
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -180,11 +180,9 @@ class X0Objective(Objective):
     """The network predicts the clean image (Salimans & Ho 2022, section 4)."""
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x0 itself."""
         return x0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The prediction itself."""
         return prediction
 
     def log_gain(self, log_snr: Tensor) -> Tensor:
@@ -214,15 +212,13 @@ class VObjective(Objective):
         return F.logsigmoid(-log_snr)
 
 
-class ScoreObjective(Objective):
+class ScoreObjective(EpsObjective):
     """The network predicts the score, grad log p_t(x_t), times sigma (Song et al. 2021, eq. 7).
 
     Its output is divided by sigma to give the score, which grows as 1 / sigma (Song & Ermon 2020, technique 3), so
-    that the network's target has unit variance. `uniform` is then the paper's weight lambda(t) = sigma^2 of the score's
-    own error.
+    that the network's target has unit variance, -eps. `uniform` is then the paper's weight lambda(t) = sigma^2 of the
+    score's own error.
     """
-
-    needs_signal = True
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """sigma times the score of N(x_t; alpha x0, sigma^2), which is -eps / sigma (Vincent 2011)."""
@@ -232,10 +228,6 @@ class ScoreObjective(Objective):
         """x0 = (x_t + sigma^2 score) / alpha: Tweedie's formula (Efron 2011, eq. 1.4)."""
         alpha, sigma = self._alpha_sigma(t, x_t)
         return (x_t + sigma * prediction) / alpha
-
-    def log_gain(self, log_snr: Tensor) -> Tensor:
-        """c^2 = sigma^2 / alpha^2."""
-        return -log_snr
 
 
 class FlowObjective(Objective):
@@ -305,18 +297,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(
-    kind: str,
-    *,
-    schedule: str,
-    weighting: str = "uniform",
-    timesteps: int = 1000,
-    zero_terminal_snr: bool = False,
-    time_sampling: str = "auto",
-    min_snr_gamma: float = 5.0,
-    sigma_data: float = 0.5,
-    time_scale: float = 1.0,
+    kind: str, *, schedule: str, timesteps: int = 1000, zero_terminal_snr: bool = False, **options: Any
 ) -> Objective:
-    """Build an objective from the names of its parts: see `make_schedule` and `Objective`.
+    """Build an objective from the names of its parts: see `make_schedule`, and `Objective` for the options.
 
     Raises:
         UserError: a name that is not in its table, or parts that do not fit together.
@@ -324,10 +307,5 @@ def make_objective(
     if kind not in OBJECTIVES:
         raise UserError(f"objective {kind!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
     return OBJECTIVES[kind](
-        make_schedule(schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr),
-        weighting,
-        time_sampling=time_sampling,
-        min_snr_gamma=min_snr_gamma,
-        sigma_data=sigma_data,
-        time_scale=time_scale,
+        make_schedule(schedule, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr), **options
     )
