@@ -120,43 +120,14 @@ def backward_tile(
 
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
-def backward_loop(
-    dy_ptr,  # (N, HW, C) like x
-    du_ptr,  # (N, HW, C) like x: the gradient of what was normalised, from its other uses; or None
-    du2_ptr,  # (N, HW, C) like x: a second part of it, or None
-    x_ptr,  # (N, HW, C) bf16, fp16 or fp32: what was normalised, but for the shift
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    shift_ptr,  # (N, C), rows shift_row apart; or None
-    scale_ptr,  # (N, C) or None
-    offset_ptr,  # (N, C) or None
-    seed_ptr,  # (1,) int64 or None
-    mean_ptr,  # (N, C / PER_GROUP) fp32
-    rstd_ptr,  # (N, C / PER_GROUP) fp32
-    dx_ptr,  # (N, HW, C_X) like x
-    dskip_ptr,  # (N, HW, C - C_X) like x, or None
-    part_weight_ptr,  # (N, C) fp32: the images' shares
-    part_bias_ptr,  # (N, C) fp32
-    dshift_ptr,  # (N, C_X) like shift, or None
-    dscale_ptr,  # (N, C) like scale, or None
-    doffset_ptr,  # (N, C) like offset, or None
-    shift_row,
-    stream_id,
-    threshold,
-    SILU: tl.constexpr,
-    C: tl.constexpr,
-    C_X: tl.constexpr,
-    HW: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    OWN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
+def backward_loop(dy_ptr, du_ptr, du2_ptr, x_ptr, weight_ptr, bias_ptr, shift_ptr, scale_ptr, offset_ptr, seed_ptr,
+                  mean_ptr, rstd_ptr, dx_ptr, dskip_ptr, part_weight_ptr, part_bias_ptr, dshift_ptr, dscale_ptr,
+                  doffset_ptr, shift_row, stream_id, threshold, SILU: tl.constexpr, C: tl.constexpr, C_X: tl.constexpr,
+                  HW: tl.constexpr, PER_GROUP: tl.constexpr, OWN: tl.constexpr, BLOCK_C: tl.constexpr,
+                  BLOCK_G: tl.constexpr, BLOCK_HW: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """Large images in two sweeps over chunks of pixels: first A and B, then dx, re-reading x and dy from L2.
 
-    AHEAD as in forward_loop.
+    Arguments as of backward_tile, AHEAD as in forward_loop.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN

@@ -96,38 +96,15 @@ def forward_tile(
 
 
 @triton.jit(do_not_specialize=["stream_id", "threshold"])
-def forward_loop(
-    x_ptr,  # (N, HW, C_X) bf16, fp16 or fp32
-    residual_ptr,  # (N, HW, C_X) like x, or None
-    skip_ptr,  # (N, HW, C - C_X) like x, or None
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    shift_ptr,  # (N, C_X), rows shift_row apart, or None
-    scale_ptr,  # (N, C) or None
-    offset_ptr,  # (N, C) or None
-    seed_ptr,  # (1,) int64 or None: no dropout
-    y_ptr,  # (N, HW, C) like x
-    u_ptr,  # (N, HW, C) like x: what was normalised; or None
-    mean_ptr,  # (N, C / PER_GROUP) fp32
-    rstd_ptr,  # (N, C / PER_GROUP) fp32
-    shift_row,
-    stream_id,
-    threshold,
-    EPS: tl.constexpr,
-    SILU: tl.constexpr,
-    C: tl.constexpr,
-    C_X: tl.constexpr,
-    HW: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    OWN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
+def forward_loop(x_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr, shift_ptr, scale_ptr, offset_ptr, seed_ptr, y_ptr,
+                 u_ptr, mean_ptr, rstd_ptr, shift_row, stream_id, threshold, EPS: tl.constexpr, SILU: tl.constexpr,
+                 C: tl.constexpr, C_X: tl.constexpr, HW: tl.constexpr, PER_GROUP: tl.constexpr, OWN: tl.constexpr,
+                 BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_HW: tl.constexpr,
+                 AHEAD: tl.constexpr):  # fmt: skip
     """Images too large for registers: three sweeps (mean, variance, result), of which two read x, or u, from L2.
 
-    AHEAD: chunks are copied ahead, as tiles are in forward_tile; the programs are as many as without.
+    Arguments as of forward_tile. AHEAD: chunks are copied ahead, as tiles are there; the programs are as many as
+    without.
     """
     blocks: tl.constexpr = (C + OWN - 1) // OWN
     n, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * OWN
