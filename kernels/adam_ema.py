@@ -187,8 +187,6 @@ def _case(n: int, step: int, *, half: bool = True, **plain: float) -> Case:
             "grad": grad.to(dtype),
             "exp_avg": exp_avg * first,
             "exp_avg_sq": (exp_avg_sq * first).square(),
-        }
-        inputs |= {
             "ema": ema.clone(),
             "half": torch.zeros(n, dtype=torch.bfloat16) if half else None,
             "step": torch.tensor(step),

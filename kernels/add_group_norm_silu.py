@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .group_norm_jobs import SUMS, all_jobs
-from .group_norm_launch import backward, forward, image, shares, statistics, vector_like
+from .group_norm_launch import backward, forward, image, statistics, vector_like
 from .group_norm_silu import DTYPES, Activation, check, check_layout, draw_affine, each_images, summed
 from .group_norm_silu import reference as norm_reference
 from .language import triton_op
@@ -72,8 +72,9 @@ def _(x, residual, skip, weight, bias, shift, num_groups, eps, silu):
 
 @_backward.register_fake
 def _(dy, du, du2, x, weight, bias, shift, mean, rstd, num_groups, silu, c_x):
-    dskip = image(x, x.shape[1] - c_x) if c_x < x.shape[1] else x.new_empty(0)
-    return image(x, c_x), dskip, shares(x), shares(x), vector_like(shift, x)
+    c = x.shape[1]
+    dskip = image(x, c - c_x) if c_x < c else x.new_empty(0)
+    return image(x, c_x), dskip, statistics(x, c), statistics(x, c), vector_like(shift, x)
 
 
 def _setup_context(ctx, inputs, output):

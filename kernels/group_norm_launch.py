@@ -94,20 +94,15 @@ def _backward_cpu(dy, du, du2, x, weight, bias, shift, scale, offset, seed, mean
     ]
 
 
-def statistics(x: Tensor, num_groups: int) -> Tensor:
-    """Uninitialised (N, groups), for a mean or rstd."""
-    return torch.empty(x.shape[0], num_groups, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+def statistics(x: Tensor, columns: int) -> Tensor:
+    """Uninitialised (N, columns): a mean or rstd by groups, or the images' shares of a gradient by channels."""
+    return torch.empty(x.shape[0], columns, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def image(like: Tensor, channels: int) -> Tensor:
     """Uninitialised (N, channels, H, W) in channels_last memory."""
     n, _, height, width = like.shape
     return like.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
-
-
-def shares(x: Tensor) -> Tensor:
-    """Uninitialised (N, C), for the images' shares of a parameter's gradient."""
-    return torch.empty(x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def vector_like(v: Tensor | None, x: Tensor) -> Tensor:
@@ -159,10 +154,8 @@ def forward(x: Tensor, residual: Tensor | None, skip: Tensor | None, weight: Ten
     looped, grid, constants = _meta(x, c, num_groups, backward=False, images=images, **switches)
     args = (x, residual, skip, weight, bias, shift, scale, offset, seed, y, u, mean, rstd, _row(shift), stream,
             threshold_of(dropout_p))  # fmt: skip
-    if looped:
-        traceable(forward_loop)[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
-    else:
-        traceable(forward_tile)[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
+    kernel = traceable(forward_loop if looped else forward_tile)
+    kernel[grid](*args, EPS=eps, SILU=silu, C_X=c_x, **constants)
     return y, u, mean, rstd
 
 
@@ -181,7 +174,8 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
                              dropout_p, stream, c_x, summed)  # fmt: skip
     c = int(x.shape[1])
     dx, dskip = image(x, c_x), image(x, c - c_x) if c_x < c else None
-    dweight, dbias = shares(x), shares(x)  # not two views of one: Inductor would copy each back after the kernel
+    # Not two views of one: Inductor would copy each back after the kernel.
+    dweight, dbias = statistics(x, c), statistics(x, c)
     dshift, dscale, doffset = (None if v is None else vector_like(v, x) for v in (shift, scale, offset))
     grads = [dx, dskip, dweight, dbias, dshift, dscale, doffset]
     if x.numel() == 0:
@@ -191,8 +185,5 @@ def backward(dy: Tensor, du: Tensor | None, du2: Tensor | None, x: Tensor, weigh
     looped, grid, constants = _meta(x, c, num_groups, backward=True, images=images, **switches)
     args = (dy, du, du2, x, weight, bias, None if summed else shift, scale, offset, seed, mean, rstd, dx, dskip,
             dweight, dbias, dshift, dscale, doffset, _row(shift), stream, threshold_of(dropout_p))  # fmt: skip
-    if looped:
-        traceable(backward_loop)[grid](*args, SILU=silu, C_X=c_x, **constants)
-    else:
-        traceable(backward_tile)[grid](*args, SILU=silu, C_X=c_x, **constants)
+    traceable(backward_loop if looped else backward_tile)[grid](*args, SILU=silu, C_X=c_x, **constants)
     return grads
