@@ -20,51 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIGMOID_BIAS = 2.0  # Kingma & Gao 2023, section 5
+LogWeight = Callable[..., Tensor]  # (log-SNR (N,), gamma=, sigma_data=), the numbers being the run's -> log w (N,)
 
-
-def image(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = 1: the plain error of the image, as `uniform` is for x0."""
-    return torch.zeros_like(log_snr)
-
-
-def snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = SNR: the plain error of the noise (Ho et al. 2020, eq. 14)."""
-    return log_snr
-
-
-def truncated_snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = max(SNR, 1): the larger of the noise's and the image's error (Salimans & Ho 2022, section 4)."""
-    return log_snr.clamp(min=0.0)
-
-
-def min_snr(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = min(SNR, gamma): nearly clean levels no longer dominate (Hang et al. 2023, section 3.4)."""
-    return log_snr.clamp(max=math.log(gamma))
-
-
-def edm(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1)."""
-    log_variance = 2.0 * math.log(sigma_data)
-    return -F.logsigmoid(-log_snr - log_variance) - log_variance
-
-
-def sigmoid(log_snr: Tensor, *, gamma: float, sigma_data: float) -> Tensor:
-    """w = SNR sigmoid(2 - log-SNR), a soft min(SNR, e^2): sigmoid for the noise (Kingma & Gao 2023, section 5).
-
-    The paper weighs the integral over log-SNR; here it is the mean over the sampled noise levels, see above.
-    """
-    return log_snr + F.logsigmoid(SIGMOID_BIAS - log_snr)
-
-
-# log-SNR (N,) -> log w (N,). gamma and sigma_data are the run's.
-LogWeight = Callable[..., Tensor]
 WEIGHTINGS: dict[str, LogWeight | None] = {
-    "uniform": None,  # no w of its own, see above
-    "image": image,
-    "snr": snr,
-    "truncated-snr": truncated_snr,
-    "min-snr": min_snr,
-    "edm": edm,
-    "sigmoid": sigmoid,
+    # No w of its own, see above.
+    "uniform": None,
+    # w = 1: the plain error of the image, as `uniform` is for x0.
+    "image": lambda log_snr, **_: torch.zeros_like(log_snr),
+    # w = SNR: the plain error of the noise (Ho et al. 2020, eq. 14).
+    "snr": lambda log_snr, **_: log_snr,
+    # w = max(SNR, 1): the larger of the noise's and the image's error (Salimans & Ho 2022, section 4).
+    "truncated-snr": lambda log_snr, **_: log_snr.clamp(min=0.0),
+    # w = min(SNR, gamma): nearly clean levels no longer dominate (Hang et al. 2023, section 3.4).
+    "min-snr": lambda log_snr, gamma, **_: log_snr.clamp(max=math.log(gamma)),
+    # w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = SNR + 1 / sigma_data^2 (Karras et al. 2022, table 1).
+    "edm": lambda log_snr, sigma_data, **_: (
+        -F.logsigmoid(-log_snr - 2.0 * math.log(sigma_data)) - 2.0 * math.log(sigma_data)
+    ),
+    # w = SNR sigmoid(2 - log-SNR), a soft min(SNR, e^2): sigmoid for the noise (Kingma & Gao 2023, section 5). The
+    # paper weighs the integral over log-SNR; here it is the mean over the sampled noise levels, see above.
+    "sigmoid": lambda log_snr, **_: log_snr + F.logsigmoid(2.0 - log_snr),
 }
