@@ -27,12 +27,7 @@ def byte_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     Raises:
         UserError: a text has over length - 2 bytes, or UTF-8 cannot hold it; names it.
     """
-    ids = torch.full((len(texts), length), PAD)
-    for row, text in zip(ids, texts, strict=True):
-        content = check_unicode(text).encode()
-        check_length(text, len(content), length - 2, "bytes")
-        row[: len(content) + 2] = torch.tensor([BEGIN, *content, END])
-    return ids
+    return _ids(texts, [list(check_unicode(text).encode()) for text in texts], length, "bytes")
 
 
 def split_words(text: str) -> list[str]:
@@ -48,12 +43,15 @@ def word_ids(texts: Sequence[str], length: int = POSITIONS) -> Tensor:
     Raises:
         UserError: a text has over length - 2 words, or UTF-8 cannot hold it; names it.
     """
+    numbers = [[PAD + 1 + zlib.crc32(word.encode()) % WORDS for word in split_words(text)] for text in texts]
+    return _ids(texts, numbers, length, "words")
+
+
+def _ids(texts: Sequence[str], numbers: list[list[int]], length: int, unit: str) -> Tensor:
     ids = torch.full((len(texts), length), PAD)
-    for row, text in zip(ids, texts, strict=True):
-        words = split_words(text)
-        check_length(text, len(words), length - 2, "words")
-        numbers = [PAD + 1 + zlib.crc32(word.encode()) % WORDS for word in words]
-        row[: len(words) + 2] = torch.tensor([BEGIN, *numbers, END])
+    for row, text, content in zip(ids, texts, numbers, strict=True):
+        check_length(text, len(content), length - 2, unit)
+        row[: len(content) + 2] = torch.tensor([BEGIN, *content, END])
     return ids
 
 
