@@ -11,6 +11,7 @@ after the start, and a step with infinite h is of first order.
 """
 
 import math
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor
@@ -114,12 +115,7 @@ def unified_step(denoise: Denoise, noise: Noise, t: Tensor, row: Tensor, state: 
 
 def _reachable(earlier: list[float], count: int) -> list[float]:
     """How far back in log-SNR the estimates of up to `count` steps before lie; none from before an infinite step."""
-    points: list[float] = []
-    for step in reversed(earlier[len(earlier) - min(count, len(earlier)) :]):
-        if math.isinf(step):
-            break
-        points.append((points[-1] if points else 0.0) + step)
-    return points
+    return list(accumulate(islice(takewhile(math.isfinite, reversed(earlier)), count)))
 
 
 def _unified(h: float, distances: list[float]) -> list[float]:
