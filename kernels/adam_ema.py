@@ -117,16 +117,15 @@ def constants(beta1: float, beta2: float, eps: float, weight_decay: float) -> di
 def _step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, half: Tensor | None,
           step: Tensor, lr: Tensor, decay: Tensor, clip: Tensor, beta1: float, beta2: float, eps: float,
           weight_decay: float) -> None:  # fmt: skip
-    if not runs_triton(param):
-        return reference(param, grad, exp_avg, exp_avg_sq, ema, half, step=step, lr=lr, decay=decay, clip=clip,
-                         beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)  # fmt: skip
     n = param.numel()
-    if n > 0:
+    if not runs_triton(param):
+        reference(param, grad, exp_avg, exp_avg_sq, ema, half, step=step, lr=lr, decay=decay, clip=clip, beta1=beta1,
+                  beta2=beta2, eps=eps, weight_decay=weight_decay)  # fmt: skip
+    elif n > 0:
         traceable(adam_ema_kernel)[(triton.cdiv(n, BLOCK),)](
             param, grad, exp_avg, exp_avg_sq, ema, half, step, lr, decay, clip, n,
             **constants(beta1, beta2, eps, weight_decay),
         )  # fmt: skip
-    return None
 
 
 @_step.register_fake

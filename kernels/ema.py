@@ -56,12 +56,11 @@ def ema_kernel(
 
 @triton_op("fastdiff_kernels::ema_update_", mutates_args={"ema"})
 def _update(ema: Tensor, params: Tensor, decay: Tensor) -> None:
-    if not runs_triton(ema):
-        return reference(ema, params, decay)
     n = ema.numel()
-    if n > 0:
+    if not runs_triton(ema):
+        reference(ema, params, decay)
+    elif n > 0:
         traceable(ema_kernel)[(triton.cdiv(n, BLOCK),)](ema, params, decay, n, BLOCK=BLOCK, num_warps=WARPS)
-    return None
 
 
 @_update.register_fake
