@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fastdiff.nets.forked_conv import forked_conv
 from fastdiff.nets.fuse import Rule
-from fastdiff.nets.graph import Node, calls, layer, parameters_of
+from fastdiff.nets.graph import calls, layer, parameters_of
 
 ALIGNED = 8  # channels of 16 bytes in bf16, as tensor-core kernels take them
 
@@ -44,18 +44,15 @@ def _convolutions(gm: fx.GraphModule) -> Any:
         conv = layer(gm, node, nn.Conv2d)
         with gm.graph.inserting_before(node):
             if conv is not None and _plain(conv.dilation, conv.groups) and conv.padding_mode == "zeros":
-                yield node, (node.args[0], *_weights(gm, node, conv), conv.stride, conv.padding)
+                weight, bias = parameters_of(gm, node)
+                bias = None if conv.bias is None else bias
+                yield node, (node.args[0], weight, bias, conv.stride, conv.padding)
             elif calls(node, F.conv2d) and len(node.args) == 7 and _plain(*node.args[5:]):
                 yield node, node.args[:5]
 
 
 def _plain(dilation: tuple[int, ...], groups: int) -> bool:
     return set(dilation) == {1} and groups == 1
-
-
-def _weights(gm: fx.GraphModule, node: Node, conv: nn.Conv2d) -> tuple[Node, Node | None]:
-    weight, bias = parameters_of(gm, node)
-    return weight, None if conv.bias is None else bias
 
 
 def padded_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
