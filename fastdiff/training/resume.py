@@ -24,8 +24,7 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
     for path, reason in saved.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     before = Config.from_dict(saved.state["config"])
-    changes = config.changes(before)
-    if changes:
+    if changes := config.changes(before):
         listed = "; ".join(
             f"--{name.replace('_', '-')} was {old!r}, now {new!r}" for name, (old, new) in changes.items()
         )
@@ -33,24 +32,16 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
             f"--resume {resume} cannot change what is trained: {listed}. Drop these flags, or start a new run; "
             f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}."
         )
-    _check_learning_rate(LearningRate.of(before), LearningRate.of(config), saved.step, resume)
+    then, now = LearningRate.of(before), LearningRate.of(config)
+    if not now.agrees(then, saved.step):  # a decay can branch off a constant run, and be moved until it begins
+        begun = then.decay_start is not None and then.decay_start < saved.step
+        advice = (
+            "Keep --lr-decay, --steps and --decay-fraction as they were"
+            if begun
+            else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {saved.step:,} or later"
+        )
+        raise UserError(
+            f"--resume {resume} has made {saved.step:,} steps by a learning rate that is {then}, and cannot go on by "
+            f"one that is {now}: steps already made would have been others. {advice}, or start a new run."
+        )
     return saved
-
-
-def _check_learning_rate(before: LearningRate, now: LearningRate, steps: int, resume: Path) -> None:
-    """Raises UserError if one of the steps made would have had another learning rate.
-
-    So a decay can branch off a constant run, and be moved until it begins.
-    """
-    if now.agrees(before, steps):
-        return
-    begun = before.decay_start is not None and before.decay_start < steps
-    advice = (
-        "Keep --lr-decay, --steps and --decay-fraction as they were"
-        if begun
-        else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {steps:,} or later"
-    )
-    raise UserError(
-        f"--resume {resume} has made {steps:,} steps by a learning rate that is {before}, and cannot go on by one that "
-        f"is {now}: steps already made would have been others. {advice}, or start a new run."
-    )
