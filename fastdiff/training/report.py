@@ -37,7 +37,8 @@ def facts(
     if config.tuning.teacher is not None:
         learning += f" by the teacher {config.tuning.teacher}"
     objective = f"{diffusion.objective} on {diffusion.schedule}, {learning}"
-    network, latents = "U-Net", config.space
+    net, latents, network = config.net, config.space.latents, "U-Net"
+    encoded = f"{net.image_size}x{net.image_size} of {net.image_channels} channels by {latents}"
     if (shape := config.autoencoder).factor:
         equivariance = ", equivariance" if shape.equivariance else ""
         objective = f"reconstruction, {shape.reconstruction}, KL weight {shape.kl_weight:g}{equivariance}"
@@ -54,18 +55,13 @@ def facts(
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g}, {LearningRate.of(config)}",
         "loader": f"{config.images.loader}, flip {config.images.flip}",
         "data": image_set.describe(),
-        **({} if latents.latents is None else {"latents": _latents(config)}),
+        **({"latents": encoded} if latents is not None else {}),
         "objective": objective,
         "network": f"{network}, {sum(p.numel() for p in model.parameters()):,} parameters",
         **({"weights": f"from {initial.source}"} if initial is not None else {}),
         "distance": f"{distance.metric} against {distance.reference}" if distance else "none",
         "run": str(run.path),
     }
-
-
-def _latents(config: Config) -> str:
-    net, latents = config.net, config.space
-    return f"{net.image_size}x{net.image_size} of {net.image_channels} channels by {latents.latents}"
 
 
 def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
