@@ -49,7 +49,6 @@ class LearningRate:
         return cls(optim.lr, optim.warmup_steps, start, None if start is None else steps)
 
     def __call__(self, step: int) -> float:
-        """The rate of one update."""
         rate = self.peak * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.peak
         if self.decay_start is None or self.steps is None or step < self.decay_start:
             return rate
@@ -74,12 +73,10 @@ OPTIMIZERS: dict[str, dict[str, Callable[[nn.Module, EMA, Settings], Update]]] =
 
 
 def make_update(kernels: str, model: nn.Module, ema: EMA, *, optimizer: str = "adam", **settings: Any) -> Update:
-    """The update of a network's weights.
+    """The update of a network's weights; parameters of the network and of its average may move into flat buffers.
 
     Args:
         kernels: "triton": ours (on a CPU their PyTorch references); "torch": PyTorch's own.
-        model: the network, whose parameters may move into flat buffers.
-        ema: its average, likewise.
         optimizer: a key of OPTIMIZERS.
         **settings: the fields of Settings.
     """

@@ -36,26 +36,21 @@ class TrainStep:
     number, learning rate, decay) to the device, and a body that depends on nothing else, so that a CUDA graph can
     replay it. On a CPU `graphs` takes the same way through a fixed input, and runs the body as it is.
 
+    t, eps and left-out conditions are drawn for the whole batch, so parts and ranks change the update by rounding
+    alone; only dropout draws other masks.
+
     Args:
         model: the network, plain or fused, its weights float32 in channels_last memory.
-        objective: gives the loss.
-        update: clips, updates the weights and their average.
+        update: made with accumulate, graphs and skip_nonfinite where the step has them; accumulate also with ranks.
         lr: the learning rate of each step, counted from 0.
         grad_clip: largest global gradient norm.
-        seed: with the step's number and the rank, all that its randomness depends on.
         bf16: autocast activations to bfloat16.
-        compile: torch.compile the forward pass and loss (and with it the backward pass).
-        accumulate: parts of equal size into which the batch is split, one after the other through the network, to need
-            less memory. t and eps are drawn for the whole batch, so that the update is the same up to rounding;
-            dropout draws other masks. Above 1, `update` must be made with accumulate=True.
-        graphs: capture the step in a CUDA graph, after a few that run as they are. All batches must then be of one
-            size. `update` must be made with graphs=True.
+        compile: torch.compile forward, loss and backward.
+        accumulate: equal parts of the batch, one after the other through the network, to need less memory.
+        graphs: capture the step in a CUDA graph, after a few that run as they are. All batches must be of one size.
         skip_nonfinite: steps in a row whose loss or gradient may be not finite; the device passes over their updates,
-            and counts them. One more, and the metrics' `bad_step` says where. Above 0, `update` must be made with
-            skip_nonfinite=True.
-        ranks: the processes that share each batch, each calling with its part; None for one alone. t, eps and left-out
-            labels are drawn for the whole batch, as one alone would; dropout draws other masks. With several, `update`
-            must be made with accumulate=True.
+            and counts them. One more, and the metrics' `bad_step` says where.
+        ranks: the processes that share each batch, each calling with its part; None for one alone.
         conditions: what the network is told about an image by its index in the set.
         space: turns a batch into x0.
         critic: an autoencoder's discriminator, its part `critic`, trained in the same step; `objective` gets it.
@@ -96,9 +91,7 @@ class TrainStep:
             if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last):
                 raise ValueError("the network's weights must be in channels_last memory")
         self.loss: Callable[..., tuple[Tensor, Tensor]] = compiled(self._loss) if compile else self._loss
-        self.account: Callable[[Tensor, Tensor, Tensor, Tensor], None] = (
-            compiled(self._account) if compile else self._account
-        )
+        self.account = compiled(self._account) if compile else self._account
         self.metrics, self.noise_levels = Metrics(self.device), NoiseLevels(self.device)
         self.batch: tuple[Tensor, ...] = ()  # the body's input, images and index, fixed where it may be captured
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step, from 0
