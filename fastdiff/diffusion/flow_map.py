@@ -21,13 +21,19 @@ T_NORMAL, R_NORMAL = (-0.9, 1.6), (-4.0, 1.6)  # mean and std of the logits of t
 P, C = 0.75, 1e-3  # of the adaptive weight; Geng et al. 2025, section 4.3
 
 
+def adaptive(error: Tensor) -> Tensor:
+    """|error|^2 / stop-gradient(|error|^2 + C)^P of each image, (N,)."""
+    square = error.square().flatten(1).mean(1)
+    return square / (square.detach() + C) ** P
+
+
 class FlowMap(Tuned):
     """The average velocity, from the ratio a = (t - s) / (t - r) of two parts of the way:
 
         u* = a v + (1 - a) stop-gradient u(x_s, s, s - r),    x_s = x_t - (t - s) v,    v = eps - x0
 
-    a = 1 is flow matching, 1/2 the identity of shortcut models, and a towards 0 MeanFlow. With g = (u - u*) / a the
-    loss is |g|^2 / stop-gradient(|g|^2 + C)^P.
+    a = 1 is flow matching, 1/2 the identity of shortcut models, and a towards 0 MeanFlow. The loss is `adaptive` of
+    (u - u*) / a.
 
     Args:
         kind: `flow` on schedule `flow`.
@@ -66,8 +72,7 @@ class FlowMap(Tuned):
         with torch.no_grad():
             rest = self._velocity(model, x_t - per_image(t - s, x0) * v, s, r, **cond)
             target = a * v + (1 - a) * rest
-        square = ((u - target) / a).square().flatten(1).mean(1)
-        return square / (square.detach() + C) ** P
+        return adaptive((u - target) / a)
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
         """The x0_hat (N, C, H, W) on the straight line from x_t through its x_r; see `Objective.denoise`.

@@ -12,7 +12,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.diffusion.consistency import Teacher, Tuned
-from fastdiff.diffusion.flow_map import C, FlowMap, P
+from fastdiff.diffusion.flow_map import FlowMap, adaptive
 from fastdiff.diffusion.objectives import EDMObjective, Model, Objective, per_image
 from fastdiff.diffusion.times import log_normal
 from fastdiff.errors import UserError
@@ -34,7 +34,7 @@ class MeanFlow(FlowMap):
 
         u* = v - (t - r) d/dt u(x_t, t, t - r) along v,    v = eps - x0
 
-    The loss is |u - u*|^2 / stop-gradient(|u - u*|^2 + C)^P. Arguments and errors as of `FlowMap`; `at` is not used.
+    The loss is `adaptive` of u - u*. Arguments and errors as of `FlowMap`; `at` is not used.
     """
 
     t_normal = (-0.6, 1.6)
@@ -56,9 +56,7 @@ class MeanFlow(FlowMap):
             return self._velocity(model, x, t, r, **cond)
 
         u, slope = along(velocity, (self.add_noise(x0, t, eps), t), (v, torch.ones_like(t)))
-        target = v - per_image(t - r, x0) * slope
-        square = (u - target).square().flatten(1).mean(1)
-        return square / (square.detach() + C) ** P
+        return adaptive(u - (v - per_image(t - r, x0) * slope))
 
 
 class ContinuousConsistency(Tuned):
