@@ -1,4 +1,8 @@
-"""Fused Triton kernels: GroupNorm + SiLU (of sums too), the EMA update, Adam + EMA in one pass, merged gradients."""
+"""Fused Triton kernels: GroupNorm + SiLU (of sums too), the EMA update, Adam + EMA in one pass, merged gradients.
+
+On CUDA tensors they run Triton, and raise if that fails; on CPU tensors PyTorch, or Triton's interpreter under
+TRITON_INTERPRET=1.
+"""
 
 from .adam_ema import adam_ema_
 from .add_group_norm_silu import add_group_norm_silu

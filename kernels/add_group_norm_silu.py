@@ -138,8 +138,6 @@ def add_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int
     in place, and are best used for one thing each: their gradients are added in the kernel. The sum is formed in
     float32 and rounded once; statistics are those of the rounded u. Under autocast nothing is cast.
 
-    On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
-
     Raises ValueError for shapes, strides or values outside the above, TypeError for dtypes.
     """
     for name, v, channels in (("residual", residual, "C1"), ("skip", skip, "C2")):

@@ -121,8 +121,6 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     Returns y with x's shape, strides and dtype. Statistics and sums are float32 in a fixed order: two runs agree bit
     for bit. Under autocast nothing is cast: y has x's dtype (PyTorch's own group_norm returns float32 on CUDA).
 
-    On CUDA it runs Triton and raises if that fails; on a CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
-
     Raises ValueError for shapes, strides or values outside the above (a contiguous NCHW x is refused: converting it
     would hide a copy in every call), TypeError for dtypes.
     """

@@ -103,8 +103,7 @@ def merge_columns(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     a, b, c     (..., C) of one shape and dtype (bf16, fp16, fp32; float64 too on a CPU); their R rows are all but the
                 last dimension. Copied first unless contiguous
 
-    Sums are float32 in a fixed order: two runs agree bit for bit. On CUDA it runs Triton and raises if that fails; on a
-    CPU PyTorch, or Triton's interpreter under TRITON_INTERPRET=1.
+    Sums are float32 in a fixed order: two runs agree bit for bit.
 
     Raises ValueError for shapes or devices, TypeError for dtypes.
     """
