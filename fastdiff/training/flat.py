@@ -1,5 +1,6 @@
 """Flat buffers: all parameters in a few 1-D tensors, so that an update takes a few launches, whatever their number."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,10 +39,8 @@ class Flat:
         lr: Tensor,
     ) -> None:
         self.parameters, self.order, self.lr = parameters, order, lr
-        self.offsets, n = [], 0
-        for p in parameters:
-            self.offsets.append(n)
-            n += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        aligned = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        *self.offsets, n = itertools.accumulate(aligned, initial=0)
         device = parameters[0].device
         self.parameter, self.average = (torch.zeros(n, device=device) for _ in range(2))
         self.gradient = torch.zeros(n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)

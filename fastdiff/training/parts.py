@@ -1,6 +1,7 @@
 """The parts of a training run, made of its config: conditions, distance, step, evaluator."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.reconstruction import Reconstruction
 from fastdiff.evaluation.evaluator import Evaluator
-from fastdiff.evaluation.features import FeatureExtractor, make_extractor
+from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings
 from fastdiff.evaluation.reconstructions import ReconstructionEvaluator
@@ -50,10 +51,7 @@ def make_conditions(config: Config, image_set: ImageSet, ranks: Ranks) -> list[T
 
 def make_distance(config: Config, image_set: ImageSet, ranks: Ranks) -> FrechetDistance:
     """The distance to the training images; all ranks take the extractor that `auto` is on rank 0."""
-
-    def make(features: str) -> FeatureExtractor:
-        return make_extractor(features, device=ranks.device, size=config.eval.feature_size)
-
+    make = partial(make_extractor, device=ranks.device, size=config.eval.feature_size)
     extractor = make(config.eval.features) if ranks.is_main else None
     name = ranks.share(extractor.name if extractor is not None else "", "the extractor")
     return FrechetDistance(

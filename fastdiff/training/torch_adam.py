@@ -93,9 +93,5 @@ class TorchAdam:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of any implementation of Adam; every tensor stays in its place."""
         for p, loaded in unpack(self.make, self.parameters, state).items():
-            mine = self.adam.state[p]
             for name, value in loaded.items():
-                if name in mine:
-                    mine[name].copy_(value)
-                else:
-                    mine[name] = value
+                self.adam.state[p].setdefault(name, value).copy_(value)
