@@ -9,8 +9,6 @@ from fastdiff.diffusion.discrete import DiscreteSchedule, cosine, ddpm_linear
 from fastdiff.diffusion.schedule import Schedule
 from fastdiff.errors import UserError
 
-__all__ = ["SCHEDULES", "DiscreteSchedule", "Schedule", "make_schedule", "unnoised_end"]
-
 # Of alpha^2 / sigma^2 at t_max. As designed, all schedules end below it: ve-sde at 4e-4, ddpm-linear at 4e-5.
 LARGEST_TERMINAL_SNR = 1e-3
 
@@ -22,10 +20,9 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {**DISCRETE, **CONTINUOUS}
 
 
 def make_schedule(name: str, *, timesteps: int = 1000, zero_terminal_snr: bool = False) -> Schedule:
-    """Build a schedule by its name.
+    """Build a schedule by its name in SCHEDULES.
 
     Args:
-        name: a key of SCHEDULES.
         timesteps: T of discrete schedules; others have none.
         zero_terminal_snr: rescale a discrete schedule so that alpha(T) = 0.
 

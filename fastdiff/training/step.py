@@ -102,11 +102,6 @@ class TrainStep:
             generators=[self.noise] if self.noise is not None else [],
         )  # fmt: skip
 
-    @property
-    def ready(self) -> bool:
-        """Whether the next step takes as long as all that follow: nothing is left to compile or to capture."""
-        return self.run.ready
-
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, 0-dim, and each image's loss (N,), detached."""
         x0 = self.space.x0(images)

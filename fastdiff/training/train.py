@@ -267,7 +267,7 @@ def _loop(
         while config.run.steps is None or state.step < config.run.steps:
             with record_function("data"):
                 images, index = next(loader)
-            ready = step.ready
+            ready = step.run.ready
             step(images, state.step, index)
             state.step += 1
             stopping = signalled()
