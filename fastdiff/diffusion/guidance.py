@@ -23,10 +23,9 @@ def guided(
     denoise_cond: Denoise, denoise_other: Denoise, schedule: Schedule, scale: float = 1.5,
     interval: tuple[float, float] | None = None,
 ) -> Denoise:  # fmt: skip
-    """A denoiser led by the difference of two.
+    """A denoiser led by the difference of two, `denoise(x_t, t) -> x0_hat`, of the same task, on `schedule`.
 
     Args:
-        denoise_cond, denoise_other: `denoise(x_t, t) -> x0_hat`, of the same task, on `schedule`.
         scale: w.
         interval: (lo, hi), guided only where lo < sigma / alpha <= hi (Kynkaanniemi et al. 2024); None: everywhere.
 

@@ -14,14 +14,7 @@ HALVED = 0.25  # weight of images from latents of half the size, which have a qu
 
 
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, var) || N(0, 1)) of each image in nats, summed over its latents (Kingma and Welling 2014, appendix B).
-
-    Args:
-        mean, log_var: (N, ...).
-
-    Returns:
-        (N,).
-    """
+    """KL(N(mean, var) || N(0, 1)) in nats, (N,), summed over latents (N, ...) (Kingma and Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1)
 
 
@@ -63,8 +56,7 @@ class Reconstruction:
     Args:
         distance: a name in DISTANCES.
         latent_shape: (c, h, w).
-        critic_weight, critic_start: the latter in training images.
-        device: where the loss is computed.
+        critic_start: in training images.
 
     Attributes:
         critic: `critic(images, frozen=False)`, or None; frozen, its weights have no gradient.
@@ -86,7 +78,7 @@ class Reconstruction:
     def sample_t(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """(n,) in [0, 1): a quarter of them for each way to mirror an image."""
+        """(n,) in [0, 1): a quarter for each way to mirror an image."""
         return torch.rand(n, generator=generator, device=device)
 
     def advance(self, images: int) -> None:

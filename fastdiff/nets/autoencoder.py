@@ -90,9 +90,6 @@ class Autoencoder(nn.Module):
     """Images in [-1, 1] to Gaussian latents and back. Weights are made in channels_last memory.
 
     Its buffers `latent_mean` and `latent_std`, of each channel of the latents, are measured by evaluations; 0 before.
-
-    Args:
-        config: the shape, of a factor above 1.
     """
 
     latent_mean: Tensor

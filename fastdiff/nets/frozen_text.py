@@ -122,17 +122,11 @@ class Transformers:
 
 @dataclass(frozen=True, eq=False)
 class TextTable:
-    """The tokens of many texts; row 0 is the empty text, the null caption.
+    """The tokens of many texts; row 0 is the empty text, the null caption."""
 
-    Attributes:
-        tokens: float16 (M, L, D), 0 at padding.
-        mask: bool (M, L).
-        row: of each text.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    row: dict[str, int]
+    tokens: Tensor  # float16 (M, L, D), 0 at padding
+    mask: Tensor  # bool (M, L)
+    row: dict[str, int]  # of each text
 
 
 def text_table(encoder: FrozenEncoder, texts: Iterable[str], cache: Path | None, *, batch_size: int = 256) -> TextTable:

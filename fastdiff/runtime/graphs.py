@@ -104,9 +104,7 @@ class CapturedFunction:
     """A function of one tensor, captured for each shape that it is called with, in autocast or not; its results are
     tensors of their own.
 
-    Args:
-        function: `function(x) -> Tensor`, fit to be captured, see `Captured`.
-        device, capture, what: see `Captured`.
+    Arguments are as of `Captured`.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], *, device: torch.device, capture: bool, what: str) -> None:

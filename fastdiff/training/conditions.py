@@ -23,9 +23,8 @@ class Labels:
 
     Args:
         labels: integers (M,), in 0..num_classes - 1, of all images of the set.
-        num_classes: classes; as a label it means none.
+        num_classes: as a label it means none.
         dropout: probability that a label is left out, in [0, 1).
-        device: where batches are.
     """
 
     def __init__(self, labels: np.ndarray, *, num_classes: int, dropout: float, device: torch.device) -> None:
@@ -44,7 +43,6 @@ class CaptionTable:
         captions: of all images of the set, at least one each.
         encode: texts -> tensors, a row for each text.
         dropout: probability that the caption is left out, in [0, 1): the empty text takes its place.
-        device: where batches are.
     """
 
     def __init__(self, captions: Captions, encode: Texts, *, dropout: float, device: torch.device) -> None:

@@ -15,9 +15,7 @@ class EMA:
     initial weights (the rule of TensorFlow's ExponentialMovingAverage).
 
     Args:
-        model: the network to follow; its weights stay its own.
         decay: in [0, 1).
-        warmup: whether to start with smaller decays.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:

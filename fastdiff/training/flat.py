@@ -74,8 +74,6 @@ class FlatUpdate(ABC):
     their old names, shapes and memory formats.
 
     Args:
-        model: its parameters move into flat buffers.
-        ema: its parameters too.
         settings: an update that is not finite is always passed over, and can always be captured.
         make: PyTorch's optimizer of the same mathematics, in whose layout the state is saved.
     """

@@ -22,10 +22,7 @@ def latent_moments(space: Latents, images: ImageSet, *, sha256: str, mirrored: b
     """Mean and log variance of the latents of each image, and with `mirrored` of each mirrored image.
 
     They are encoded in float32 with a progress bar, once: they are kept in the data root's cache, by the images'
-    content, the autoencoder's weights and the version of what encodes.
-
-    Args:
-        sha256: of the autoencoder's weights.
+    content, the autoencoder's weights (`sha256`) and the version of what encodes.
 
     Raises:
         UserError: latents that are not finite, or too large for float16.

@@ -16,7 +16,6 @@ class RAdam(FlatUpdate):
     """torch.optim.RAdam with decoupled weight decay. It works by elements, so each buffer is one parameter to it.
 
     Args:
-        model, ema, settings: see FlatUpdate.
         fused: average by `kernels.ema_update_`, and compute with bf16 copies of the weights.
     """
 

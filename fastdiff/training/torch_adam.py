@@ -16,8 +16,6 @@ class TorchAdam:
     """AdamW (Loshchilov & Hutter 2019), which is Adam (Kingma & Ba 2015) at weight_decay 0.
 
     Args:
-        model: its parameters are updated in place.
-        ema: follows them.
         settings: with `graphs` a GPU reads learning rate and decay from its own memory. With it or `skip_nonfinite`,
             updates that are not finite are passed over; on a GPU this turns the average's one pass into three.
     """

@@ -22,10 +22,9 @@ from fastdiff.runs.weights import TeacherWeights
 def objective_of(
     config: Config, device: torch.device, *, teacher: TeacherWeights | None = None, nothing: Conditions | None = None
 ) -> Objective:
-    """The objective that the config asks for, with its tensors on the device.
+    """The objective that the resolved config asks for, with its tensors on the device.
 
     Args:
-        config: resolved.
         teacher: the weights that --teacher names.
         nothing: what each condition is where nothing is asked for, one row each; a guided teacher leads away from it.
     """
