@@ -73,8 +73,9 @@ def memory_peak(device: torch.device) -> tuple[str, int]:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    on_a_mac = _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return names[0].strip() if names else on_a_mac or platform.processor() or platform.machine()
+    if names:
+        return names[0].strip()
+    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()  # a Mac
 
 
 def _commit() -> str:
