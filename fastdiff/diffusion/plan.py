@@ -9,6 +9,7 @@ row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,11 +72,7 @@ def run(
         generator: draws the noise that steps add, on the device of x_T.
         on_step: called after each step as on_step(i, x before the step, x0_hat).
     """
-    x, i = x_T, 0
-
-    def noise(like: Tensor) -> Tensor:
-        return noise_like(like, generator)
-
+    x, i, noise = x_T, 0, partial(noise_like, generator=generator)
     for rows in plan:  # of some kinds there may be none
         state, (times, table) = rows.state(x), rows.on(x)
         for t, row in zip(times, table, strict=True):
