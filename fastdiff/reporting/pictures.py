@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ from fastdiff.runs.files import write_atomically
 
 if TYPE_CHECKING:  # Matplotlib takes as long to import as half of torch, and grids of samples do without
     from matplotlib.figure import Figure
-
-PathLike = str | os.PathLike
 
 # By the suffix of a file's name; none is PNG.
 FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -51,14 +48,14 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, scale: int | N
     return grid
 
 
-def save_grid(images: np.ndarray, path: PathLike, *, columns: int | None = None, scale: int | None = None) -> None:
+def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, scale: int | None = None) -> None:
     """Writes `image_grid` of the images, see `write_image`. No file for no images."""
     if len(images) == 0:
         return
     write_image(image_grid(images, columns=columns, scale=scale), path)
 
 
-def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: PathLike) -> None:
+def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: Path) -> None:
     """Writes uint8 (n, H, W, 3) each as a row, with its name at the left; rows may be of different lengths."""
     from matplotlib.figure import Figure
 
@@ -79,7 +76,7 @@ def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: PathLike) 
     save_figure(figure, path)
 
 
-def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: PathLike) -> None:
+def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: Path) -> None:
     r"""Shows how the forward process turns images into noise: a row for each image, a column for each time.
 
     Args:
@@ -91,7 +88,7 @@ def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: Path
         _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
 
 
-def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: PathLike) -> None:
+def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: Path) -> None:
     """Shows sampling from noise to image: for each sample x_t, and below it the network's guess of the clean image.
 
     Args:
@@ -103,7 +100,7 @@ def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float],
     if x_t.shape != x0_hat.shape or x_t.shape[1] != len(times):
         raise ValueError(f"x_t {x_t.shape}, x0_hat {x0_hat.shape} and {len(times)} times do not fit together")
     if x_t.size:
-        shown = np.unique(np.linspace(0, len(times) - 1, min(8, len(times))).round().astype(int))
+        shown = spread(len(times), 8)
         pairs = np.stack([x_t[:, shown], x0_hat[:, shown]], axis=1)
         labels = [f"t = {times[i]:.4g}" for i in shown]
         _save_labelled(
@@ -112,7 +109,7 @@ def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float],
 
 
 def _save_labelled(
-    groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: PathLike
+    groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: Path
 ) -> None:
     """Draws uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
     from matplotlib.figure import Figure
@@ -144,7 +141,12 @@ def _save_labelled(
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: PathLike) -> None:
+def spread(count: int, most: int) -> np.ndarray:
+    """Up to `most` of `count` indices, evenly spread, first and last included."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure, see `write_image`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -153,7 +155,7 @@ def save_figure(figure: Figure, path: PathLike) -> None:
     write_image(np.asarray(canvas.buffer_rgba())[..., :3], path)
 
 
-def image_format(path: PathLike) -> str:
+def image_format(path: Path) -> str:
     """Pillow's name of the format that a file's suffix asks for. Raises UsageError for one that is not in FORMATS."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -161,7 +163,7 @@ def image_format(path: PathLike) -> str:
     return FORMATS[suffix]
 
 
-def write_image(image: np.ndarray, path: PathLike) -> None:
+def write_image(image: np.ndarray, path: Path) -> None:
     """Writes uint8 (H, W, 3) in the format of the path's suffix. Raises UsageError for an unknown suffix."""
     kind, buffer = image_format(path), io.BytesIO()
     options = {"optimize": True} if kind == "PNG" else {"quality": 95, "subsampling": 0}

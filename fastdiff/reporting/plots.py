@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
-from fastdiff.reporting.pictures import DPI, save_figure
+from fastdiff.reporting.pictures import DPI, save_figure, spread
+from fastdiff.reporting.progress import format_seconds
 from fastdiff.runs.run import Row
 
-PathLike = str | os.PathLike
-
-BLUE, ORANGE, GREEN, PURPLE, GREY, LIGHT = "#2563eb", "#d97706", "#059669", "#7c3aed", "#6b7280", "#e5e7eb"
+BLUE, ORANGE, GREY, LIGHT = "#2563eb", "#d97706", "#6b7280", "#e5e7eb"
+COLOURS = (BLUE, ORANGE, "#059669", "#7c3aed", GREY)  # of curves
+HOW = {
+    "sampler": "{}", "sampler_steps": "{} steps", "eta": "eta {:g}", "samples": "{:,} samples",
+    "reference": "reference {}", "feature_size": "at {} px", "guidance": "guidance {:g}",
+    "guidance_interval": "in {}", "guide": "guide {}",
+}  # fmt: skip
+USUAL = {"eta": 0.0, "guidance_interval": "off"}  # which need no words
 
 
 def plot_run(
@@ -32,7 +40,7 @@ def plot_run(
     plot_loss_by_noise(noise_rows, folder / "loss-by-noise.png")
 
 
-def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
+def plot_loss(rows: Sequence[Row], path: Path) -> None:
     """The training loss over the steps: raw values faint, their running mean bold. No file without rows.
 
     An inset shows the later part, which the fall at the start would dwarf.
@@ -40,9 +48,11 @@ def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
     steps, losses = _column(rows, "loss")
     if len(steps) == 0:
         return
-    figure, axes = _curve_figure("Training loss", "loss", rows)
+    figure, axes = _figure("Training loss", "step", "loss")
+    _step_axis(axes, rows)
     smooth = _raw_and_smooth(axes, steps, losses)
     _log_scale(axes, losses)
+    legend = axes.legend(frameon=False, fontsize=9, markerscale=2)
     if len(steps) >= 100 and smooth[0] > 5 * smooth[-1]:
         later = len(steps) // 5
         inset = axes.inset_axes((0.4, 0.42, 0.58, 0.46))
@@ -52,13 +62,12 @@ def plot_loss(rows: Sequence[Row], path: PathLike) -> None:
         inset.xaxis.set_major_formatter(EngFormatter(sep=""))
         inset.tick_params(labelsize=8)
         inset.grid(color=LIGHT, linewidth=0.8)
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.07, 1), markerscale=2)
-    else:
-        axes.legend(frameon=False, fontsize=9, markerscale=2)
+        legend.set_loc("upper left")
+        legend.set_bbox_to_anchor((0.07, 1), axes.transAxes)
     save_figure(figure, path)
 
 
-def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
+def plot_distance(rows: Sequence[Row], path: Path) -> None:
     """The Frechet distance of the samples over the steps. No file without rows.
 
     Values made in different ways (sampler, steps, number of samples, reference) are different curves, and different
@@ -73,28 +82,20 @@ def plot_distance(rows: Sequence[Row], path: PathLike) -> None:
         return
     figure = Figure(figsize=(7.2, 4.2 * len(panels)), dpi=DPI, layout="constrained")
     for axes, (metric, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        _dress(axes, "Frechet distance of samples to the data (lower is better)", metric, rows)
-        for (how, curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        _dress(axes, "Frechet distance of samples to the data (lower is better)", "step", metric)
+        _step_axis(axes, rows)
+        for (how, curve), colour in zip(curves.items(), cycle(COLOURS)):
             steps = sorted(curve)
-            values = [curve[step] for step in steps]
-            axes.plot(steps, values, "o-", color=colour, linewidth=1.8, markersize=4.5, label=how)
+            _line(axes, steps, [curve[step] for step in steps], colour, how)
             best = min(steps, key=lambda step: curve[step])
-            axes.annotate(
-                f"best {curve[best]:.4g}",
-                (best, curve[best]),
-                xytext=(0, -15),
-                textcoords="offset points",
-                ha="left" if best == 0 else "center",
-                color=colour,
-                fontsize=9,
-            )
+            _note(axes, f"best {curve[best]:.4g}", (best, curve[best]), colour, ha="left" if best == 0 else "center")
         axes.margins(y=0.15)  # room for the label below the lowest point
         _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
         axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
-def plot_few_steps(rows: Sequence[Row], path: PathLike, *, teacher: Sequence[Row] = ()) -> None:
+def plot_few_steps(rows: Sequence[Row], path: Path, *, teacher: Sequence[Row] = ()) -> None:
     """The Frechet distance against the sampler's steps, from the newest evaluation of each, without guidance.
 
     No file unless some sampler was measured in more than one number of steps.
@@ -102,27 +103,20 @@ def plot_few_steps(rows: Sequence[Row], path: PathLike, *, teacher: Sequence[Row
     Args:
         teacher: rows of the network that this one was taught by or began from.
     """
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    told = [*((row, "teacher, ") for row in teacher), *((row, "") for row in rows)]
-    for row, whose in told:  # a later one takes an earlier one's place
-        if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
-            how = f"{whose}{row['sampler']}, {row['samples']:,} samples"
-            curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
+    curves: dict[tuple[str, str], dict[int, float]] = {}  # (metric, how it was made) -> steps -> value
+    for whose, told in (("teacher, ", teacher), ("", rows)):
+        for row in told:  # a later one takes an earlier one's place
+            if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
+                how = f"{whose}{row['sampler']}, {row['samples']:,} samples"
+                curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return
     metrics = dict.fromkeys(metric for metric, _ in curves)
-    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
-    axes: Axes = figure.subplots()
-    axes.set_title(
-        "Frechet distance against sampling steps (lower is better)", fontsize=11, fontweight="bold", loc="left"
-    )
-    axes.set_xlabel("steps")
-    axes.set_ylabel(", ".join(metrics))
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for ((metric, how), curve), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        steps, how = sorted(curve), how if len(metrics) == 1 else f"{metric}: {how}"
-        axes.plot(steps, [curve[n] for n in steps], "o-", color=colour, linewidth=1.8, markersize=4.5, label=how)
+    title = "Frechet distance against sampling steps (lower is better)"
+    figure, axes = _figure(title, "steps", ", ".join(metrics))
+    for ((metric, how), curve), colour in zip(curves.items(), cycle(COLOURS)):
+        steps = sorted(curve)
+        _line(axes, steps, [curve[n] for n in steps], colour, how if len(metrics) == 1 else f"{metric}: {how}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
@@ -130,31 +124,20 @@ def plot_few_steps(rows: Sequence[Row], path: PathLike, *, teacher: Sequence[Row
     save_figure(figure, path)
 
 
-def plot_guidance(rows: Sequence[Row], path: PathLike) -> None:
+def plot_guidance(rows: Sequence[Row], path: Path) -> None:
     """The Frechet distance against the guidance scale w, a line for each interval, and how many samples are of the
-    class that was asked for. No file without rows."""
-    if not rows:
-        return
-    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
-    axes: Axes = figure.subplots()
-    axes.set_title("Frechet distance against guidance (lower is better)", fontsize=11, fontweight="bold", loc="left")
-    axes.set_xlabel("guidance scale w")
-    axes.set_ylabel(rows[0]["metric"])
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    agreement = axes.twinx() if any("label_agreement" in row for row in rows) else None
-    intervals = list(dict.fromkeys(row["guidance_interval"] for row in rows))
-    for interval, colour in zip(intervals, _colours(len(intervals)), strict=True):
+    class that was asked for."""
+    title = "Frechet distance against guidance (lower is better)"
+    figure, axes = _figure(title, "guidance scale w", rows[0]["metric"])
+    agreement = axes.twinx() if "label_agreement" in rows[0] else None
+    for interval, colour in zip(dict.fromkeys(row["guidance_interval"] for row in rows), cycle(COLOURS)):
         own = sorted((row for row in rows if row["guidance_interval"] == interval), key=lambda row: row["guidance"])
-        scales, values = ([row[name] for row in own] for name in ("guidance", "value"))
+        scales = [row["guidance"] for row in own]
         label = "at all levels" if interval == "off" else f"at sigma / alpha in {interval}"
-        axes.plot(scales, values, "o-", color=colour, linewidth=1.8, markersize=4.5, label=label)
+        _line(axes, scales, [row["value"] for row in own], colour, label)
         best = min(own, key=lambda row: row["value"])
         axes.plot(best["guidance"], best["value"], "o", color=colour, markersize=10, fillstyle="none")
-        axes.annotate(
-            f"{best['value']:.4g}", (best["guidance"], best["value"]), xytext=(0, -15), textcoords="offset points",
-            ha="center", color=colour, fontsize=9,
-        )  # fmt: skip
+        _note(axes, f"{best['value']:.4g}", (best["guidance"], best["value"]), colour)
         if agreement is not None:
             agreement.plot(scales, [100 * row["label_agreement"] for row in own], "s--", color=colour, markersize=3)
     if agreement is not None:
@@ -164,33 +147,30 @@ def plot_guidance(rows: Sequence[Row], path: PathLike) -> None:
                            va="bottom", fontsize=8, color=GREY)  # fmt: skip
         agreement.set_ylabel("dashed: samples of the class asked for, %")
         agreement.set_ylim(0, 105)
+        agreement.spines["top"].set_visible(False)
     axes.margins(y=0.15)
     axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
-def plot_throughput(rows: Sequence[Row], path: PathLike) -> None:
+def plot_throughput(rows: Sequence[Row], path: Path) -> None:
     """Images per second over the steps, with the median. No file without rows."""
     steps, speeds = _column(rows, "images_per_second")
     if len(steps) == 0:
         return
-    figure, axes = _curve_figure("Training throughput", "images per second", rows)
+    figure, axes = _figure("Training throughput", "step", "images per second")
+    _step_axis(axes, rows)
     _raw_and_smooth(axes, steps, speeds)
     median = float(np.median(speeds))
-    axes.axhline(
-        median,
-        color=ORANGE,
-        linewidth=1.2,
-        linestyle="--",
-        label=f"median {median:,.0f}" if median >= 100 else f"median {median:.3g}",
-    )
+    label = f"median {median:,.0f}" if median >= 100 else f"median {median:.3g}"
+    axes.axhline(median, color=ORANGE, linewidth=1.2, linestyle="--", label=label)
     axes.set_ylim(0, 1.15 * float(speeds.max()) or 1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=9, loc="lower right", markerscale=2)
     save_figure(figure, path)
 
 
-def plot_profile(categories: Mapping[str, float], title: str, path: PathLike) -> None:
+def plot_profile(categories: Mapping[str, float], title: str, path: Path) -> None:
     """Where a step's time goes: a bar for each category that takes any, with its milliseconds and share.
 
     Args:
@@ -199,21 +179,18 @@ def plot_profile(categories: Mapping[str, float], title: str, path: PathLike) ->
     shown = {name: ms for name, ms in categories.items() if ms > 0}
     total = sum(shown.values())
     figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(shown)), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axes: Axes = figure.subplots()
+    _dress(axes, title, f"milliseconds of a step of {total:.4g} ms, under the profiler", "")
+    axes.grid(visible=False, axis="y")
     axes.barh(list(shown), list(shown.values()), color=[GREY if name == "idle" else BLUE for name in shown], height=0.7)
     for name, ms in shown.items():
         axes.annotate(f" {ms:.3g} ms, {ms / total:.0%}", (ms, name), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(shown.values()))
-    axes.set_xlabel(f"milliseconds of a step of {total:.4g} ms, under the profiler")
-    axes.grid(color=LIGHT, linewidth=0.8, axis="x")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 
-def plot_track(rows: Sequence[Row], path: PathLike) -> None:
+def plot_track(rows: Sequence[Row], path: Path) -> None:
     """Images per second (left axis) and the Frechet distance (right axis) over the steps. No file without rows.
 
     Args:
@@ -222,41 +199,31 @@ def plot_track(rows: Sequence[Row], path: PathLike) -> None:
     rows = sorted(rows, key=lambda row: row["step"])
     if not rows:
         return
-    figure, speed = _curve_figure("Throughput beside the Frechet distance", "images per second", rows)
+    after = format_seconds(rows[-1]["seconds_total"])
+    figure, speed = _figure(
+        "Throughput beside the Frechet distance", f"step (the last row after {after})", "images per second"
+    )
+    _step_axis(speed, rows)
     steps, values = _column(rows, "images_per_second")
-    curve = speed.plot(steps, values, "s-", color=BLUE, linewidth=1.8, markersize=4.5, label="images per second")
+    lines = _line(speed, steps, values, BLUE, "images per second", style="s-")
     speed.set_ylim(0, 1.15 * float(values.max(initial=0)) or 1)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     speed.yaxis.label.set_color(BLUE)
     distance = speed.twinx()
-    kinds = list(dict.fromkeys((row["metric"], _how(row)) for row in rows))
-    for (metric, how), colour in zip(kinds, _colours(len(kinds) + 1)[1:], strict=True):
-        own = [
-            {"step": row["step"], "value": row[metric]} for row in rows if (row["metric"], _how(row)) == (metric, how)
-        ]
-        steps, values = _column(own, "value")
-        curve += distance.plot(
-            steps, values, "o-", color=colour, linewidth=1.8, markersize=4.5, label=f"{metric}: {how}"
-        )
-        for step, value in [*zip(steps, values, strict=True)][-1:]:
-            distance.annotate(
-                f"{value:.4g}", (step, value), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9
-            )
-    distance.set_ylabel(" / ".join(dict.fromkeys(row["metric"] for row in rows)) + " (lower is better)", color=ORANGE)
+    kinds = dict.fromkeys((row["metric"], _how(row)) for row in rows)
+    for (metric, how), colour in zip(kinds, cycle(COLOURS[1:])):
+        steps, values = _column([row for row in rows if (row["metric"], _how(row)) == (metric, how)], metric)
+        lines += _line(distance, steps, values, colour, f"{metric}: {how}")
+        if len(steps):
+            _note(distance, f"{values[-1]:.4g}", (steps[-1], values[-1]), "black", above=7, ha="right")
+    distance.set_ylabel(" / ".join(dict.fromkeys(metric for metric, _ in kinds)) + " (lower is better)", color=ORANGE)
     distance.margins(y=0.15)
     distance.spines["top"].set_visible(False)
-    last = rows[-1]
-    speed.set_xlabel(f"step (the last row after {_duration(last['seconds_total'])})")
-    labels = [str(line.get_label()) for line in curve]
-    figure.legend(curve, labels, frameon=False, fontsize=8, loc="outside lower center")
+    figure.legend(handles=lines, frameon=False, fontsize=8, loc="outside lower center")
     save_figure(figure, path)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def plot_loss_by_noise(rows: Sequence[Row], path: PathLike) -> None:
+def plot_loss_by_noise(rows: Sequence[Row], path: Path) -> None:
     """The training loss at each noise level, for up to 5 stages of the run, over the share of the last one's images.
 
     Args:
@@ -265,14 +232,8 @@ def plot_loss_by_noise(rows: Sequence[Row], path: PathLike) -> None:
     """
     if not rows:
         return
-    shown = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int))]
-    figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title("Training loss by noise level", fontsize=11, fontweight="bold", loc="left")
-    axes.set_xlabel("log-SNR (noise on the left, image on the right)")
-    axes.set_ylabel("loss")
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    shown = [rows[i] for i in spread(len(rows), 5)]
+    figure, axes = _figure("Training loss by noise level", "log-SNR (noise on the left, image on the right)", "loss")
     centres, images = np.array(shown[-1]["log_snr"]), np.array(shown[-1]["images"], np.float64)
     below = axes.twinx()
     bars = below.bar(centres, images / max(images.sum(), 1), width=0.9, color=LIGHT, label="share of images")
@@ -280,16 +241,13 @@ def plot_loss_by_noise(rows: Sequence[Row], path: PathLike) -> None:
     below.set_axis_off()
     axes.set_zorder(below.get_zorder() + 1)
     axes.patch.set_visible(False)
+    losses = np.array([row["loss"] for row in shown], np.float64)  # None becomes nan: a gap in the line
     for i, row in enumerate(shown):
-        losses = np.array(row["loss"], np.float64)  # None becomes nan: a gap in the line
         colour = GREY if i < len(shown) - 1 else BLUE
-        axes.plot(
-            row["log_snr"], losses, ".-", color=colour, alpha=(i + 1) / len(shown), label=f"up to step {row['step']:,}"
-        )
-    values = np.concatenate([np.array(row["loss"], np.float64) for row in shown])
-    values = values[np.isfinite(values)]
-    if len(values):
-        _log_scale(axes, values)
+        label = f"up to step {row['step']:,}"
+        axes.plot(row["log_snr"], losses[i], ".-", color=colour, alpha=(i + 1) / len(shown), label=label)
+    if np.isfinite(losses).any():
+        _log_scale(axes, losses[np.isfinite(losses)])
     axes.legend(handles=[*axes.lines, bars], frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -302,44 +260,28 @@ def _column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _how(row: Row) -> str:
     """How an evaluation row was made, for the legend."""
-    parts = []
-    if row.get("sampler") is not None:
-        parts.append(f"{row['sampler']} {row.get('sampler_steps') or '?'} steps")
-    if row.get("eta"):
-        parts.append(f"eta {row['eta']:g}")
-    if row.get("samples") is not None:
-        parts.append(f"{row['samples']:,} samples")
-    if row.get("reference") is not None:
-        parts.append(f"reference {row['reference']}")
-    if row.get("feature_size") is not None:
-        parts.append(f"at {row['feature_size']} px")
-    if row.get("guidance") is not None:
-        levels = row.get("guidance_interval", "off")
-        parts.append(f"guidance {row['guidance']:g}" + (f" in {levels}" if levels != "off" else ""))
-    if row.get("guide") is not None:
-        parts.append(f"guide {row['guide']}")
-    return ", ".join(parts) or "all"
+    told = (text.format(row[name]) for name, text in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
+    return ", ".join(told) or "all"
 
 
-def _colours(count: int) -> list[str]:
-    return [(BLUE, ORANGE, GREEN, PURPLE, GREY)[i % 5] for i in range(count)]
-
-
-def _curve_figure(title: str, ylabel: str, rows: Sequence[Row]) -> tuple[Figure, Axes]:
+def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, title, ylabel, rows)
+    _dress(axes, title, xlabel, ylabel)
     return figure, axes
 
 
-def _dress(axes: Axes, title: str, ylabel: str, rows: Sequence[Row]) -> None:
-    """Title, labels, a light grid, steps below, and the images that they amount to above."""
+def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _step_axis(axes: Axes, rows: Sequence[Row]) -> None:
+    """Steps below, and the images that they amount to above."""
     last = max(rows, key=lambda row: row["step"])
     end = max(last["step"], 1)
     axes.set_xlim(-0.04 * end, 1.04 * end)
@@ -347,12 +289,22 @@ def _dress(axes: Axes, title: str, ylabel: str, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if last["step"] and last.get("images"):
         batch = last["images"] / last["step"]
-        conversion: tuple[Callable, Callable] = (lambda step: step * batch, lambda images: images / batch)
-        above = axes.secondary_xaxis("top", functions=conversion)
+        above = axes.secondary_xaxis("top", functions=(lambda step: step * batch, lambda images: images / batch))
         above.set_xlabel("images seen", color=GREY, fontsize=9)
         above.xaxis.set_major_formatter(EngFormatter(sep=""))
         above.tick_params(colors=GREY, labelsize=9)
         above.spines["top"].set_color("#d1d5db")
+
+
+def _line(axes: Axes, x: ArrayLike, y: ArrayLike, colour: str, label: str, style: str = "o-") -> list[Line2D]:
+    return axes.plot(x, y, style, color=colour, linewidth=1.8, markersize=4.5, label=label)
+
+
+def _note(
+    axes: Axes, text: str, point: tuple[float, float], colour: str, *, above: int = -15, ha: str = "center"
+) -> None:
+    """Writes a value `above` points above its point."""
+    axes.annotate(text, point, xytext=(0, above), textcoords="offset points", ha=ha, color=colour, fontsize=9)
 
 
 def _raw_and_smooth(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: np.ndarray | None = None) -> np.ndarray:
