@@ -27,18 +27,11 @@ SECONDS_BETWEEN_LINES = 30  # of `track`, where there is no terminal
 
 @functools.cache
 def _consoles() -> tuple[Console, Console]:
-    pair = (
-        Console(highlight=False, markup=False, emoji=False),
-        Console(highlight=False, markup=False, emoji=False, stderr=True),
-    )
-    for each in pair:
+    """On stdout and on stderr, for a run's output; they print text as it is, without markup or emoji codes."""
+    out, err = (Console(highlight=False, markup=False, emoji=False, stderr=stderr) for stderr in (False, True))
+    for each in (out, err):
         each.soft_wrap = not each.is_terminal  # in a file a line stays one line, however long
-    return pair
-
-
-def console() -> Console:
-    """The one console on stdout for a run's output; it prints text as it is, without markup or emoji codes."""
-    return _consoles()[0]
+    return out, err
 
 
 class TrainingProgress:
@@ -48,13 +41,13 @@ class TrainingProgress:
 
     Args:
         total_steps: the step at which the run ends; None for a run that goes on until it is stopped.
-        console: where to show it; by default the shared `console()`.
+        console: where to show it; by default the shared one on stdout.
     """
 
     def __init__(self, total_steps: int | None, console: Console | None = None):
         self.total_steps = total_steps
         self._console = console if console is not None else _consoles()[0]
-        self._state: dict | None = None
+        self._shown: tuple[int, int, float, float, int | None] | None = None  # the arguments of `update`
         self._updated = 0.0
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -77,13 +70,7 @@ class TrainingProgress:
 
         The times to the next evaluation and to the end are for training alone, at the speed given.
         """
-        self._state = {
-            "step": step,
-            "images": images,
-            "loss": loss,
-            "images_per_second": images_per_second,
-            "steps_to_eval": steps_to_eval,
-        }
+        self._shown = step, images, loss, images_per_second, steps_to_eval
         self._updated = time.monotonic()
         if self._live is not None:
             self._live.refresh()
@@ -92,23 +79,23 @@ class TrainingProgress:
 
     def print(self, text: str) -> None:
         """Prints a line that stays, above the live line."""
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=self._live is None)
+        self._console.print(Text(text), soft_wrap=self._live is None)
 
     def _fields(self, elapsed: float = 0.0) -> list[str]:
         """The parts of the line, as it stands `elapsed` seconds after the last update."""
-        if self._state is None:
+        if self._shown is None:
             return ["starting"]
-        step, speed = self._state["step"], self._state["images_per_second"]
+        step, images, loss, speed, steps_to_eval = self._shown
         fields = [
             f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}",
-            f"images {self._state['images']:,}",
-            f"loss {_format_loss(self._state['loss'])}",
+            f"images {images:,}",
+            f"loss {loss:.4f}" if 1e-3 <= abs(loss) < 1e3 else f"loss {loss:.3g}",
             f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s",
         ]
         if step > 0 and 0 < speed < math.inf:
-            seconds_per_step = self._state["images"] / step / speed
-            if self._state["steps_to_eval"] is not None:
-                fields.append(f"eval in {format_seconds(self._state['steps_to_eval'] * seconds_per_step - elapsed)}")
+            seconds_per_step = images / step / speed
+            if steps_to_eval is not None:
+                fields.append(f"eval in {format_seconds(steps_to_eval * seconds_per_step - elapsed)}")
             if self.total_steps is not None:
                 fields.append(f"end in {format_seconds((self.total_steps - step) * seconds_per_step - elapsed)}")
         return fields
@@ -123,12 +110,11 @@ class TrainingProgress:
             else:
                 lines.append(field)
         room = self._console.width - len(lines[0]) - 2
-        if self.total_steps is None or self._state is None or len(lines) > 1 or room < 10:
+        if self.total_steps is None or self._shown is None or len(lines) > 1 or room < 10:
             return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
         row = Table.grid(padding=(0, 2, 0, 0))
-        row.add_row(
-            ProgressBar(total=self.total_steps, completed=self._state["step"], width=min(room, 30)), Text(lines[0])
-        )
+        done = ProgressBar(total=self.total_steps, completed=self._shown[0], width=min(room, 30))
+        row.add_row(done, Text(lines[0]))
         return row
 
 
@@ -143,12 +129,8 @@ def bar(description: str, total: int | None = None) -> Generator[Callable[[float
     # The live line's own console where that is a terminal, so that the two are drawn together.
     screen = stdout if stdout.is_terminal else stderr
     if screen.is_terminal and not screen.is_dumb_terminal:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=screen, transient=True) as progress:
             task = progress.add_task(description, total=total)
             yield lambda done: progress.update(task, completed=done)
@@ -183,14 +165,8 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: 0:07, 12:34, 1:02:03, 3d 4h; negative ones are 0:00."""
-    whole = max(0, round(seconds))
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days}d {hours % 24}h"
-    if hours:
-        return f"{hours}:{minutes % 60:02d}:{whole % 60:02d}"
-    return f"{minutes}:{whole % 60:02d}"
-
-
-def _format_loss(loss: float) -> str:
-    return f"{loss:.4f}" if 1e-3 <= abs(loss) < 1e3 else f"{loss:.3g}"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24}h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
