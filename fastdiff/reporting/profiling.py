@@ -8,6 +8,7 @@ the time outside of all ops: Python, and waiting. Either way the categories and 
 import gzip
 import inspect
 import json
+import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -63,7 +64,6 @@ RULES: tuple[tuple[str, str], ...] = (
     ),
     ("pointwise", r"elementwise|reduce_kernel|distribution|indexSelect|index_|^aten::|Backward\d|upsample"),
 )
-_RULES = tuple((category, re.compile(pattern, re.IGNORECASE)) for category, pattern in RULES)
 
 LAUNCHES = re.compile(r"^(cuda|cu)(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|Memcpy|Memset)")
 SYNCS = re.compile(r"^(cuda|cu)((Device|Ctx|Stream|Event)Synchronize|Memcpy(?!\w*Async)|MemcpyDtoH(?!Async))")
@@ -147,7 +147,7 @@ class Profile:
 
 def classify(name: str) -> str | None:
     """The category of a kernel or CPU op by its name; None for a name that no rule knows."""
-    return next((category for category, pattern in _RULES if pattern.search(name)), None)
+    return next((category for category, pattern in RULES if re.search(pattern, name, re.IGNORECASE)), None)
 
 
 def read_trace(path: Path | str) -> list[Event]:
@@ -205,28 +205,32 @@ def analyse(events: Iterable[Event]) -> Profile:
         place = [ranges.at(launched.get(e.correlation, -1.0)) for e in kernels]
         names = [_category(e.name, r) for e, r in zip(kernels, place, strict=True)]
         shares = shared_time(kernels, begin, end)
+        lasted = [e.end - e.start for e in kernels]
         moved = _kernel_bytes(kernels, by_kind["op"])
+        launches = sum(bool(LAUNCHES.match(e.name)) for e in runtime)
+        syncs = sum(bool(SYNCS.match(e.name)) for e in runtime)
     else:
         kernels = ops
         shares, parents = self_time(ops, end)
+        lasted = shares
         place = [ranges.at(e.start) for e in ops]
         names = _op_categories(ops, parents, place)
         moved = [op_bytes(e) for e in ops]
-    lasted = [e.end - e.start for e in kernels] if gpu else shares
-    device: dict[str, float] = defaultdict(float)
-    for r, share in zip(place, shares, strict=True):
-        device[r] += share / n
+        launches, syncs = parents.count(-1), sum(e.name == HOST_READ for e in ops)
+    device = _sums(place, shares, n)
+    categories = dict.fromkeys(CATEGORIES, 0.0) | _sums(names, shares, n)
+    categories["idle"] = (end - begin - sum(shares)) / n
     memory = [e for e in by_kind["memory"] if e.cuda == gpu and e.start < end]
     return Profile(
         gpu=gpu,
         steps=n,
         step=(end - begin) / n,
-        categories=_sum_up(names, shares, (end - begin), n),
+        categories=categories,
         rows=_rows(kernels, names, lasted, moved, n),
         ranges={name: (ranges.wall(name) / n, device[name]) for name in RANGES if ranges.wall(name)},
-        launches=(sum(map(bool, map(LAUNCHES.match, (e.name for e in runtime)))) if gpu else parents.count(-1)) / n,
+        launches=launches / n,
         kernels=len(kernels) / n,
-        syncs=sum(bool(SYNCS.match(e.name)) for e in runtime) / n if gpu else sum(e.name == HOST_READ for e in ops) / n,
+        syncs=syncs / n,
         memory=_timeline_peak(memory, begin, gpu),
     )
 
@@ -298,11 +302,11 @@ def _op_categories(ops: Sequence[Event], parents: Sequence[int], place: Sequence
     return names
 
 
-def _sum_up(names: Sequence[str], shares: Sequence[float], wall: float, n: int) -> dict[str, float]:
-    total = dict.fromkeys(CATEGORIES, 0.0)
+def _sums(names: Sequence[str], shares: Sequence[float], n: int) -> dict[str, float]:
+    """Each name's time in a step."""
+    total: dict[str, float] = defaultdict(float)
     for name, share in zip(names, shares, strict=True):
         total[name] += share / n
-    total["idle"] = (wall - sum(shares)) / n
     return total
 
 
@@ -352,10 +356,7 @@ def op_bytes(op: Event) -> int | None:
 def _nbytes(shape: Any, kind: str) -> int:
     if kind not in SIZES or any(isinstance(side, list) for side in shape):
         return 0
-    count = 1
-    for side in shape:
-        count *= side
-    return count * SIZES[kind]
+    return math.prod(shape) * SIZES[kind]
 
 
 def _spec_bytes(op: Event) -> int | None:
@@ -372,8 +373,7 @@ def _spec_bytes(op: Event) -> int | None:
     for argument, shape, kind in zip(schema.arguments, op.shapes, op.types, strict=False):
         if argument.name in wanted:
             dtype = getattr(torch, dtypes.get(kind, "int64"))
-            is_tensor = kind in SIZES
-            inputs[argument.name] = torch.empty(shape, dtype=dtype, device="meta") if is_tensor else None
+            inputs[argument.name] = torch.empty(shape, dtype=dtype, device="meta") if kind in SIZES else None
     return spec.min_bytes(inputs)[1 if base.endswith("_backward") else 0]
 
 
@@ -382,5 +382,5 @@ def _timeline_peak(memory: Sequence[Event], begin: float, gpu: bool) -> int | No
     within = [e.bytes for e in memory if e.start >= begin]
     if not within:
         return None
-    before = [e.bytes for e in memory if e.start < begin]
-    return max(within) - (0 if gpu else (before[-1] if before else 0))
+    before = [0, *(e.bytes for e in memory if e.start < begin)]
+    return max(within) - (0 if gpu else before[-1])
