@@ -9,23 +9,19 @@ Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
 """
 
 import hashlib
-import logging
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fastdiff._kernels import source_hash
+from fastdiff.data.cache import Arrays, cached_arrays
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureExtractor
 from fastdiff.reporting.progress import track
-from fastdiff.runs.files import write_atomically
-
-log = logging.getLogger(__name__)
 
 Sums = tuple[Tensor, Tensor, Tensor]
 
@@ -68,9 +64,8 @@ class FrechetDistance:
     Args:
         extractor: from `make_extractor`.
         image_set: the reference; all its images count.
-        cache_dir: folder of the cached reference statistics (13 or 34 MB each); made if need be. None: no cache.
+        cache_dir: folder of the cached reference statistics (13 or 34 MB each), see `cached_features`.
         device: where features are extracted; the extractor moves there.
-        batch_size: images extracted at a time; by default 128, and 32 on a CPU, where larger ones are no faster.
         reference: whether to have the reference's sums; ranks that only add up samples for another one need none.
 
     Attributes:
@@ -85,7 +80,6 @@ class FrechetDistance:
         *,
         cache_dir: Path | str | None,
         device: torch.device | str,
-        batch_size: int | None = None,
         reference: bool = True,
     ):
         from torchmetrics.image.fid import FrechetInceptionDistance  # here, because this import takes seconds
@@ -94,13 +88,14 @@ class FrechetDistance:
         self.extractor = extractor
         self.metric = extractor.metric
         self.reference = image_set.name
-        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 128)
+        self.batch_size = 32 if self.device.type == "cpu" else 128  # on a CPU larger ones are no faster
         # Its sums are float64 as it is; `set_dtype(float64)` would only run the network itself in float64.
-        self._statistics = FrechetInceptionDistance(extractor, reset_real_features=False, normalize=False).to(
-            self.device
-        )
+        statistics = FrechetInceptionDistance(extractor, reset_real_features=False, normalize=False)
+        self._statistics = statistics.to(self.device)
         if reference:
-            self._load_reference(image_set, None if cache_dir is None else Path(cache_dir))
+            sums = cached_features("frechet", extractor, image_set, cache_dir, lambda: self._reference_sums(image_set))
+            for name, value in sums.items():
+                setattr(self._statistics, f"real_features_{name}", torch.from_numpy(value).to(self.device))
 
     def update(self, images: Tensor) -> None:
         """Add samples.
@@ -141,31 +136,31 @@ class FrechetDistance:
         """Samples since the last `reset`; waits for the device."""
         return int(self.sums[2])
 
-    def _load_reference(self, image_set: ImageSet, cache_dir: Path | None) -> None:
-        """Take the reference's sums from the cache, or compute and store them."""
-        extractor = self.extractor
-        name = f"frechet-{extractor.name}-{extractor.size}px-{image_set.sha256[:16]}.safetensors"
-        path = None if cache_dir is None else cache_dir / name
-        key = {
-            "version": extractor_version(extractor),
-            "extractor": extractor.name,
-            "size": str(extractor.size),
-            "sha256": image_set.sha256,
-        }
+    def _reference_sums(self, image_set: ImageSet) -> Arrays:
         s = self._statistics
-        sums = None if path is None else _read_sums(path, key)
-        if sums is not None:
-            s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples = (
-                x.to(self.device) for x in sums
-            )
-            return
         starts = range(0, len(image_set.images), self.batch_size)
-        for start in track(starts, f"{extractor.name} features of {self.reference}"):
+        for start in track(starts, f"{self.extractor.name} features of {self.reference}"):
             images = image_set.images[start : start + self.batch_size]
             batch = torch.tensor(images, device=self.device)  # a copy, as the array may be read-only
             s.update(batch.permute(0, 3, 1, 2), real=True)
-        if path is not None:
-            _write_sums(path, key, (s.real_features_sum, s.real_features_cov_sum, s.real_features_num_samples))
+        names = ("sum", "cov_sum", "num_samples")
+        return {name: getattr(s, f"real_features_{name}").cpu().numpy() for name in names}
+
+
+def cached_features(
+    kind: str, extractor: FeatureExtractor, images: ImageSet, folder: Path | str | None, build: Callable[[], Arrays]
+) -> Arrays:
+    """What `build` makes of a set's features, stored by the set's content and by the version of what computes them.
+
+    Args:
+        kind: of what is made of them; begins the file's name.
+        folder: made if need be; None: nothing is stored.
+    """
+    if folder is None:
+        return build()
+    name = f"{kind}-{extractor.name}-{extractor.size}px-{images.sha256[:16]}"
+    key = hashlib.sha256(f"{images.sha256}, {extractor_version(extractor)}".encode()).hexdigest()[:16]
+    return cached_arrays(Path(folder) / f"{name}-{key}.npz", build, outdated=f"{name}-*.npz")
 
 
 def extractor_version(extractor: FeatureExtractor) -> str:
@@ -186,40 +181,3 @@ def _mean_and_cov(sums: Sums) -> tuple[Tensor, Tensor]:
     total, outer, n = sums
     mean = total / n
     return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
-
-
-def _checksum(sums: Sums) -> str:
-    digest = hashlib.sha256()
-    for each in sums:
-        digest.update(each.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_sums(path: Path, key: dict[str, str]) -> Sums | None:
-    """The sums stored at `path`; None if there are none for this key, or damaged ones."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = file.metadata() or {}
-            sums = (file.get_tensor("sum"), file.get_tensor("cov_sum"), file.get_tensor("num_samples"))
-    except FileNotFoundError:
-        return None
-    except (OSError, SafetensorError) as error:
-        log.warning("%s is damaged or cannot be read (%s); the reference statistics are computed again", path, error)
-        return None
-    checksum = stored.pop("checksum", None)
-    if stored != key:
-        return None
-    if checksum != _checksum(sums):  # safetensors itself does not notice a flipped bit
-        log.warning("%s is damaged (its checksum differs); the reference statistics are computed again", path)
-        return None
-    return sums
-
-
-def _write_sums(path: Path, key: dict[str, str], sums: Sums) -> None:
-    """Store the sums; a cache that cannot be written costs only time, so it is a warning."""
-    total, outer, n = (each.cpu() for each in sums)
-    tensors = {"sum": total, "cov_sum": outer, "num_samples": n}
-    try:
-        write_atomically(path, save(tensors, metadata=key | {"checksum": _checksum((total, outer, n))}))
-    except (OSError, SafetensorError) as error:
-        log.warning("the reference statistics cannot be cached at %s (%s)", path, error)

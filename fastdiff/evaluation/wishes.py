@@ -1,6 +1,5 @@
 """What samples are to show: as users say it, as a network is told it, and whether they do show it."""
 
-import hashlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.config import Config
-from fastdiff.data.cache import Arrays, cached_arrays
+from fastdiff.data.cache import Arrays
 from fastdiff.data.datasets import ImageSet
 from fastdiff.errors import UsageError
 from fastdiff.evaluation.features import FeatureExtractor
-from fastdiff.evaluation.frechet import extractor_version
+from fastdiff.evaluation.frechet import cached_features
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.reporting.progress import track
 from fastdiff.runs.texts import Texts
@@ -156,10 +155,5 @@ class LabelAgreement:
             batches = (torch.from_numpy(images.images[part]).to(device).permute(0, 3, 1, 2) for part in parts)
             return {"features": torch.cat([self.extractor(batch) for batch in batches]).cpu().numpy()}
 
-        path = None
-        if self.cache is not None:
-            made_by = hashlib.sha256(extractor_version(self.extractor).encode()).hexdigest()[:8]
-            name = f"{self.extractor.name}-{self.extractor.size}px-{images.sha256[:16]}-{made_by}"
-            path = self.cache / f"features-{name}.npz"
-        features = cached_arrays(path, build)["features"]
+        features = cached_features("features", self.extractor, images, self.cache, build)["features"]
         return torch.from_numpy(features).to(device), torch.from_numpy(images.labels[chosen]).to(device)

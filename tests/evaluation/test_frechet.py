@@ -168,7 +168,8 @@ def test_equal_and_constant_sets():
 
 def test_it_is_the_distance_of_the_features(tmp_path):
     real, fake, extractor = image_set(), samples(), RandomProjection()
-    distance = FrechetDistance(extractor, real, cache_dir=tmp_path, device="cpu", batch_size=7)
+    distance = FrechetDistance(extractor, real, cache_dir=tmp_path, device="cpu")
+    distance.batch_size = 7
     distance.update(fake[:11])
     distance.update(fake[11:])
     expected = exact_distance(extractor(nchw(real.images)).double(), extractor(fake).double())
@@ -237,7 +238,7 @@ def test_the_reference_is_extracted_once(tmp_path):
     assert seen == 40
     assert build(tmp_path / "new" / "folder") == (0, value)
     (file,) = (tmp_path / "new" / "folder").iterdir()  # no temporary name left
-    assert file.suffix == ".safetensors"
+    assert file.suffix == ".npz"
 
 
 @pytest.mark.parametrize("change", ["content", "extractor", "size", "sources", "package"])
@@ -276,9 +277,9 @@ def test_a_damaged_cache_is_computed_again(tmp_path, caplog, damage):
     (file,) = tmp_path.iterdir()
     data = bytearray(file.read_bytes())
     if damage == "flipped":
-        data[-20] ^= 1  # one bit of one number
+        data[data.index(b"cov_sum.npy") + 300] ^= 1  # one bit of one number
     if damage == "lacking":
-        data = data.replace(b'"cov_sum"', b'"cov_som"')
+        data = data.replace(b"cov_sum.npy", b"cov_som.npy")
     file.write_bytes({"empty": b"", "garbage": b"\xff" * 999, "truncated": data[:-9]}.get(damage, data))
     with caplog.at_level(logging.WARNING):
         assert build(tmp_path) == (40, value)
@@ -295,9 +296,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypat
     assert build(tmp_path / "file")[0] == 40
     monkeypatch.setattr(os, "fsync", full)
     assert build(tmp_path / "disk")[0] == 40
-    assert [record.getMessage()[:44] for record in caplog.records] == [
-        "the reference statistics cannot be cached at"
-    ] * 2
+    assert ["cannot be written" in record.getMessage() for record in caplog.records] == [True] * 2
     assert list((tmp_path / "disk").iterdir()) == []
 
 
