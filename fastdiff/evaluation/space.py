@@ -1,7 +1,6 @@
 """What a network works in: pixels, or the latents of an autoencoder. All else is the same for both."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,56 +16,36 @@ Shape = tuple[int, int, int]
 Normal = Callable[[torch.Size], Tensor]  # shape (N, ...) of this rank's images -> standard normal
 
 
-class Space(Protocol):
-    """Between stored images and the x0 that a network sees, (N, C, H, W)."""
+class Pixels:
+    """Pixels from -1 to 1; its methods say what a space does."""
 
     def sample(self, batch: Tensor, normal: Normal) -> Tensor:
         """A batch of a loader as (N, H, W, C): latents are drawn from their moments here, outside the compiled loss."""
-        ...
-
-    def x0(self, batch: Tensor) -> Tensor:
-        """What the network sees of a batch from `sample`: (N, C, H, W), float32, channels_last; compiled."""
-        ...
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the network sees of raw images, uint8 (N, H, W, 3). With a generator it is random within each image."""
-        ...
-
-    def clip(self, x0_hat: Tensor) -> Tensor:
-        """An estimate of x0, kept where x0 can lie."""
-        ...
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Images, uint8 (N, 3, H, W)."""
-        ...
-
-    def image_shape(self, shape: Shape) -> Shape:
-        """Shape (3, H, W) of the images that a network of this shape draws."""
-        ...
-
-
-class Pixels:
-    """Pixels from -1 to 1."""
-
-    def sample(self, batch: Tensor, normal: Normal) -> Tensor:
         return batch
 
     def x0(self, batch: Tensor) -> Tensor:
+        """What the network sees of a batch from `sample`: (N, C, H, W), float32, channels_last; compiled."""
         return normalize(batch)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """With a generator dequantised: a uniform variate spreads each level (Theis et al. 2016)."""
+        """What the network sees of raw images, uint8 (N, H, W, 3).
+
+        With a generator it is random within each image: a uniform variate spreads each level (Theis et al. 2016).
+        """
         if generator is None:
             return normalize(images)
         return dequantize(images.permute(0, 3, 1, 2), generator=generator)
 
     def clip(self, x0_hat: Tensor) -> Tensor:
+        """An estimate of x0, kept where x0 can lie."""
         return x0_hat.clamp(-1.0, 1.0)
 
     def decode(self, x0: Tensor) -> Tensor:
+        """Images, uint8 (N, 3, H, W)."""
         return to_uint8(x0)
 
     def image_shape(self, shape: Shape) -> Shape:
+        """Shape (3, H, W) of the images that a network of this shape draws."""
         return shape
 
 
@@ -82,11 +61,10 @@ class Latents:
     def __init__(self, autoencoder: Autoencoder | TinyAutoencoder, *, fused: bool = False, graphs: bool = True) -> None:
         self.autoencoder = autoencoder
         self.mean, self.std = autoencoder.latent_mean[:, None, None], autoencoder.latent_std[:, None, None]
-        device = self.mean.device
         ours = fused and isinstance(autoencoder, Autoencoder)
         decoder = fuse(autoencoder.decoder) if ours else autoencoder.decode
         self._decode = CapturedFunction(
-            lambda z: to_uint8(decoder(z)), device=device, capture=graphs, what="the decoder"
+            lambda z: to_uint8(decoder(z)), device=self.mean.device, capture=graphs, what="the decoder"
         )
 
     def sample(self, batch: Tensor, normal: Normal) -> Tensor:
@@ -125,4 +103,5 @@ class Latents:
         return 3, factor * height, factor * width
 
 
+Space = Pixels | Latents
 PIXELS = Pixels()
