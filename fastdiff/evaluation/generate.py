@@ -4,7 +4,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from fastdiff.nets.split import split_conditions
 from fastdiff.nets.text import PAD
 from fastdiff.runtime.device import compiled
 
-Network = TypeVar("Network", bound=nn.Module)
 GUIDE = "guide."  # before the names of what a guide is told
 NONE = Guidance()
 
@@ -85,9 +83,7 @@ class SamplerSettings:
         parts = [self.spacing] if self.spacing != "auto" else []
         if self._spacing == "few-step" and self.last_level != FEW_STEP_LEVEL:
             parts.append(f"last_level={self.last_level:g}")
-        parts += [
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.extra.items()
-        ]
+        parts += [f"{key}={f'{value:g}' if isinstance(value, float) else value}" for key, value in self.extra.items()]
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
 
 
@@ -95,10 +91,8 @@ def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float | int | st
     """Options of a sampler from the command line's NAME=VALUE, with the types that it gives them.
 
     Raises:
-        UsageError: an unknown sampler or option, or a value of another type.
+        UsageError: an unknown option, or a value of another type.
     """
-    if name not in PLANS:
-        raise UsageError(f"sampler {name!r} is unknown; choose one of {', '.join(PLANS)}.")
     options: dict[str, float | int | str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -121,7 +115,7 @@ def _check_options(name: str, keys: Iterable[str]) -> None:
             raise UsageError(f"--options {key}: {name} has no such option; {has}.")
 
 
-def half_weights(model: Network) -> Network:
+def half_weights(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose convolutions and linear layers hold bfloat16 weights.
 
     Under autocast it computes what the model would, without casting all weights again in every step.
@@ -149,10 +143,8 @@ def padded(nothing: Tensor, given: Tensor | None) -> Tensor:
     """The empty text, tokens (L', D), mask or ids (L',), with as many positions as a text (N, L, ...) has, L >= L'."""
     if given is None or nothing.ndim == 0:
         return nothing
-    more = nothing.new_full(
-        (given.shape[1] - len(nothing), *nothing.shape[1:]), PAD if nothing.dtype == torch.int64 else 0
-    )
-    return torch.cat([nothing, more])
+    shape = given.shape[1] - len(nothing), *nothing.shape[1:]
+    return torch.cat([nothing, nothing.new_full(shape, PAD if nothing.dtype == torch.int64 else 0)])
 
 
 class Generator:
@@ -278,7 +270,7 @@ class Generator:
             raise UsageError(f"cannot draw {n} images; there must be at least 1.")
         self.check(guidance)
         self._take_weights()
-        size = min(self.batch_size, n)
+        size, loop = min(self.batch_size, n), self.loop if columns is None else self.few_loop
         for start in range(rank * size, n, ranks * size):
 
             def after(i: int, x_t: Tensor, x0_hat: Tensor, start: int = start) -> None:
@@ -287,15 +279,14 @@ class Generator:
                 if on_step is not None:
                     on_step(i, x_t, x0_hat)
 
-            listening = on_step is not None or progress is not None
             # The last batch's missing images repeat the last condition.
             place = torch.arange(start, start + size).clamp(max=n - 1)
             given = self._asked(size, {name: v[place] for name, v in (conditions or {}).items()}, guidance)
-            told = after if listening else None
             if columns is None:
-                x_0 = self._draw(self.loop, self._noise(self.loop, _batch_seed(seed, start // size), size), given, told)
+                x_T = self._noise(loop, _batch_seed(seed, start // size), size)
             else:
-                x_0 = self._draw(self.few_loop, self._noise(self.few_loop, seed, columns)[place % columns], given, told)
+                x_T = self._noise(loop, seed, columns)[place % columns]
+            x_0 = self._draw(loop, x_T, given, None if on_step is None and progress is None else after)
             yield self._images(x_0)[: n - start]
 
     def trajectory(
