@@ -23,15 +23,13 @@ class Evaluator:
     """Draws samples from the averaged weights and writes what they show into the run directory.
 
     Args:
-        generator: draws from the network whose average is evaluated.
         distance: to the reference images; None for pictures alone.
-        run: the run directory; None on ranks other than 0.
+        run: None on ranks other than 0.
         grid: samples in the picture; of a conditional network as many whole rows, one for each class.
-        wishes: what a conditional network is asked for.
-        guidance: to it.
         seed: of the noise, the same at every evaluation, so that the pictures of a run can be compared.
         say: prints a line.
-        few_steps: draw from the same network in few steps; each is a row in the metrics and in the picture few-step.
+        wishes: what a conditional network is asked for.
+        few_steps: draw from the same network in few steps, without guidance; each is a row in the metrics.
     """
 
     generator: Generator
@@ -56,15 +54,12 @@ class Evaluator:
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
-        draw = partial(evaluate, self.generator, seed=self.seed, check=check, ranks=self.ranks, guidance=self.guidance)
+        draw = partial(evaluate, seed=self.seed, check=check, ranks=self.ranks)
         columns, row, few = None, {}, []
         asked = self.wishes.of(samples) if self.wishes is not None else None
-        for generator in self.few_steps if self.distance is not None else ():
-            measured, _ = evaluate(
-                generator, self.distance, n=samples, keep=0, seed=self.seed, check=check, ranks=self.ranks,
-                conditions=asked,
-            )  # fmt: skip
-            few.append(measured)
+        if self.distance is not None:
+            few = [draw(each, self.distance, n=samples, keep=0, conditions=asked)[0] for each in self.few_steps]
+        draw = partial(draw, self.generator, guidance=self.guidance)
         if self.wishes is None:
             row, grid = draw(self.distance, n=samples, keep=self.grid)
         else:
@@ -76,16 +71,13 @@ class Evaluator:
             _, grid = draw(None, n=columns * shown, keep=columns * shown, conditions=rows, columns=columns)
         if self.run is None:
             return None
+        picture, trajectory = (self.run.saves / f"{name}-{step:08d}.png" for name in ("samples", "trajectory"))
         with self.run.spared(self.say):
-            picture = self.run.saves / f"samples-{step:08d}.png"
             if self.wishes is None or columns is None:
                 pictures.save_grid(grid, picture)
             else:
                 pictures.save_rows(np.split(grid, len(grid) // columns), self.wishes.names, picture)
-            draw_trajectory(
-                self.generator, self.run.saves / f"trajectory-{step:08d}.png", seed=self.seed, wishes=self.wishes,
-                guidance=self.guidance,
-            )  # fmt: skip
+            draw_trajectory(self.generator, trajectory, seed=self.seed, wishes=self.wishes, guidance=self.guidance)
         self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:
             return None

@@ -26,7 +26,7 @@ SSIM_SIDE = 11  # pixels of its window
 
 @dataclass(frozen=True)
 class ReconstructionEvaluator:
-    """Encodes training images, decodes the means of their latents, and compares.
+    """Encodes training images, decodes the means of their latents, and compares, as `Evaluator` does for samples.
 
     The rows have `psnr` (dB) and `ssim`, means over the images; `latent_mean` and `latent_std`, over the channels; and
     as metric the Frechet distance of reconstructions to all training images (`rfd_...`, `rfid`), or without an
@@ -34,11 +34,8 @@ class ReconstructionEvaluator:
 
     Args:
         autoencoder: the average.
-        distance: to the training images; None for none.
-        run: the run directory; None on ranks other than 0.
         shown: images in the picture.
         seed: which images; the same at every evaluation.
-        say: prints a line.
         measured: is given the latents' mean and standard deviation, (latent_channels,) each.
     """
 
@@ -54,16 +51,7 @@ class ReconstructionEvaluator:
     measured: Callable[[Tensor, Tensor], None]
 
     def __call__(self, step: int, images: int, check: Callable[[], object], *, samples: int) -> dict[str, Any] | None:
-        """Evaluate; every rank must call it.
-
-        Args:
-            step, images: how far the run is.
-            check: called before each batch; may raise Stopped to break off, on all ranks.
-            samples: how many images; at most as many as there are.
-
-        Returns:
-            The row that was logged; None on ranks other than 0.
-        """
+        """As `Evaluator`, with `check` called before each batch, on at most as many images as there are."""
         started, n = time.perf_counter(), min(samples, len(self.images.images))
         chosen = np.sort(self.images.draw(n, seed=self.seed))
         channels = self.autoencoder.config.latent_channels
@@ -150,8 +138,9 @@ class ReconstructionEvaluator:
         rebuilt, _, _ = self._reconstruct(torch.from_numpy(chosen).to(self.ranks.device))
         pairs = zip(*(_rows(each) for each in (chosen, rebuilt.permute(0, 2, 3, 1).cpu().numpy())), strict=True)
         rows = [row for pair in pairs for row in pair]
-        names = ["images", "decoded"] * (len(rows) // 2)
-        pictures.save_rows(rows, names, self.run.saves / f"reconstructions-{step:08d}.png")
+        pictures.save_rows(
+            rows, ["images", "decoded"] * (len(rows) // 2), self.run.saves / f"reconstructions-{step:08d}.png"
+        )
         self.run.log_image("reconstructions", pictures.image_grid(np.concatenate(rows), columns=COLUMNS), step)
 
 
