@@ -221,9 +221,7 @@ def _kernel_calls(config: Config, device: "torch.device", *, bf16: bool) -> tupl
 
     def adam() -> None:
         with record_function("optimizer"):
-            adam_ema_(
-                param, grad, exp_avg, exp_avg_sq, average, half, step=step, lr=lr, decay=decay, clip=clip
-            )  # fmt: skip
+            adam_ema_(param, grad, exp_avg, exp_avg_sq, average, half, step=step, lr=lr, decay=decay, clip=clip)
 
     def ema() -> None:
         with record_function("ema"):

@@ -65,8 +65,8 @@ def nothing(config: Config, read: Texts | None) -> Conditions:
 
 
 def balanced(n: int, num_classes: int) -> Conditions:
-    """A label for each of n images, class after class, so that each comes equally often; {} without classes."""
-    return {"labels": torch.arange(n) % num_classes} if num_classes else {}
+    """A label for each of n images, class after class, so that each comes equally often."""
+    return {"labels": torch.arange(n) % num_classes}
 
 
 def parse_classes(words: Sequence[str], names: Sequence[str]) -> list[int]:
