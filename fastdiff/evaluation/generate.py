@@ -291,7 +291,7 @@ class Generator:
 
     def trajectory(
         self, *, seed: int, conditions: Conditions | None = None, guidance: Guidance = NONE, samples: int = 4,
-        columns: int = 10,
+        columns: int = 8,
     ) -> tuple[Tensor, Tensor, list[float]]:  # fmt: skip
         """What the sampler sees on its way: x_t, scaled as for the network, and x0_hat at evenly spaced steps, first
         and last included; latents as the decoder shows them.

@@ -48,11 +48,9 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, scale: int | N
     return grid
 
 
-def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, scale: int | None = None) -> None:
-    """Writes `image_grid` of the images, see `write_image`. No file for no images."""
-    if len(images) == 0:
-        return
-    write_image(image_grid(images, columns=columns, scale=scale), path)
+def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None) -> None:
+    """Writes `image_grid` of the images, see `write_image`."""
+    write_image(image_grid(images, columns=columns), path)
 
 
 def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: Path) -> None:
@@ -82,10 +80,9 @@ def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: Path
     Args:
         x_t_rows: uint8 (images, times, H, W, 3).
         labels: what stands above each column, such as "t = 100\n" + r"$\bar\alpha_t$ = 0.897".
-        path: the PNG to write; none is written for no images.
+        path: the PNG to write.
     """
-    if x_t_rows.size:
-        _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
+    _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
 
 
 def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: Path) -> None:
@@ -94,18 +91,12 @@ def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float],
     Args:
         x_t: uint8 (samples, times, H, W, 3).
         x0_hat: of the same shape; the estimate made from the x_t above it.
-        times: t of each column, in sampling order. Of more than 8, the figure shows 8 evenly spread ones.
-        path: the PNG to write; none is written for no samples.
+        times: t of each column, in sampling order.
+        path: the PNG to write.
     """
-    if x_t.shape != x0_hat.shape or x_t.shape[1] != len(times):
-        raise ValueError(f"x_t {x_t.shape}, x0_hat {x0_hat.shape} and {len(times)} times do not fit together")
-    if x_t.size:
-        shown = spread(len(times), 8)
-        pairs = np.stack([x_t[:, shown], x0_hat[:, shown]], axis=1)
-        labels = [f"t = {times[i]:.4g}" for i in shown]
-        _save_labelled(
-            pairs, r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below", labels, ["$x_t$", r"$\hat{x}_0$"], path
-        )
+    title = r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below"
+    labels = [f"t = {t:.4g}" for t in times]
+    _save_labelled(np.stack([x_t, x0_hat], axis=1), title, labels, ["$x_t$", r"$\hat{x}_0$"], path)
 
 
 def _save_labelled(
@@ -139,11 +130,6 @@ def _save_labelled(
             y = 1 - (top + (r + 0.5) * height / rows) / total_height
             figure.text((left - 6) / total_width, y, label, fontsize=9, ha="right", va="center")
     save_figure(figure, path)
-
-
-def spread(count: int, most: int) -> np.ndarray:
-    """Up to `most` of `count` indices, evenly spread, first and last included."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from fastdiff.reporting.pictures import DPI, save_figure, spread
+from fastdiff.reporting.pictures import DPI, save_figure
 from fastdiff.reporting.progress import format_seconds
 from fastdiff.runs.run import Row
 
@@ -232,7 +232,7 @@ def plot_loss_by_noise(rows: Sequence[Row], path: Path) -> None:
     """
     if not rows:
         return
-    shown = [rows[i] for i in spread(len(rows), 5)]
+    shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(5, len(rows))).round().astype(int)]
     figure, axes = _figure("Training loss by noise level", "log-SNR (noise on the left, image on the right)", "loss")
     centres, images = np.array(shown[-1]["log_snr"]), np.array(shown[-1]["images"], np.float64)
     below = axes.twinx()

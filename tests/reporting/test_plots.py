@@ -162,8 +162,7 @@ class TestDistance:
 class TestGrid:
     def test_geometry_is_exact(self, tmp_path):
         images = noise(5, 16, 12)
-        save_grid(images, tmp_path / "grid.png", columns=3, scale=2)
-        grid = np.asarray(Image.open(tmp_path / "grid.png"))
+        grid = image_grid(images, columns=3, scale=2)
         assert grid.shape == (2 * (32 + 2) + 2, 3 * (24 + 2) + 2, 3)
         untouched = np.ones(grid.shape[:2], bool)
         for i, image in enumerate(images):
@@ -171,7 +170,8 @@ class TestGrid:
             assert (grid[top : top + 32, left : left + 24] == np.kron(image, np.ones((2, 2, 1), np.uint8))).all()
             untouched[top : top + 32, left : left + 24] = False
         assert (grid[untouched] == 255).all()
-        assert (image_grid(images, columns=3, scale=2) == grid).all()
+        save_grid(images, tmp_path / "grid.png", columns=3)
+        assert (np.asarray(Image.open(tmp_path / "grid.png")) == image_grid(images, columns=3)).all()
 
     @pytest.mark.parametrize(("size", "scale"), [(8, 8), (16, 4), (28, 3), (32, 2), (64, 1), (100, 1)])
     def test_default_scale_and_columns(self, size, scale):
@@ -179,12 +179,10 @@ class TestGrid:
             side = size * scale + 2
             assert image_grid(noise(count, size, size)).shape == (rows * side + 2, columns * side + 2, 3)
 
-    def test_bad_images(self, tmp_path):
+    def test_bad_images(self):
         for images in (noise(2, 8, 8).astype(np.float32), noise(8, 8), noise(2, 8, 8)[..., :1], noise(0, 8, 8)):
             with pytest.raises(ValueError, match=r"images are uint8 \(N, H, W, 3\)"):
                 image_grid(images)
-        save_grid(noise(0, 8, 8), tmp_path / "grid.png")
-        assert not list(tmp_path.iterdir())
 
 
 class TestLabelled:
@@ -224,30 +222,26 @@ class TestLabelled:
             assert (canvas[top - 30 : top - 2, x : x + 80] < 100).any()
         assert path.stat().st_size < 150_000
 
-    def test_trajectory_pairs_rows_and_picks_columns(self, tmp_path):
-        x_t, x0_hat = noise(2, 50, 32, 32), noise(2, 50, 32, 32, seed=1)
+    def test_trajectory_pairs_rows(self, tmp_path):
+        x_t, x0_hat = noise(2, 8, 32, 32), noise(2, 8, 32, 32, seed=1)
         path = tmp_path / "trajectory.png"
-        plot_trajectory(x_t, x0_hat, range(981, -1, -20), path)
-        shown = [0, 7, 14, 21, 28, 35, 42, 49]
-        above = self.found(path, self.enlarged(x_t[:, shown], 3)).reshape(2, 8, 2)
-        below = self.found(path, self.enlarged(x0_hat[:, shown], 3)).reshape(2, 8, 2)
+        plot_trajectory(x_t, x0_hat, range(980, -1, -140), path)
+        above = self.found(path, self.enlarged(x_t, 3)).reshape(2, 8, 2)
+        below = self.found(path, self.enlarged(x0_hat, 3)).reshape(2, 8, 2)
         assert (below - above == (98, 0)).all()
         assert (np.diff(above, axis=1) == (0, 98)).all()
         assert (above[1] - above[0] == (2 * 98 + 2 + 8, 0)).all()
 
-    def test_few_columns_and_none(self, tmp_path):
+    def test_few_columns(self, tmp_path):
         images = noise(1, 2, 8, 8)
         plot_trajectory(images, images, [80.0, 0.002], tmp_path / "trajectory.png")
         assert Image.open(tmp_path / "trajectory.png").size[0] == 420
-        plot_trajectory(images[:0], images[:0], [80.0, 0.002], tmp_path / "none.png")
-        plot_forward_noising(images[:0], ["a", "b"], tmp_path / "none.png")
-        assert not (tmp_path / "none.png").exists()
 
     def test_shapes_that_do_not_fit(self, tmp_path):
         images = noise(1, 2, 8, 8)
-        with pytest.raises(ValueError, match="do not fit together"):
+        with pytest.raises(ValueError, match="2 columns of images but 1 labels"):
             plot_trajectory(images, images, [1.0], tmp_path / "a.png")
-        with pytest.raises(ValueError, match="do not fit together"):
+        with pytest.raises(ValueError, match="same shape"):
             plot_trajectory(images, images[:, :1], [1.0, 0.0], tmp_path / "a.png")
         with pytest.raises(ValueError, match="2 columns of images but 1 labels"):
             plot_forward_noising(images, ["t"], tmp_path / "a.png")
