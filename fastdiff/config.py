@@ -40,11 +40,12 @@ class Config:
         steps, timesteps = self.eval.eval_steps, self.diffusion.timesteps
         if self.diffusion.discrete:
             require(steps <= timesteps, "eval_steps", steps, f"at most --timesteps ({timesteps})")
-        if self.eval.eval_guidance != 1.0 and not self.conditions.any:
-            raise UserError(
-                f"--eval-guidance is {self.eval.eval_guidance:g}, but guidance leads to a class or a caption; add "
-                "--conditional or --text, or --eval-guidance 1."
-            )
+        for flag, scale in (("eval", self.eval.eval_guidance), ("teacher", self.tuning.teacher_guidance)):
+            if scale != 1 and not self.conditions.any:
+                raise UserError(
+                    f"--{flag}-guidance is {scale:g}, but guidance leads to a class or a caption; add --conditional or "
+                    f"--text, or --{flag}-guidance 1."
+                )
         for flag, used, dropout in (
             ("label", self.conditions.conditional, self.conditions.label_dropout),
             ("caption", self.conditions.text != "none", self.conditions.caption_dropout),
@@ -54,11 +55,6 @@ class Config:
                     f"--{flag}-dropout is 0, so that the network never learns to draw without a {flag}, from which "
                     f"--eval-guidance leads away; raise it, or add --eval-guidance 1."
                 )
-        if self.tuning.teacher_guidance != 1 and not self.conditions.any:
-            raise UserError(
-                f"--teacher-guidance is {self.tuning.teacher_guidance:g}, but guidance leads to a class or a caption; "
-                "add --conditional or --text, or drop it."
-            )
         self._check_decay()
         self._check_few_steps()
         self._check_autoencoder()
@@ -142,8 +138,7 @@ class Config:
             return
         for flag, given in (
             ("conditional", self.conditions.conditional), ("text", self.conditions.text != "none"),
-            ("latents", self.space.latents is not None),
-            ("few-step", self.tuning.few_step != "none"),
+            ("latents", self.space.latents is not None), ("few-step", self.tuning.few_step != "none"),
         ):  # fmt: skip
             if given:
                 raise UserError(f"--{flag} is for diffusion networks, but this run trains an autoencoder; drop it.")

@@ -72,39 +72,24 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "patch", "channels", "blocks_per_level", "norm_groups"):
             at_least(1, name, getattr(self, name))
-        mult = self.channel_mult
+        at_least(0, "num_classes", self.num_classes)
+        at_least(1 if self.text_encoder == "bytes" else 0, "text_blocks", self.text_blocks)  # a byte alone says nothing
+        mult, size, channels, width = self.channel_mult, self.image_size, self.channels, self.text_width
         require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
         factor, why = self.patch * 2 ** (len(mult) - 1), f" in patches of {self.patch}" if self.patch > 1 else ""
-        require(
-            self.image_size % factor == 0, "image_size", self.image_size,
-            f"a multiple of {factor} ({len(mult)} levels{why})",
-        )  # fmt: skip
-        require(
-            self.channels % self.norm_groups == 0,
-            "channels",
-            self.channels,
-            f"a multiple of --norm-groups ({self.norm_groups})",
-        )
-        resolutions = self.resolutions
-        for resolution in self.attention_resolutions:
-            require(
-                resolution in resolutions, "attention_resolutions", self.attention_resolutions, f"among {resolutions}"
-            )
-        require(
-            self.channels % 2 == 0, "channels", self.channels, "even (the time embedding has sine and cosine halves)"
-        )
+        require(size % factor == 0, "image_size", size, f"a multiple of {factor} ({len(mult)} levels{why})")
+        groups = f"a multiple of --norm-groups ({self.norm_groups})"
+        require(channels % self.norm_groups == 0, "channels", channels, groups)
+        require(channels % 2 == 0, "channels", channels, "even (the time embedding has sine and cosine halves)")
+        among = set(self.attention_resolutions) <= set(self.resolutions)
+        require(among, "attention_resolutions", self.attention_resolutions, f"among {self.resolutions}")
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
         require(0.0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "a finite number above 0")
-        at_least(0, "num_classes", self.num_classes)
-        at_least(0, "text_blocks", self.text_blocks)
-        width = self.text_width
         require(width >= 4 and width % 4 == 0, "text_width", width, "a multiple of 4, the heads of its attention")
-        if self.text_encoder == "bytes":
-            at_least(1, "text_blocks", self.text_blocks)  # a byte alone says nothing
         if self.text_encoder != "none":
             expected = "not empty with --text, as texts are read where there is attention"
             require(len(self.attention_resolutions) > 0, "attention_resolutions", self.attention_resolutions, expected)
-            require(self.channels % 4 == 0, "channels", self.channels, "a multiple of 4, the heads that read texts")
+            require(channels % 4 == 0, "channels", channels, "a multiple of 4, the heads that read texts")
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -255,10 +240,8 @@ class DiffusionConfig:
     @property
     def task(self) -> str:
         """What the network is trained for; see the function `task`."""
-        timesteps = self.timesteps if self.discrete else None
-        words = task(
-            self.objective, self.resolved_schedule, timesteps=timesteps, zero_terminal_snr=self.zero_terminal_snr
-        )
+        timesteps, zero = self.timesteps if self.discrete else None, self.zero_terminal_snr
+        words = task(self.objective, self.resolved_schedule, timesteps=timesteps, zero_terminal_snr=zero)
         words += f", sigma_data {self.sigma_data:g}" if self.objective == "edm" else ""
         return words + (f", time scale {self.time_scale:g}" if self.time_scale != 1 else "")
 

@@ -45,9 +45,8 @@ class ImagesConfig:
     @property
     def flips(self) -> bool:
         """Whether images are mirrored at random, with `auto` resolved by the data."""
-        return self.flip == "on" or (
-            self.flip == "auto" and self.data not in ("digits", "digits-captioned", "openmoji")
-        )
+        plain = self.data not in ("digits", "digits-captioned", "openmoji")
+        return self.flip == "on" or (self.flip == "auto" and plain)
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_words(self)
-        at_least(1, "batch_size", self.batch_size)
-        at_least(1, "accumulate", self.accumulate)
-        at_least(0, "warmup_steps", self.warmup_steps)
-        at_least(0, "skip_nonfinite", self.skip_nonfinite)
+        for name, least in (("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0), ("skip_nonfinite", 0)):
+            at_least(least, name, getattr(self, name))
         require(self.batch_size < 2**31, "batch_size", self.batch_size, "below 2^31, as for DALI")
         divides = f"a divisor of --batch-size ({self.batch_size})"
         require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate, divides)
