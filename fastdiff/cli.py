@@ -120,13 +120,11 @@ def defaults(arguments: list[str], preset: str = "ddpm-cifar10") -> Config:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not fields")
-            return Config.from_dict(values)
-        except UserError:
-            raise
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
             ) from error
+        return Config.from_dict(values)
     return PRESETS.get(given.get("--preset", preset), PRESETS[preset])
 
 

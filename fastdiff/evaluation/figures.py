@@ -28,7 +28,8 @@ def draw_forward_noising(
     noised = (schedule.c_in(t) * objective.add_noise(x0, t.expand(len(x0)), eps) for t in times)
     columns = [space.decode(x_t).cpu() for x_t in noised]
     labels = [f"t = {t:.3g}\nlog-SNR {schedule.log_snr(t):.1f}" for t in times]
-    pictures.plot_forward_noising(_nhwc(torch.stack(columns, 1)), labels, path)
+    rows = _nhwc(torch.stack(columns, 1))
+    pictures.save_labelled(rows[:, None], "Forward process: data to noise", labels, [""], path)
 
 
 def draw_trajectory(
@@ -38,7 +39,9 @@ def draw_trajectory(
     asked = {name: v[:4] for name, v in wishes.rows.items()} if wishes is not None else {}
     samples = min(4, len(wishes.names)) if wishes is not None else 4
     x_t, x0_hat, times = generator.trajectory(seed=seed, samples=samples, conditions=asked, guidance=guidance)
-    pictures.plot_trajectory(_nhwc(x_t), _nhwc(x0_hat), times, path)
+    pairs = _nhwc(torch.stack([x_t, x0_hat], 1))
+    title = r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below"
+    pictures.save_labelled(pairs, title, [f"t = {t:.4g}" for t in times], ["$x_t$", r"$\hat{x}_0$"], path)
 
 
 def _nhwc(images: torch.Tensor) -> np.ndarray:

@@ -74,35 +74,10 @@ def save_rows(rows: Sequence[np.ndarray], names: Sequence[str], path: Path) -> N
     save_figure(figure, path)
 
 
-def plot_forward_noising(x_t_rows: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    r"""Shows how the forward process turns images into noise: a row for each image, a column for each time.
-
-    Args:
-        x_t_rows: uint8 (images, times, H, W, 3).
-        labels: what stands above each column, such as "t = 100\n" + r"$\bar\alpha_t$ = 0.897".
-        path: the PNG to write.
-    """
-    _save_labelled(x_t_rows[:, None], "Forward process: data to noise", labels, [""], path)
-
-
-def plot_trajectory(x_t: np.ndarray, x0_hat: np.ndarray, times: Sequence[float], path: Path) -> None:
-    """Shows sampling from noise to image: for each sample x_t, and below it the network's guess of the clean image.
-
-    Args:
-        x_t: uint8 (samples, times, H, W, 3).
-        x0_hat: of the same shape; the estimate made from the x_t above it.
-        times: t of each column, in sampling order.
-        path: the PNG to write.
-    """
-    title = r"Sampling: $x_t$ above, the network's $\hat{x}_0$ below"
-    labels = [f"t = {t:.4g}" for t in times]
-    _save_labelled(np.stack([x_t, x0_hat], axis=1), title, labels, ["$x_t$", r"$\hat{x}_0$"], path)
-
-
-def _save_labelled(
+def save_labelled(
     groups: np.ndarray, title: str, column_labels: Sequence[str], row_labels: Sequence[str], path: Path
 ) -> None:
-    """Draws uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
+    """Writes uint8 (groups, rows, columns, H, W, 3), labels above the columns and left of each group's rows."""
     from matplotlib.figure import Figure
 
     count, rows, columns = groups.shape[:3]

@@ -34,7 +34,7 @@ def rank_main(rank: int, size: int, port: int, program: str, arguments: list) ->
 
 def train(config: dict, resume: str | None = None, fault: dict | None = None) -> int:
     """Train, without pictures, with a fault in one rank."""
-    pictures.save_grid = pictures.plot_trajectory = lambda *arguments, **options: None
+    pictures.save_grid = pictures.save_labelled = lambda *arguments, **options: None
     if fault:
         faulty.inject(fault)
     return train_run(Config.from_dict(config), Path(resume) if resume else None)

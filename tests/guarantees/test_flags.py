@@ -153,8 +153,7 @@ def cheap(monkeypatch):
     monkeypatch.setattr(download, "_blocks", no_network)
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     monkeypatch.setattr(train, "plot", lambda *arguments: None)
-    monkeypatch.setattr(pictures, "plot_forward_noising", lambda *_, **__: None)
-    monkeypatch.setattr(pictures, "plot_trajectory", lambda *_, **__: None)
+    monkeypatch.setattr(pictures, "save_labelled", lambda *_: None)
     monkeypatch.setattr(machine, "ceilings_apart", lambda *_, **__: {"bytes_s": 1e9, "flops_s": 1e12})
 
 

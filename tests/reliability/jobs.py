@@ -133,7 +133,7 @@ def train_run(config: Config, resume: Path | None = None, hook: tuple | None = N
     """
     if not plots:
         train.plot = lambda *arguments: None
-        pictures.plot_forward_noising = lambda *arguments: None
+        pictures.save_labelled = lambda *arguments: None
     make = BackgroundSaver.__init__
     BackgroundSaver.__init__ = lambda self, directory: (make(self, directory), _savers.append(self))[0]
     if hook is not None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.reporting.pictures import image_grid, plot_forward_noising, plot_trajectory, save_grid
+from fastdiff.reporting.pictures import image_grid, save_grid, save_labelled
 from fastdiff.reporting.plots import (
     _running_mean,
     plot_distance,
@@ -210,7 +210,7 @@ class TestLabelled:
         labels = [
             f"t = {t}\n" + rf"$\bar\alpha_t$ = {a:.2g}" for t, a in ((0, 1.0), (10, 0.99), (500, 0.07), (999, 4e-5))
         ]
-        plot_forward_noising(images, labels, path)
+        save_labelled(images[:, None], "Forward process", labels, [""], path)
         places = self.found(path, self.enlarged(images, 5)).reshape(3, 4, 2)
         top, left = places[0, 0]
         assert (top, left) == (64, 12)
@@ -225,7 +225,8 @@ class TestLabelled:
     def test_trajectory_pairs_rows(self, tmp_path):
         x_t, x0_hat = noise(2, 8, 32, 32), noise(2, 8, 32, 32, seed=1)
         path = tmp_path / "trajectory.png"
-        plot_trajectory(x_t, x0_hat, range(980, -1, -140), path)
+        labels = [f"t = {t}" for t in range(980, -1, -140)]
+        save_labelled(np.stack([x_t, x0_hat], 1), "Sampling", labels, ["$x_t$", r"$\hat{x}_0$"], path)
         above = self.found(path, self.enlarged(x_t, 3)).reshape(2, 8, 2)
         below = self.found(path, self.enlarged(x0_hat, 3)).reshape(2, 8, 2)
         assert (below - above == (98, 0)).all()
@@ -234,14 +235,9 @@ class TestLabelled:
 
     def test_few_columns(self, tmp_path):
         images = noise(1, 2, 8, 8)
-        plot_trajectory(images, images, [80.0, 0.002], tmp_path / "trajectory.png")
+        save_labelled(images[None], "Sampling", ["t = 80", "t = 0.002"], ["$x_t$"], tmp_path / "trajectory.png")
         assert Image.open(tmp_path / "trajectory.png").size[0] == 420
 
     def test_shapes_that_do_not_fit(self, tmp_path):
-        images = noise(1, 2, 8, 8)
         with pytest.raises(ValueError, match="2 columns of images but 1 labels"):
-            plot_trajectory(images, images, [1.0], tmp_path / "a.png")
-        with pytest.raises(ValueError, match="same shape"):
-            plot_trajectory(images, images[:, :1], [1.0, 0.0], tmp_path / "a.png")
-        with pytest.raises(ValueError, match="2 columns of images but 1 labels"):
-            plot_forward_noising(images, ["t"], tmp_path / "a.png")
+            save_labelled(noise(1, 1, 2, 8, 8), "Sampling", ["t"], [""], tmp_path / "a.png")

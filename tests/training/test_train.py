@@ -70,10 +70,10 @@ def test_the_images_that_dissolve_are_of_the_whole_set(tiny_config, tmp_path, mo
     images = np.arange(50, dtype=np.uint8).repeat(8 * 8 * 3).reshape(50, 8, 8, 3)
     np.savez(tmp_path / "images.npz", images=images)
     shown = []
-    monkeypatch.setattr(pictures, "plot_forward_noising", lambda rows, *_: shown.append(rows[:, 0]))
+    monkeypatch.setattr(pictures, "save_labelled", lambda groups, title, *_: shown.append((title, groups[:, 0, 0])))
     for seed in (0, 0, 1):
         train(tiny_config(steps=1, seed=seed))
-    numbers = [rows.mean((1, 2, 3)).tolist() for rows in shown]
+    numbers = [rows.mean((1, 2, 3)).tolist() for title, rows in shown if title.startswith("Forward")]
     assert numbers[0] == numbers[1] != numbers[2]
     assert len(set(numbers[0])) == 4
     assert max(numbers[0]) > 10
@@ -158,7 +158,7 @@ def test_pictures_that_cannot_be_written_cost_no_run(tiny_config, tmp_path, monk
     def unwritable(*_, **__):
         raise PermissionError(13, "Permission denied", "picture.png")
 
-    for module, name in ((pictures, "save_grid"), (pictures, "plot_forward_noising"), (plots, "plot_run")):
+    for module, name in ((pictures, "save_grid"), (pictures, "save_labelled"), (plots, "plot_run")):
         monkeypatch.setattr(module, name, unwritable)
     assert train(tiny_config(steps=4)) == 0
     assert checkpoint.load_latest(run / "checkpoints").step == 4
