@@ -9,8 +9,6 @@ from fastdiff.errors import UserError
 from fastdiff.model_sections import check_guidance
 
 TAUGHT = ("consistency", "scm")  # may have a teacher
-TWO_TIMES = ("flow-map", "mean-flow")
-EXACT = ("mean-flow", "scm")  # differentiate the network forwards
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class TuningConfig:
     @property
     def two_times(self) -> bool:
         """Whether the network is told a second time."""
-        return self.few_step in TWO_TIMES
+        return self.few_step in ("flow-map", "mean-flow")
 
     @property
     def exact(self) -> bool:
         """Whether the network is differentiated forwards, which only plain PyTorch in float32 can."""
-        return self.few_step in EXACT
+        return self.few_step in ("mean-flow", "scm")
 
     @property
     def compared(self) -> str | None:

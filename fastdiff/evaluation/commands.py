@@ -113,7 +113,7 @@ def sample(flags: Sample) -> None:
             for images in draws.batches(
                 n, seed=flags.seed, conditions=conditions, guidance=guidance, progress=lambda k, i=i: show(n * i + k)
             ):
-                array = _nhwc(images)
+                array = images.permute(0, 2, 3, 1).cpu().numpy()
                 write(array)
                 if sum(map(len, kept)) < GRID_LIMIT:
                     kept.append(array)
@@ -154,8 +154,9 @@ def evaluate(flags: Evaluate) -> None:
     distance = FrechetDistance(extractor, reference, cache_dir=folder, device=generator.device)
     wished = wishes(config, reference, trained.read)
     asked = wished.of(flags.n) if wished is not None else {}
-    test = _test_images(config, trained, flags.data) if classes else None
-    agreement = LabelAgreement(extractor, reference, test, folder) if classes else None
+    agreement = None
+    if classes:
+        agreement = LabelAgreement(extractor, reference, _test_images(config, trained, flags.data), folder)
     about = {"step": trained.step, "images": trained.step * config.optim.batch_size}
     rows = []
     for draws, guidance in itertools.product(generators, guidances):
@@ -327,7 +328,3 @@ def _images(config: Config, trained: Trained, data: str | None, split: Any = Non
         data, root=config.images.data_root, split=split or config.images.split, image_size=config.pixels,
         captions=told.text != "none" and (told.captions or True),
     )  # fmt: skip
-
-
-def _nhwc(images: Tensor) -> np.ndarray:
-    return images.permute(0, 2, 3, 1).cpu().numpy()

@@ -184,13 +184,10 @@ def evaluate(
     settings = generator.settings
     row: dict[str, Any] = {"sampler": settings.label, "sampler_steps": settings.steps, "eta": settings.eta}
     if conditions:
-        row |= {"labels": "captions" if "text" in conditions else "balanced"}
+        row["labels"] = "captions" if "text" in conditions else "balanced"
     if conditions or guidance.scale != 1:
-        interval = guidance.interval
-        row |= {
-            "guidance": guidance.scale,
-            "guidance_interval": f"{interval[0]:g},{interval[1]:g}" if interval else "off",
-        }
+        levels = "off" if guidance.interval is None else "{:g},{:g}".format(*guidance.interval)
+        row |= {"guidance": guidance.scale, "guidance_interval": levels}
     if distance is not None:
         ranks.sum_(list(distance.sums), "the features' sums")
         row |= {

@@ -94,8 +94,8 @@ class _FixedStep:
             mine.copy_(given)
         self.index.zero_()
         for i in range(len(rows.table)):
-            x_t = self.state[0].clone() if on_step is not None else None
+            x_t = self.state[0].clone() if on_step is not None else self.state[0]
             self.call()
-            if on_step is not None and x_t is not None:
+            if on_step is not None:
                 on_step(first + i, x_t, self.x0)
         return self.state[0].clone()

@@ -136,13 +136,9 @@ class ReconstructionEvaluator:
         assert self.run is not None
         chosen = self.images.images[self.images.draw(min(self.shown, len(self.images.images)), seed=self.seed)]
         rebuilt, _, _ = self._reconstruct(torch.from_numpy(chosen).to(self.ranks.device))
-        pairs = zip(*(_rows(each) for each in (chosen, rebuilt.permute(0, 2, 3, 1).cpu().numpy())), strict=True)
-        rows = [row for pair in pairs for row in pair]
+        both = chosen, rebuilt.permute(0, 2, 3, 1).cpu().numpy()
+        rows = [each[start : start + COLUMNS] for start in range(0, len(chosen), COLUMNS) for each in both]
         pictures.save_rows(
             rows, ["images", "decoded"] * (len(rows) // 2), self.run.saves / f"reconstructions-{step:08d}.png"
         )
         self.run.log_image("reconstructions", pictures.image_grid(np.concatenate(rows), columns=COLUMNS), step)
-
-
-def _rows(images: np.ndarray) -> list[np.ndarray]:
-    return [images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)]

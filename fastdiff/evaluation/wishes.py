@@ -60,8 +60,10 @@ def wishes(config: Config, images: ImageSet, read: Texts | None) -> Wishes | Non
 
 def nothing(config: Config, read: Texts | None) -> Conditions:
     """What each condition is where nothing is asked for: the label that means none, the empty text."""
-    label = {"labels": torch.tensor(config.net.num_classes)} if config.net.num_classes else {}
-    return {**label, **({name: rows[0] for name, rows in read([""]).items()} if read is not None else {})}
+    told = {"labels": torch.tensor(config.net.num_classes)} if config.net.num_classes else {}
+    if read is not None:
+        told |= {name: rows[0] for name, rows in read([""]).items()}
+    return told
 
 
 def balanced(n: int, num_classes: int) -> Conditions:
