@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[i
         )
     middle = first if last is None else max(first, (start + last - need) // 2)
     latest = middle + max(pauses) if last is None else last - need
-    for begin in (*range(middle, latest + 1), *range(middle - 1, first - 1, -1)):
+    for begin in chain(range(middle, latest + 1), range(middle - 1, first - 1, -1)):
         # A pause after step `begin` would be timed, one after the last recorded step not.
         if all((begin + need - 1) // every == (begin - 1) // every for every in pauses):
             return begin
@@ -58,16 +59,11 @@ def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[i
 
 def record_run(
     directory: Path, *, steps: int, start: int, last: int | None, pauses: Sequence[int], device: torch.device,
-    title: str, facts: Mapping[str, str], say: Callable[[str], None], settle: Callable[[], object] = lambda: None,
+    title: str, facts: Mapping[str, str], say: Callable[[str], None], settle: Callable[[], object],
 ) -> StepRecorder | nullcontext[None]:  # fmt: skip
     """A recorder of `steps` steps of a run; nothing for 0 steps, or if a resumed run already has its profile.
 
-    Args:
-        say: prints a line.
-        directory, start, ...: see `choose_begin` and `StepRecorder`.
-
-    Raises:
-        UserError: the steps do not fit into the run.
+    For the arguments see `choose_begin` and `StepRecorder`. Raises UserError if the steps do not fit into the run.
     """
     if steps == 0:
         return nullcontext()
