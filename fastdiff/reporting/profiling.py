@@ -328,10 +328,7 @@ def _rows(
 def _kernel_bytes(kernels: Sequence[Event], ops: Sequence[Event]) -> list[int | None]:
     """A copy's own count; else what the launching op must move, credited to the longest of the kernels it launched."""
     by_id = {e.op: e for e in ops}
-    longest: dict[int, Event] = {}
-    for e in kernels:
-        if e.op not in longest or e.end - e.start > longest[e.op].end - longest[e.op].start:
-            longest[e.op] = e
+    longest = {e.op: e for e in sorted(kernels, key=lambda e: e.end - e.start)}  # the last of each op counts
     return [
         e.bytes or (op_bytes(by_id[e.op]) if e.op in by_id and longest[e.op] is e else None) or None for e in kernels
     ]
