@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 MAPPED = 2**30  # bytes from which on an array is mapped
 
-T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
 
@@ -58,46 +57,36 @@ def content_sha256(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 
 def cached(path: Path | None, build: Callable[[], Decoded], *, outdated: str = "") -> Decoded:
-    """What is stored at `path`; if there is nothing, or it is damaged, `build()`, which is then stored.
-
-    Args:
-        path: None for a set that is not to be stored.
-        outdated: a pattern of the names of files beside it that the new one replaces.
-    """
-    return _cached(path, build, _pack, _unpack, outdated)
+    """An image set, stored as `cached_arrays` says."""
+    return _unpack(cached_arrays(path, lambda: _pack(build()), outdated=outdated))
 
 
 def cached_arrays(path: Path | None, build: Callable[[], Arrays], *, outdated: str = "") -> Arrays:
-    """The same for arrays by name."""
-    return _cached(path, build, dict, dict, outdated)
+    """What is stored at `path`; if there is nothing, or it is damaged, `build()`, which is then stored.
 
-
-def _cached(
-    path: Path | None,
-    build: Callable[[], T],
-    pack: Callable[[T], Arrays],
-    unpack: Callable[[Arrays], T],
-    outdated: str,
-) -> T:
+    Args:
+        path: None for arrays that are not to be stored.
+        outdated: a pattern of the names of files beside it that the new one replaces.
+    """
     if path is None:
         return build()
     try:
-        return unpack(_read(path))
+        return _read(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s is damaged or cannot be read (%s); it is made again", path, error)
-    built = build()
+    arrays = build()
     try:
-        _write(path, pack(built))
+        _write(path, arrays)
         for old in path.parent.glob(outdated) if outdated else ():
             if old != path:
                 old.unlink(missing_ok=True)
-        if any(array.nbytes >= MAPPED for array in pack(built).values()):
-            built = unpack(_read(path))  # mapped; the file without a name goes
+        if any(array.nbytes >= MAPPED for array in arrays.values()):
+            return _read(path)  # mapped; the file without a name goes
     except OSError as error:
         log.warning("%s cannot be written (%s); what it would hold is made anew each time", path, error)
-    return built
+    return arrays
 
 
 def _pack(decoded: Decoded) -> Arrays:
@@ -170,16 +159,13 @@ def new_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None, wha
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    arrays = {**arrays, "sha256": np.array(_checksum(arrays))}
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            np.savez(file, allow_pickle=False, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            np.savez(file, allow_pickle=False, **arrays, sha256=np.array(_checksum(arrays)))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

@@ -108,7 +108,7 @@ def as_image_cache(tmp_path, content, monkeypatch):
     path = tmp_path / "cache.npz"
     path.write_bytes(content)
     built = Decoded(np.zeros((2, 8, 8, 3), np.uint8), None, {})
-    assert cached(path, lambda: built) is built
+    assert cached(path, lambda: built).images is built.images
 
 
 def as_statistics_cache(tmp_path, content, monkeypatch):
