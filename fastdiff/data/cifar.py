@@ -59,7 +59,7 @@ def _from_folder(folder: Path, split: str) -> list[bytes]:
             content = (folder / name).read_bytes()
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}; {remedy}") from error
-        if _md5(content) != md5:
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
             raise UserError(f"{folder / name} is damaged or truncated ({len(content)} bytes, wrong MD5); {remedy}")
         contents.append(content)
     return contents
@@ -71,12 +71,12 @@ def _from_archive(root: Path, split: str) -> list[bytes]:
         _download(archive)
     try:
         with open(archive, "rb") as file:
-            md5 = hashlib.file_digest(file, _new_md5).hexdigest()
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if md5 != ARCHIVE_MD5:
             raise UserError(f"{archive} is damaged or truncated: its MD5 is {md5}, expected {ARCHIVE_MD5}; remove it")
         with tarfile.open(archive) as tar:
-            files = {name: tar.extractfile(f"{FOLDER}/{name}") for name in BATCHES[split]}
-            return [file.read() for file in files.values() if file is not None]
+            files = [tar.extractfile(f"{FOLDER}/{name}") for name in BATCHES[split]]
+            return [file.read() for file in files if file is not None]
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{archive} cannot be read: {error}; remove it to download it again") from error
 
@@ -90,14 +90,6 @@ def _download(archive: Path) -> None:
             f"({str(error) or type(error).__name__}): put the file at {archive} by hand, or use --data digits, which "
             "needs no network"
         ) from error
-
-
-def _new_md5():
-    return hashlib.md5(usedforsecurity=False)
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 class _ArraysOnly(pickle.Unpickler):

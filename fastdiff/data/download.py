@@ -43,43 +43,39 @@ def fetch(url: str, path: Path, *, algorithm: str, digest: str, size: int) -> No
         if is_right(path, algorithm, digest):  # another process has been faster
             return
         print(f"downloading {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
-        actual, received = _new(algorithm), 0
-        with _bar(path.name, size) as advance:
+        actual, received = hashlib.new(algorithm, usedforsecurity=False), 0
+        columns = (TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=size)
             for block in _blocks(url, deadline):
                 received += len(block)
                 if received > size:
                     raise ValueError(f"what comes is another file: more than the {size:,} bytes expected")
                 file.write(block)
                 actual.update(block)
-                advance(len(block))
+                bar.advance(task, len(block))
         if actual.hexdigest() != digest:
             raise ValueError(f"what came is another file: {received:,} bytes, another {algorithm.upper()}")
         file.flush()
         os.fsync(file.fileno())
-        os.replace(_part(path), path)
+        os.replace(file.name, path)
 
 
 def is_right(path: Path, algorithm: str, digest: str) -> bool:
     """Whether the file is there and has the digest."""
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: _new(algorithm)).hexdigest() == digest
+            found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
+            return found.hexdigest() == digest
     except FileNotFoundError:
         return False
-
-
-def _new(algorithm: str):
-    return hashlib.new(algorithm, usedforsecurity=False)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
 
 
 @contextmanager
 def _token(path: Path, deadline: float) -> Generator[BinaryIO]:
     """The temporary file, empty and locked; it is gone afterwards. Waits for another process that has it."""
-    part = _part(path)
+    part = path.with_name(f"{path.name}.part")
     while True:
         file = part.open("ab")
         try:
@@ -98,16 +94,6 @@ def _token(path: Path, deadline: float) -> Generator[BinaryIO]:
     finally:
         part.unlink(missing_ok=True)  # before the lock goes, so that no one else's is removed
         file.close()
-
-
-@contextmanager
-def _bar(name: str, size: int) -> Generator:
-    """A function that moves a bar on stderr by some bytes; it does nothing where that is no terminal."""
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=size)
-        yield lambda n: progress.advance(task, n)
 
 
 def _blocks(url: str, deadline: float) -> Iterator[bytes]:
