@@ -93,23 +93,17 @@ def caption_templates(path: Path, class_names: Sequence[str]) -> Captions:
         lines = _text(path.read_bytes(), str(path)).splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; expected a file of templates, one a line") from error
-    templates = []
-    for number, line in enumerate(lines, 1):
+    templates = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+    for number, line in templates.items():
         places = re.findall(r"\{[^{}]*\}|[{}]", line)
-        if strange := [place for place in places if place not in PLACEHOLDERS]:
-            raise UserError(
-                f"{path}, line {number}: {strange[0]!r} stands for nothing; write {' or '.join(PLACEHOLDERS)}"
-            )
-        if places:
-            templates.append(line)
-        elif line.strip():
-            raise UserError(
-                f"{path}, line {number}: no place for the class in {line!r}; write {' or '.join(PLACEHOLDERS)}"
-            )
+        strange = [place for place in places if place not in PLACEHOLDERS]
+        if strange or not places:
+            why = f"{strange[0]!r} stands for nothing" if strange else f"no place for the class in {line!r}"
+            raise UserError(f"{path}, line {number}: {why}; write {' or '.join(PLACEHOLDERS)}")
     if not templates:
         raise UserError(f"{path} has no template; write one a line, such as: a picture of a {{class}}")
     return tuple(
-        tuple(_caption(re.sub(r"\{(class)?\}", lambda _, name=name: name, line), str(path)) for line in templates)
+        tuple(_caption(line.replace("{class}", "{}").replace("{}", name), str(path)) for line in templates.values())
         for name in class_names
     )
 
