@@ -1,6 +1,5 @@
 """Image sets by name or path, as uint8 arrays in memory."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -8,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -198,8 +197,12 @@ def _at_path(path: Path, root: str | os.PathLike[str], split: str, size: int, ca
         images = resize_all(images, size)
     else:
         images, labels, about = _files(path, cache_folder(root), split, size, captions)
-    dark = any(DARK in remark for remark in about["remarks"])
-    for remark in [*about["remarks"], *([] if dark else _low_range(images, path))]:
+    remarks = list(about["remarks"])
+    low, high = _range(images, path)
+    if high - low < LOW_RANGE and not any(DARK in remark for remark in remarks):
+        remedy = f"multiply them by {255 // high}" if high < 128 else "spread them over 0 to 255"
+        remarks.append(f"all pixels are in {low} to {high}, of 0 to 255: {remedy}")
+    for remark in remarks:
         log.warning("%s: %s", path, remark)
     name, about_captions = f"{_stem(path)}-{split}", about.get("captions")
     return ImageSet.from_arrays(images, labels, name, about["class_names"], about["notes"], about_captions)
@@ -232,24 +235,16 @@ def _range(images: np.ndarray, name: str | Path) -> tuple[int, int]:
     return low, high
 
 
-def _low_range(images: np.ndarray, path: Path) -> list[str]:
-    low, high = _range(images, path)
-    if high - low >= LOW_RANGE:
-        return []
-    remedy = f"multiply them by {255 // high}" if high < 128 else "spread them over 0 to 255"
-    return [f"all pixels are in {low} to {high}, of 0 to 255: {remedy}"]
-
-
 def _stem(path: Path) -> str:
     """The path's last part without suffixes, as a short and safe piece of a file name."""
     name = re.sub(r"(\.tar)?\.[A-Za-z0-9]+$", "", path.name) if path.is_file() else path.resolve().name
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:64] or "images"
 
 
-def _files(path: Path, cache: Path | None, split: str, size: int, captions: bool) -> Decoded:
+def _files(path: Path, folder: Path | None, split: str, size: int, captions: bool) -> Decoded:
     files = open_files(path)
 
-    @functools.cache
+    @cache
     def chosen() -> Choice:
         used = chain(*caption_files(files)) if captions else ()
         return choose(files.listing.without(used), split, path)
@@ -259,14 +254,14 @@ def _files(path: Path, cache: Path | None, split: str, size: int, captions: bool
         _at_least_two(len(names), path)  # before anything is decoded
         place = {name: i for i, name in enumerate(names)}
         items = ((place[name], name, data) for name, data in files.read(names))
-        images, remarks = decode_all(items, len(names), size, path, cache)
+        images, remarks = decode_all(items, len(names), size, path, folder)
         _range(images, path)  # before anything is stored
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)
 
     of_images = read_captions(files, chosen().names) if captions else None  # before anything is decoded
     key = f"{_stem(path)}-{split}-{size}-{files.fingerprint()[:16]}"
-    place = None if cache is None else cache / f"{key}-{_decoder()}.npz"
+    place = None if folder is None else folder / f"{key}-{_decoder()}.npz"
     decoded = cached(place, build, outdated=f"{key}*.npz")
     if isinstance(files, Folder) or captions:  # its other files may have changed since
         decoded.about.update(class_names=chosen().class_names, notes=chosen().notes, captions=of_images)
