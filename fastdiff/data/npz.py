@@ -27,10 +27,8 @@ def read_npz(path: Path, *, captions: bool = False) -> Decoded:
     """
     arrays, others = _load(path, (*ARRAYS, *["captions"][:captions]))
     images = _images(path, arrays["images"])
-    labels = arrays.get("labels")
     class_names = _class_names(path, arrays.get("class_names"))
-    if labels is not None:
-        labels = _labels(path, labels, len(images), class_names)
+    labels = _labels(path, arrays["labels"], len(images), class_names) if "labels" in arrays else None
     notes = ["split train: all of it"]
     if others:
         notes.append(f"left out: other arrays ({len(others):,}): {some(list(map(repr, others)))}")
@@ -69,17 +67,14 @@ def _images(path: Path, images: np.ndarray) -> np.ndarray:
             f"{what}, which is one image of {images.shape[2]} channels, or many grey ones that are "
             f"{images.shape[2]} pixels wide; save images[None] for the one, images[..., None] for the others"
         )
-    remedies = []
-    if images.dtype != np.uint8:
-        remedies.append(_to_uint8(images))
-    if images.ndim == 4 and images.shape[3] not in (1, 3):
+    remedies = [_to_uint8(images)] if images.dtype != np.uint8 else []
+    other_channels = images.ndim == 4 and images.shape[3] not in (1, 3)
+    if other_channels:
         remedies += ["images.transpose(0, 2, 3, 1)"] * (images.shape[1] in (1, 3))
         remedies += ["images[..., :3]"] * (images.shape[3] == 4)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise UserError(
-            f"{what}; expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)"
-            + (f"; save {' and '.join(remedies)}" if remedies else "")
-        )
+    if remedies or other_channels or images.ndim not in (3, 4):
+        advice = f"; save {' and '.join(remedies)}" if remedies else ""
+        raise UserError(f"{what}; expected uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W){advice}")
     if 0 in images.shape[1:3]:
         raise UserError(f"{what}, without a pixel; save images of at least 1 x 1")
     return images[..., 0] if images.shape[3:] == (1,) else images
