@@ -70,13 +70,11 @@ def batch_plan(
     """
     start = (step * world_size + rank) * batch_size
     stop = start + batch_size
-    indices = np.empty(batch_size, dtype=np.int64)
-    flips = np.empty(batch_size, dtype=bool)
+    parts = []
     for epoch in range(start // n, (stop - 1) // n + 1):
-        order, mirrored = _epoch_order(n, seed, epoch)
-        first, last = max(start, epoch * n), min(stop, (epoch + 1) * n)
-        indices[first - start : last - start] = order[first - epoch * n : last - epoch * n]
-        flips[first - start : last - start] = mirrored[first - epoch * n : last - epoch * n]
+        part = slice(max(start - epoch * n, 0), stop - epoch * n)
+        parts.append([array[part] for array in _epoch_order(n, seed, epoch)])
+    indices, flips = map(np.concatenate, zip(*parts, strict=True))
     return indices, flips
 
 
@@ -121,7 +119,7 @@ class Loader:
 
 def make_loader(
     kind: str,
-    image_set: "ImageSet | Moments",
+    image_set: ImageSet | Moments,
     *,
     batch_size: int,
     seed: int,
@@ -134,34 +132,27 @@ def make_loader(
     """An endless loader over `image_set`, with the batches of `batch_plan`.
 
     Args:
-        image_set: the images, or the moments of their latents.
         kind: "dali" (images stay in host memory; a prefetching NVIDIA DALI pipeline, its GPU operators on CUDA) or
             "resident" (the whole set on the device, indexed there).
         batch_size: images per rank and step; may exceed the set, which then repeats within a batch.
-        device: where the batches are to be; "cpu" or a CUDA device.
+        device: of the batches; "cpu" or a CUDA device.
         start_step: the first batch's step, to resume a run.
         flip: mirror half of the images left to right, at random.
 
     Raises:
         UserError: an argument out of range, or NVIDIA DALI missing for kind "dali".
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("start_step", start_step, 0),
-        ("world_size", world_size, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
-    if seed >= 2**64:
-        raise UserError(f"seed is {seed}; it must be below 2**64")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank is {rank}; it must be in 0..{world_size - 1}, for world_size {world_size}")
+    for name, value, least, limit in (
+        ("batch_size", batch_size, 1, math.inf), ("seed", seed, 0, 2**64), ("start_step", start_step, 0, math.inf),
+        ("world_size", world_size, 1, math.inf), ("rank", rank, 0, world_size),
+    ):  # fmt: skip
+        if not least <= value < limit:
+            below = f" and below {limit}" if limit < math.inf else ""
+            raise UserError(f"{name} is {value}; it must be at least {least}{below}")
     if kind not in LOADERS:
         raise UserError(f"loader is {kind!r}; expected one of {', '.join(LOADERS)}")
-    plan = partial(
-        batch_plan, len(image_set.images), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-    )
+    n = len(image_set.images)
+    plan = partial(batch_plan, n, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     next_batch = LOADERS[kind](image_set, plan, batch_size, torch.device(device), start_step, flip)
     return Loader(next_batch, start_step)
 
