@@ -48,10 +48,10 @@ class Attributes(NamedTuple):
 WORDS = (DIGITS, tuple(COLOURS), tuple(BACKGROUNDS), tuple(POSITIONS))  # of each attribute
 
 
-def held_out_pairs(seed: int = 0) -> tuple[tuple[int, int], ...]:
+def held_out_pairs() -> tuple[tuple[int, int], ...]:
     """(digit, colour) of the pairs that training never sees: one for each colour, a tenth of all."""
-    digits = np.random.default_rng(seed).permutation(len(DIGITS))[: len(COLOURS)]
-    return tuple((int(digit), colour) for colour, digit in enumerate(digits))
+    digits = np.random.default_rng(0).permutation(len(DIGITS))[: len(COLOURS)]
+    return tuple(zip(digits.tolist(), range(len(COLOURS)), strict=True))
 
 
 def draw_attributes(split: str) -> tuple[np.ndarray, Attributes]:

@@ -58,8 +58,7 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 def decode(data: bytes, size: int, remark: Callable[[str], object] = lambda what: None) -> np.ndarray:
     """One encoded image (of `FORMATS`), turned upright by its EXIF tag, as uint8 (size, size, 3).
 
-    Args:
-        remark: called with `DARK` or `FRAMES` if it applies.
+    `remark` is called with `DARK` or `FRAMES` where they apply.
 
     Raises:
         ValueError: not such an image, damaged, truncated, or of more than `MAX_PIXELS`; says why.
@@ -122,9 +121,8 @@ def decode_all(
         pass
     if bad:
         listed = some([what for _, what in sorted(bad)], 10, "; ")
-        raise UserError(
-            f"{origin}: {len(bad):,} of {n:,} files cannot be read as images: {listed}; replace or delete them"
-        )
+        count = f"{len(bad):,} of {n:,}"
+        raise UserError(f"{origin}: {count} files cannot be read as images: {listed}; replace or delete them")
     return images, [
         f"{len(where):,} of {n:,} images {what} ({some([name for _, name in sorted(where)])})"
         for what, where in remarks.items()

@@ -27,13 +27,8 @@ TAGS = range(0xE0020, 0xE0080)
 def load_emoji(cache: Path | None, size: int, version: str) -> Decoded:
     """The emoji that have a name and no skin tone, on white: uint8 (N, size, size, 3), sorted by code.
 
-    They are drawn once into the cache; `about["captions"]` holds the name of each, and its other names.
-
-    Args:
-        version: of the code that draws.
-
-    Raises:
-        UserError: a package is missing; says how to install it.
+    They are drawn once into the cache, by the version of the code that draws; `about["captions"]` holds the names of
+    each. Raises UserError if a package is missing; says how to install it.
     """
     try:
         versions = "/".join(importlib.metadata.version(name) for name in PACKAGES)

@@ -27,8 +27,6 @@ _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE
 MAX_MEMBER_BYTES = 2**28  # of one image in an archive
 MAX_UNPACKED_BYTES = 2**32  # of an archive as a whole, or
 MAX_UNPACKED_RATIO = 100  # this many times its own size, if that is more: beyond, it is made to do harm
-
-
 _UNREADABLE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
 
 
@@ -68,11 +66,7 @@ class Folder:
 
     @cached_property
     def listing(self) -> Listing:
-        """The image files, as found when first asked for.
-
-        Raises:
-            UserError: a folder cannot be read.
-        """
+        """The image files, as found when first asked for. Raises UserError if a folder cannot be read."""
         names: list[str] = []
         left_out: defaultdict[str, list[str]] = defaultdict(list)
         folders, links = [""], []  # still to read: folders that really lie there, and a heap of links to folders
@@ -126,11 +120,7 @@ class Archive(ABC):
 
     @cached_property
     def listing(self) -> Listing:
-        """The image files.
-
-        Raises:
-            UserError: the archive is damaged, or made to fill the memory.
-        """
+        """The image files. Raises UserError if the archive is damaged, or made to fill the memory."""
         left_out: defaultdict[str, list[str]] = defaultdict(list)
         sizes: dict[str, int] = {}
         with _reported(self.path):
@@ -154,10 +144,8 @@ class Archive(ABC):
                 sizes[name], self._members[name] = size, member
         listing = sort_out(sizes, left_out)
         for name in listing.images:
-            if sizes[name] > MAX_MEMBER_BYTES:
-                raise UserError(
-                    f"{self.path}: {name!r} has {sizes[name]} bytes, more than {MAX_MEMBER_BYTES}; shrink it"
-                )
+            if (size := sizes[name]) > MAX_MEMBER_BYTES:
+                raise UserError(f"{self.path}: {name!r} has {size} bytes, more than {MAX_MEMBER_BYTES}; shrink it")
         return listing
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path | Exception]]:
@@ -214,8 +202,6 @@ class Tar(Archive):
 
 
 class Zip(Archive):
-    """A zip archive."""
-
     def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], zipfile.ZipInfo]]:
         with zipfile.ZipFile(self.path) as archive:
             for member in archive.infolist():
@@ -234,11 +220,7 @@ class Zip(Archive):
 
 
 def open_files(path: Path) -> Folder | Archive:
-    """The image files of a folder or an archive.
-
-    Raises:
-        UserError: neither a folder nor a known kind of archive.
-    """
+    """The image files of a folder or an archive. Raises UserError for anything else."""
     name = path.name.lower()
     if path.is_dir():
         return Folder(path)

@@ -28,12 +28,7 @@ SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volu
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or an archive holds.
-
-    Attributes:
-        images: names of the image files, with "/", sorted.
-        left_out: reason -> names of what is passed over.
-    """
+    """What a folder or an archive holds: names of image files, with "/", sorted; and reason -> names left out."""
 
     images: list[str]
     left_out: dict[str, list[str]]
@@ -209,10 +204,8 @@ def _split_folder(folders: Counter[str], split: str, origin: Path) -> str | None
             "move the others out; if all are classes, put them into a folder train/"
         )
     if split != "train":
-        raise UserError(
-            f"{origin}: no images for split {split!r} (without folders train/ and test/ all is 'train'); "
-            "choose another split"
-        )
+        why = "without folders train/ and test/ all is 'train'"
+        raise UserError(f"{origin}: no images for split {split!r} ({why}); choose another split")
     return None
 
 
