@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import logging
 import math
@@ -117,13 +116,10 @@ class Run:
     """
 
     def __init__(self, path: Path, config: dict, lock: int):
-        self.path = path
-        self.config = config
-        self.checkpoints = path / "checkpoints"
-        self.saves = path / "saves"
+        self.path, self.config = path, config
+        self.checkpoints, self.saves = path / "checkpoints", path / "saves"
         self._lock: int | None = lock
-        self._jsonl: Lines | None = None
-        self._csv: Lines | None = None
+        self._files: list[Lines] = []  # metrics.jsonl and metrics.csv
         self._writer: SummaryWriter | None = None
         self._events_lost = False
         self._purge_step: int | None = None
@@ -224,16 +220,14 @@ class Run:
 
     def sync(self) -> None:
         """Have the disk confirm the rows so far, so that no checkpoint that follows is ahead of them."""
-        for file in (self._jsonl, self._csv):
-            if file is not None:
-                file.sync()
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
         """Closes the files and frees the lock. Closing twice does nothing more."""
         self._close_writer()
-        for file in (self._jsonl, self._csv):
-            if file is not None:
-                file.close()
+        for file in self._files:
+            file.close()
         if self._lock is not None:
             locking.release(self._lock)
             self._lock = None
@@ -243,26 +237,31 @@ class Run:
 
     def _store(self, rows: list[Row]) -> None:
         """Makes both files hold exactly `rows`, and opens them for appending."""
-        for name, file, text in (
-            ("metrics.jsonl", self._jsonl, "".join(map(_json_line, rows))),
-            ("metrics.csv", self._csv, _csv_line(CSV_HEADER) + "".join(map(_csv_row, rows))),
+        header = dict(zip(CSV_HEADER, CSV_HEADER, strict=True))
+        for file in self._files:
+            file.close()
+        self._files = []
+        for name, lines in (
+            ("metrics.jsonl", map(_json_line, rows)),
+            ("metrics.csv", map(_csv_line, [header, *rows])),
         ):
-            path = self.path / name
-            if file is not None:
-                file.close()
-            if not path.exists() or path.read_bytes() != text.encode():
-                write_atomically(path, text.encode())
-        self._jsonl, self._csv = Lines(self.path / "metrics.jsonl"), Lines(self.path / "metrics.csv")
+            path, content = self.path / name, "".join(lines).encode()
+            if not path.exists() or path.read_bytes() != content:
+                write_atomically(path, content)
+            self._files.append(Lines(path))
 
     def _append(self, row: Row) -> None:
-        for file, line in ((self._jsonl, _json_line(row)), (self._csv, _csv_row(row))):
-            assert file is not None
+        for file, line in zip(self._files, (_json_line(row), _csv_line(row)), strict=True):
             file.append(line)
 
     def _show(self, action: str, *arguments: Any, **options: Any) -> None:
         """Call TensorBoard's writer; if that fails its events are lost, and the next call begins a new file."""
         try:
-            getattr(self._tensorboard(), action)(*arguments, **options)
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
+
+                self._writer = SummaryWriter(self.path / "tensorboard", purge_step=self._purge_step, flush_secs=30)
+            getattr(self._writer, action)(*arguments, **options)
             self._events_lost = False
         except (OSError, UnicodeError) as error:  # it cannot encode a path that is no UTF-8
             if not self._events_lost:
@@ -274,13 +273,6 @@ class Run:
             self._show("close")
             self._writer = None
 
-    def _tensorboard(self) -> SummaryWriter:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
-
-            self._writer = SummaryWriter(self.path / "tensorboard", purge_step=self._purge_step, flush_secs=30)
-        return self._writer
-
 
 def json_text(config: dict) -> str:
     """A config as `config.json` holds it. Raises ValueError for a number that is not finite."""
@@ -288,15 +280,13 @@ def json_text(config: dict) -> str:
 
 
 def _make_numbered(root: Path) -> Path:
-    latest = max((int(entry.name) for entry in root.iterdir() if entry.name.isdecimal()), default=0)
-    for number in itertools.count(latest + 1):
+    number = max((int(entry.name) for entry in root.iterdir() if entry.name.isdecimal()), default=0)
+    while True:
+        number += 1
         path = root / str(number)
-        try:
+        with suppress(FileExistsError):
             path.mkdir()  # atomic: of two processes that try one number, one gets it
             return path
-        except FileExistsError:
-            continue
-    raise AssertionError  # itertools.count does not end
 
 
 def _checked(kind: str, row: Row, columns: tuple[str, ...]) -> Row:
@@ -322,13 +312,9 @@ def _json_line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _csv_row(row: Row) -> str:
-    return _csv_line([row.get(column) for column in CSV_HEADER])
-
-
-def _csv_line(cells) -> str:
+def _csv_line(row: Row) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)  # floats by repr, None as an empty cell
+    csv.DictWriter(text, CSV_HEADER, lineterminator="\n").writerow(row)  # floats by repr, None as an empty cell
     return text.getvalue()
 
 
