@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
-from fastdiff.runs.files import sync
+from fastdiff.runs.files import sync, write_synced
 
 FORMAT = 1
 _PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}
 _TEMPORARY = ".saving-"
 _DELETED = ".deleted-"
 _REPLACED = ".replaced"
-_KEYS = ("format", "step", "files", "state", "sha256")
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,17 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
         try:
             files: dict[str, dict[str, Any]] = {}
-            for part in filter(state.__contains__, _PARTS):
-                content = _serialize(part, state[part])
-                written += len(content)
-                # Of the bytes that were meant, not of those that the disk gives back.
-                files[_PARTS[part]] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                _write(temporary / _PARTS[part], content)
-            manifest: dict[str, Any] = {
-                "format": FORMAT,
-                "step": step,
-                "files": files,
-                "state": {name: value for name, value in state.items() if name not in _PARTS},
-            }
+            for part, name in _PARTS.items():
+                if part in state:
+                    content = _serialize(part, state[part])
+                    written += len(content)
+                    # Of the bytes that were meant, not of those that the disk gives back.
+                    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                    write_synced(temporary / name, content)
+            rest = {name: value for name, value in state.items() if name not in _PARTS}
+            manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "state": rest}
             manifest["sha256"] = _manifest_sha256(manifest)
-            _write(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+            write_synced(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
             sync(temporary)
             os.chmod(temporary, 0o755)
             return _put_in_place(temporary, directory, step)
@@ -105,7 +101,8 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
             raise
     except OSError as error:
         needed = max(written, sum(t.nbytes for t in tensors(state)))
-        free = _free_bytes(directory)
+        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
         raise NotSaved(
             error.errno,
             f"the checkpoint of step {step:,} could not be written to {directory}: {error.strerror or error} "
@@ -146,9 +143,8 @@ def recover(directory: Path | str) -> None:
 
 def load(path: Path | str) -> Checkpoint:
     """Read one checkpoint folder. Raises UserError if it is missing or does not verify."""
-    path = Path(path)
     try:
-        return _read(path)
+        return _read(Path(path))
     except Damaged as error:
         raise UserError(f"{path} cannot be used: {error}.") from error
 
@@ -162,8 +158,7 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
     skipped = []
     for path in reversed(list_checkpoints(directory)):
         try:
-            found = _read(path)
-            return Checkpoint(found.step, found.state, found.path, skipped)
+            return replace(_read(path), skipped=skipped)
         except Damaged as error:
             skipped.append((path, str(error)))
     if skipped:
@@ -207,8 +202,7 @@ def _serialize(part: str, value: Any) -> bytes:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         return buffer.getvalue()
-    wrapped = [key for key in value if key.startswith(("_orig_mod.", "module."))]
-    if wrapped:
+    if wrapped := [key for key in value if key.startswith(("_orig_mod.", "module."))]:
         raise ValueError(f"{part} has the key {wrapped[0]!r}; save the unwrapped network's state dict")
     # safetensors stores dense row-major tensors; loading copies into whatever memory format the network has.
     return safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in value.items()})
@@ -223,11 +217,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(each)
 
 
-def _free_bytes(directory: Path) -> int:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
 def _read(path: Path) -> Checkpoint:
     """A verified checkpoint. A run that goes on may replace it between two files, so a second reading decides."""
     try:
@@ -239,9 +228,8 @@ def _read(path: Path) -> Checkpoint:
 def _read_once(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        version, step, files, state, expected_sha256 = (
-            manifest.pop(key) if key == "sha256" else manifest[key] for key in _KEYS
-        )
+        expected_sha256 = manifest.pop("sha256")
+        version, step, files, state = (manifest[key] for key in ("format", "step", "files", "state"))
         if not (isinstance(step, int) and isinstance(files, dict) and isinstance(state, dict)):
             raise TypeError
     except OSError as error:
@@ -255,13 +243,12 @@ def _read_once(path: Path) -> Checkpoint:
         raise UserError(
             f"{path}: its format is {version}, this version reads {FORMAT}; use the version of fastdiff that wrote it"
         )
-    parts: dict[str, Any] = dict(state)
+    part_of = {name: part for part, name in _PARTS.items()}
     for name, expected in files.items():
-        part = next((part for part, file in _PARTS.items() if file == name), None)
-        if part is None or not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+        if name not in part_of or not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
             raise Damaged(f"manifest.json names {name!r}, which is no file of a checkpoint, or lacks its SHA-256")
-        parts[part] = _read_part(path / name, expected)
-    return Checkpoint(step, parts, path)
+        state[part_of[name]] = _read_part(path / name, expected)
+    return Checkpoint(step, state, path)
 
 
 def _read_part(file: Path, expected: dict[str, Any]) -> Any:
@@ -296,11 +283,3 @@ def _absent_or_unreadable(file: Path, error: OSError) -> Exception:
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file and have the disk confirm it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -81,7 +81,7 @@ def test_if_none_verifies_it_says_so(tmp_path):
 
 def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, state(1))
-    for broken in ("_serialize", "_write", "sync"):
+    for broken in ("_serialize", "write_synced", "sync"):
         with monkeypatch.context() as patch:
 
             def fail(*arguments):
