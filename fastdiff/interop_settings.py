@@ -50,12 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": None,
 }
 # Not of the network: num_train_timesteps counts for learned time embeddings only, the others are EMAModel's.
-_HARMLESS = frozenset(
-    {
-        "num_train_timesteps", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
-        "inv_gamma", "power",
-    }
-)  # fmt: skip
+_HARMLESS = {
+    "num_train_timesteps", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
+    "inv_gamma", "power",
+}  # fmt: skip
 
 
 def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
