@@ -8,14 +8,14 @@ only to build one of its objects.
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.interop_settings import (
@@ -96,10 +96,10 @@ def state_from_diffusers(
     return {name: torch.cat([modern[other] for other in others]) for name, others in names.items()}
 
 
-def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of a U-Net's parameters."""
+def shapes_of(network: Callable[[Any], nn.Module], config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the parameters and buffers of `network(config)`."""
     with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in UNet(config).state_dict().items()}
+        return {name: tuple(value.shape) for name, value in network(config).state_dict().items()}
 
 
 def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -137,21 +137,26 @@ def read_diffusers(folder: Path, *, image_size: int | None = None) -> DiffusersN
         UserError: no such folder, a damaged file, or a network that our U-Net has no counterpart for.
     """
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), unet / WEIGHTS[0])
-    for path in (unet / "config.json", weights):
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing; expected the folder of a diffusers pipeline or U-Net, with {' or '.join(WEIGHTS)} "
-                "(download it first)."
-            )
-    settings, theirs = read_json(unet / "config.json"), read_tensors(weights)
+    settings, theirs = read_model(unet)
     try:
         config = unet_config_from_diffusers(settings, image_size=image_size)
-        state = state_from_diffusers(theirs, unet_shapes(config))
+        state = state_from_diffusers(theirs, shapes_of(UNet, config))
     except UserError as error:
         raise UserError(f"{unet}: {error}") from error
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return DiffusersNetwork(config, state, trained_as(read_json(scheduler)) if scheduler.is_file() else None)
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights in a diffusers model's folder. Raises UserError for a missing or damaged file."""
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+    for path in (folder / "config.json", weights):
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing; expected the folder of a diffusers pipeline or model, with {' or '.join(WEIGHTS)} "
+                "(download it first)."
+            )
+    return read_json(folder / "config.json"), read_tensors(weights)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,21 +187,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def unet_from_diffusers(source: Any, *, image_size: int | None = None) -> UNet:
-    """Build a UNet from a diffusers one.
+    """Build a UNet from a `diffusers.UNet2DModel`, or from the folder of one or of a pipeline.
 
-    Args:
-        source: a `diffusers.UNet2DModel`, or the path of a pipeline's or U-Net's folder, see `read_diffusers`.
-        image_size: of a network whose sample_size is null.
-
-    Raises:
-        UserError: no such folder, a damaged file, or a network that our U-Net has no counterpart for.
+    `image_size` and the errors are those of `read_diffusers`.
     """
     if isinstance(source, str | Path):
         found = read_diffusers(Path(source), image_size=image_size)
         config, state = found.config, found.state
     else:
         config = unet_config_from_diffusers(source.config, image_size=image_size)
-        state = state_from_diffusers(source.state_dict(), unet_shapes(config))
+        state = state_from_diffusers(source.state_dict(), shapes_of(UNet, config))
     model = UNet(config)
     model.load_state_dict(state)
     return model

@@ -19,7 +19,8 @@ from fastdiff.interop import (
     WEIGHTS,
     check_shapes,
     read_json,
-    read_tensors,
+    read_model,
+    shapes_of,
     state_from_diffusers,
     state_to_diffusers,
 )
@@ -78,8 +79,8 @@ class TinyAutoencoder(nn.Module):
         check_shapes(state, {name: tuple(value.shape) for name, value in made.state_dict().items()})
         made.load_state_dict(state)
         self.config, self.model = config, made
-        for name, value in zip(("mean", "std"), _mean_and_std(settings, config.latent_channels, 1.0), strict=True):
-            self.register_buffer(f"latent_{name}", value)
+        for name, value in _mean_and_std(settings, config.latent_channels, 1.0).items():
+            self.register_buffer(name, value)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `Autoencoder.encode`."""
@@ -104,11 +105,10 @@ def read_autoencoder(folder: Path) -> FoundAutoencoder:
         UserError: a damaged file, or an autoencoder of another layout.
     """
     folder = _part(folder)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    settings, theirs = read_json(folder / "config.json"), read_tensors(weights)
+    settings, theirs = read_model(folder)
     try:
         size = _number(settings, "sample_size", 0) if settings.get("sample_size") else 0
-        if settings["_class_name"] == "AutoencoderTiny":
+        if settings.get("_class_name") == "AutoencoderTiny":
             state = {name: value.float() for name, value in theirs.items()}
             return FoundAutoencoder(_tiny_config(settings), state, size, settings)
         config = _config(settings)
@@ -116,12 +116,6 @@ def read_autoencoder(folder: Path) -> FoundAutoencoder:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return FoundAutoencoder(config, state, size)
-
-
-def autoencoder_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of an autoencoder's parameters."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in Autoencoder(config).state_dict().items()}
 
 
 def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> None:
@@ -216,16 +210,16 @@ def _state(config: AutoencoderConfig, settings: dict[str, Any], theirs: dict[str
     for flag, name, n in (("use_quant_conv", "quant_conv", 2 * c), ("use_post_quant_conv", "post_quant_conv", c)):
         if not settings.get(flag, True):
             theirs |= {f"{name}.weight": torch.eye(n)[:, :, None, None], f"{name}.bias": torch.zeros(n)}
-    shapes = autoencoder_shapes(config)
-    known = dict(zip(("latent_mean", "latent_std"), _mean_and_std(settings, c, 0.18215), strict=True))
-    state = state_from_diffusers(theirs, {name: v for name, v in shapes.items() if name not in known}, _RENAMES)
+    known = _mean_and_std(settings, c, 0.18215)
+    shapes = {name: shape for name, shape in shapes_of(Autoencoder, config).items() if name not in known}
+    state = state_from_diffusers(theirs, shapes, _RENAMES)
     return {name: value.float() for name, value in state.items()} | known
 
 
-def _mean_and_std(settings: dict[str, Any], channels: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Of each channel of the latents, as diffusers counts them: shift_factor and 1 / scaling_factor."""
+def _mean_and_std(settings: dict[str, Any], channels: int, scale: float) -> dict[str, Tensor]:
+    """Our buffers of what diffusers calls shift_factor and 1 / scaling_factor, the same for each channel."""
     shift = settings.get("shift_factor") or 0.0
     if not isinstance(shift, int | float) or not math.isfinite(shift):
         raise UserError(f"shift_factor is {shift!r}, but must be a finite number.")
     scale = _number(settings, "scaling_factor", scale, float)
-    return torch.full((channels,), float(shift)), torch.full((channels,), 1 / scale)
+    return {"latent_mean": torch.full((channels,), float(shift)), "latent_std": torch.full((channels,), 1 / scale)}

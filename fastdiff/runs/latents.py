@@ -14,8 +14,8 @@ from fastdiff.checks import require
 from fastdiff.config import Config
 from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
-from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors
-from fastdiff.interop_autoencoder import TinyAutoencoder, autoencoder_shapes, is_autoencoder, read_autoencoder
+from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors, shapes_of
+from fastdiff.interop_autoencoder import TinyAutoencoder, is_autoencoder, read_autoencoder
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.presets import PRESETS
@@ -128,7 +128,7 @@ def _read(path: Path) -> AutoencoderWeights:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path / 'config.json'} is of another version ({error}); restore it.") from error
         state = read_tensors(path / WEIGHTS[0])
-        check_shapes(state, autoencoder_shapes(config))
+        check_shapes(state, shapes_of(Autoencoder, config))
         return AutoencoderWeights(config, state, pixels, path, weights_sha256(state))
     if is_autoencoder(path):
         found = read_autoencoder(path)

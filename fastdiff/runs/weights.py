@@ -15,9 +15,11 @@ from torch import Tensor
 from fastdiff.config import Config
 from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
-from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, unet_shapes
-from fastdiff.interop_autoencoder import autoencoder_shapes, read_autoencoder
+from fastdiff.interop import check_shapes, read_diffusers, read_json, read_tensors, shapes_of
+from fastdiff.interop_autoencoder import read_autoencoder
 from fastdiff.model_sections import UNetConfig
+from fastdiff.nets.autoencoder import Autoencoder
+from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
 
 
@@ -90,7 +92,7 @@ def _read_export(path: Path) -> TrainedWeights:
     try:
         config = Config.from_dict(values)
         ours = config.autoencoder
-        check_shapes(state, autoencoder_shapes(ours) if ours.factor else unet_shapes(config.net))
+        check_shapes(state, shapes_of(Autoencoder, ours) if ours.factor else shapes_of(UNet, config.net))
         with safe_open(file, framework="pt") as opened:
             step = (opened.metadata() or {}).get("step", "")
         if not step.isdecimal():
