@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastdiff.checks import require
 from fastdiff.config import Config
 from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
 from fastdiff.interop import WEIGHTS, check_shapes, read_json, read_tensors, shapes_of
-from fastdiff.interop_autoencoder import TinyAutoencoder, is_autoencoder, read_autoencoder
+from fastdiff.interop_autoencoder import FoundAutoencoder, TinyAutoencoder, is_autoencoder, read_autoencoder
 from fastdiff.latent_sections import AutoencoderConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.presets import PRESETS
@@ -28,25 +27,15 @@ OURS = "fastdiff.Autoencoder"  # the _class_name of what `AutoencoderWeights.sav
 FOLDER = "autoencoder"  # in a run, and in a folder of `export --to safetensors`
 
 
-@dataclass(frozen=True)
-class AutoencoderWeights:
-    """A trained autoencoder.
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderWeights(FoundAutoencoder):
+    """A trained autoencoder, ours or diffusers', where it lies and the SHA-256 (hex) of its weights.
 
-    Attributes:
-        config: its shape.
-        state: its weights, on the CPU, with the mean and the standard deviation of its latents.
-        pixels: height and width of the images that it was trained on; 0 if it does not say.
-        path: where it lies.
-        sha256: of its weights.
-        tiny: the settings of diffusers' AutoencoderTiny, if it is one.
+    Its `state` holds the mean and the standard deviation of its latents, except for a tiny one.
     """
 
-    config: AutoencoderConfig
-    state: dict[str, Tensor]
-    pixels: int
     path: Path
     sha256: str
-    tiny: dict[str, Any] | None = None
 
     @property
     def saved(self) -> dict[str, str]:
@@ -129,13 +118,12 @@ def _read(path: Path) -> AutoencoderWeights:
             raise UserError(f"{path / 'config.json'} is of another version ({error}); restore it.") from error
         state = read_tensors(path / WEIGHTS[0])
         check_shapes(state, shapes_of(Autoencoder, config))
-        return AutoencoderWeights(config, state, pixels, path, weights_sha256(state))
+        return AutoencoderWeights(config, state, pixels, path=path, sha256=weights_sha256(state))
     if is_autoencoder(path):
         found = read_autoencoder(path)
         beside = ("scaling_factor", "shift_factor", "act_fn")  # which a tiny one's weights do not hold
         more = "" if found.tiny is None else str([found.tiny.get(name) for name in beside])
-        sha256 = weights_sha256(found.state, more)
-        return AutoencoderWeights(found.config, found.state, found.pixels, path, sha256, found.tiny)
+        return AutoencoderWeights(**vars(found), path=path, sha256=weights_sha256(found.state, more))
     trained = read_trained(path)
     if trained.config.autoencoder.factor == 0:
         raise UserError(
@@ -150,7 +138,8 @@ def _read(path: Path) -> AutoencoderWeights:
         print(f"{path}: its latents were measured at step {evaluated:,}, not at {trained.step:,}", file=sys.stderr)
     config = replace(trained.config.autoencoder, critic_weight=0.0, critic_start=0)
     state = {name: value for name, value in trained.state.items() if not name.startswith("critic.")}
-    return AutoencoderWeights(config, state, trained.config.pixels, trained.path, weights_sha256(state))
+    sha256 = weights_sha256(state)
+    return AutoencoderWeights(config, state, trained.config.pixels, path=trained.path, sha256=sha256)
 
 
 def with_latents(config: Config, autoencoder: AutoencoderWeights | None) -> Config:
