@@ -81,11 +81,10 @@ def state_from_diffusers(
     theirs: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], renames: Renames = _RENAMES
 ) -> dict[str, Tensor]:
     """The inverse, for a network of these shapes. Raises UserError if it has others."""
-    expected = {}
     names = {name: _theirs(name, renames) for name in shapes}
-    for name, others in names.items():
-        rows, *rest = shapes[name]
-        expected |= {other: (rows // len(others), *rest) for other in others}
+    expected = {
+        other: (shapes[name][0] // len(others), *shapes[name][1:]) for name, others in names.items() for other in others
+    }
     modern = {_modern_name(name): value for name, value in theirs.items()}
     if len(modern) < len(theirs):
         raise UserError("the weights have parts of attention under both their old names (query) and the new (to_q).")
@@ -105,8 +104,7 @@ def shapes_of(network: Callable[[Any], nn.Module], config: Any) -> dict[str, tup
 def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError unless `state` holds floating-point tensors of just these names and shapes."""
     found = {n: tuple(v.shape) if isinstance(v, Tensor) and v.is_floating_point() else None for n, v in state.items()}
-    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if wrong:
+    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
         listed = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:3]]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the weights do not fit the network's shape: {'; '.join(listed)}{more}.")
@@ -114,17 +112,12 @@ def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
 
 @dataclass(frozen=True)
 class DiffusersNetwork:
-    """A network as diffusers saved it, under our names.
-
-    Attributes:
-        config: its shape.
-        state: its weights, on the CPU.
-        task: what it was trained for, by the pipeline around it; None without one.
-    """
+    """A network as diffusers saved it, under our names, on the CPU."""
 
     config: UNetConfig
     state: dict[str, Tensor]
     task: str | None
+    """What it was trained for, by the pipeline around it; None without one."""
 
 
 def read_diffusers(folder: Path, *, image_size: int | None = None) -> DiffusersNetwork:
@@ -223,9 +216,9 @@ def save_diffusers_pipeline(
     A network with classes or of latents comes with a pipeline of its own, see `fastdiff/interop_pipeline.py`.
 
     Args:
-        model: a UNet that was trained with the following, see `scheduler_to_diffusers`.
-        latents: it draws latents, which an AutoencoderKL in the folder `vae` decodes; and which have no bounds.
         folder: made if missing; files of the same names are replaced.
+        schedule, timesteps, objective, zero_terminal_snr, time_scale: of the training, see `scheduler_to_diffusers`.
+        latents: it draws latents, which an AutoencoderKL in the folder `vae` decodes; and which have no bounds.
 
     Raises:
         UserError: diffusers has no counterpart; nothing is written.

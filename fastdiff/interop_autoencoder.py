@@ -44,26 +44,22 @@ CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 @dataclass(frozen=True)
 class FoundAutoencoder:
-    """An autoencoder as diffusers saved it.
-
-    Attributes:
-        config: its shape; of a tiny one factor and latent_channels.
-        state: its weights, on the CPU; under our names, or diffusers' for a tiny one.
-        pixels: height and width of the images it was trained on; 0 if it does not say.
-        tiny: the settings of an AutoencoderTiny.
-    """
+    """An autoencoder as diffusers saved it, on the CPU."""
 
     config: AutoencoderConfig
+    """Its shape; of a tiny one factor and latent_channels."""
     state: dict[str, Tensor]
+    """Under our names, or diffusers' for a tiny one."""
     pixels: int
+    """Height and width of the images it was trained on; 0 if it does not say."""
     tiny: dict[str, Any] | None = None
+    """The settings of an AutoencoderTiny."""
 
 
 class TinyAutoencoder(nn.Module):
     """An AutoencoderTiny in the place of an `Autoencoder`: its latents have no variance of their own.
 
-    Raises:
-        UserError: diffusers is not installed, or the weights are of another shape.
+    Raises UserError if diffusers is not installed, or the weights are of another shape.
     """
 
     latent_mean: Tensor
@@ -99,10 +95,9 @@ def is_autoencoder(folder: Path) -> bool:
 
 
 def read_autoencoder(folder: Path) -> FoundAutoencoder:
-    """Read the folder of an autoencoder, or of a pipeline with one as its `vae`. No code of a .bin file is run.
+    """Read the folder of an autoencoder, or of a pipeline with one as its `vae`; runs no code of a .bin file.
 
-    Raises:
-        UserError: a damaged file, or an autoencoder of another layout.
+    Raises UserError for a missing or damaged file, or an autoencoder of another layout.
     """
     folder = _part(folder)
     settings, theirs = read_model(folder)
@@ -122,13 +117,7 @@ def save_autoencoder_kl(model: Autoencoder, folder: Path, *, pixels: int) -> Non
     """Write a folder that `AutoencoderKL.from_pretrained` loads.
 
     Our mean and standard deviation are folded into its two 1x1 convolutions: its latents have mean 0 and deviation 1.
-
-    Args:
-        folder: made if missing.
-        pixels: height and width of its images.
-
-    Raises:
-        UserError: no evaluation has measured the latents.
+    Its images are `pixels` high and wide. Raises UserError if no evaluation has measured the latents.
     """
     state = {name: value.detach().cpu().float().clone() for name, value in model.state_dict().items()}
     ours = {name: value for name, value in state.items() if name.startswith(("encoder.", "decoder."))}

@@ -92,10 +92,9 @@ def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 def unet_config_from_diffusers(settings: Mapping[str, Any], *, image_size: int | None = None) -> UNetConfig:
-    """The inverse of `unet_config_to_diffusers`.
+    """The inverse of `unet_config_to_diffusers`; a setting that is absent has diffusers' default.
 
     Args:
-        settings: what is absent has diffusers' default.
         image_size: of a network whose sample_size is null.
 
     Raises:
@@ -122,8 +121,7 @@ def unet_config_from_diffusers(settings: Mapping[str, Any], *, image_size: int |
     except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"these settings are of no UNet2DModel ({error}).") from error
     ours = DEFAULTS | unet_config_to_diffusers(config)
-    wrong = [f"{name} = {theirs[name]!r} (only {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
-    if wrong:
+    if wrong := [f"{name} = {theirs[name]!r} (only {ours[name]!r})" for name in ours if theirs[name] != ours[name]]:
         raise UserError(f"this diffusers U-Net cannot be converted, as it has {', '.join(wrong)}.")
     return config
 
@@ -162,10 +160,9 @@ def _in_one_spelling(settings: Mapping[str, Any], image_size: int | None) -> dic
 def scheduler_to_diffusers(
     *, objective: str, schedule: str, timesteps: int, zero_terminal_snr: bool = False, time_scale: float = 1.0
 ) -> dict[str, Any]:
-    """The settings of a `DDPMScheduler` that draws as our `ddpm` does.
+    """The settings of a `DDPMScheduler` that draws as our `ddpm` does, wherever the number of steps divides T.
 
-    Both agree wherever the number of steps divides T; diffusers computes its trailing times in floating point, and some
-    others come out differently.
+    Others come out differently in part, as diffusers computes its trailing times in floating point.
 
     Raises:
         UserError: an objective, a schedule, a T or a time scale that diffusers has no counterpart for.

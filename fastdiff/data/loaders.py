@@ -51,19 +51,12 @@ def _epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]
 def batch_plan(
     n: int, *, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which images, and which of them mirrored, one rank gets at one step. Pure: no state, no global RNG.
+    """Which of n images one rank gets at one step, and which of them mirrored. Pure: no state, no global RNG.
 
     Element i of the batch is at position p = (step * world_size + rank) * batch_size + i of the global stream, that
     is in epoch p // n at place p % n of that epoch's permutation. So each image comes exactly once an epoch, ranks
     never share an image within an epoch, and the stream is the same for every way of splitting a global batch. A
-    batch may span epochs, and be larger than the set.
-
-    Args:
-        n: images in the set.
-        batch_size: images per rank and step.
-        seed: 0 <= seed < 2**64; with the epoch it is the key of a Philox generator.
-        step: 0, 1, 2, ...
-        rank, world_size: this process among all, 0 <= rank < world_size.
+    batch may span epochs, and be larger than the set. Steps count from 0, and seed is in [0, 2**64).
 
     Returns:
         indices int64 (batch_size,) in [0, n), flips bool (batch_size,).
@@ -80,23 +73,16 @@ def batch_plan(
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Means and log variances of the latents of images, in the place of an `ImageSet`.
-
-    Attributes:
-        images: float16 (N, V, H, W, 2 C): of each image as it is and, with V = 2, mirrored.
-        name: of the image set.
-    """
+    """Means and log variances of the latents of images, in the place of an `ImageSet`."""
 
     images: np.ndarray
+    """float16 (N, V, H, W, 2 C): of each image as it is and, with V = 2, mirrored."""
     name: str
+    """Of the image set."""
 
 
 class Loader:
-    """An endless iterator of batches.
-
-    Attributes:
-        step: the step that the next batch belongs to.
-    """
+    """An endless iterator of batches; the next one belongs to `step`."""
 
     def __init__(self, next_batch: Callable[[int], Batch], start_step: int):
         self.step = start_step

@@ -21,9 +21,6 @@ class BackgroundSaver:
 
     Training is held up for the snapshot alone, a copy into host memory (571 MB for 35.7 M parameters), unless the save
     before is still under way. What `checkpoint` promises of a crash holds: a checkpoint is whole, or is not there.
-
-    Args:
-        directory: see `checkpoint.save`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -32,10 +29,7 @@ class BackgroundSaver:
         self._saving: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], *, keep_last: int, keep_steps: set[int]) -> None:
-        """Take a snapshot. A thread then runs `checkpoint.save` and `checkpoint.prune` with these arguments.
-
-        The save before must have been collected.
-        """
+        """Take a snapshot, which a thread saves before it prunes; the save before must have been collected."""
         assert self._saving is None
         self._saving = self._pool.submit(self._write, step, snapshot(state), keep_last, keep_steps)
 
@@ -47,11 +41,7 @@ class BackgroundSaver:
             log.warning("%s: older checkpoints cannot be removed (%s)", self.directory, error.strerror)
 
     def collect(self, *, wait: bool) -> bool:
-        """Whether no save is under way; raises what the last one raised, once.
-
-        Args:
-            wait: until it has ended.
-        """
+        """Whether no save is under way, with `wait` after it has ended; raises what the last one raised, once."""
         if self._saving is None:
             return True
         if not wait and not self._saving.done():
