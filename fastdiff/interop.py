@@ -116,8 +116,7 @@ class DiffusersNetwork:
 
     config: UNetConfig
     state: dict[str, Tensor]
-    task: str | None
-    """What it was trained for, by the pipeline around it; None without one."""
+    task: str | None  # what it was trained for, by the pipeline around it; None without one
 
 
 def read_diffusers(folder: Path, *, image_size: int | None = None) -> DiffusersNetwork:

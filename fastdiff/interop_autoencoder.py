@@ -46,14 +46,10 @@ CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 class FoundAutoencoder:
     """An autoencoder as diffusers saved it, on the CPU."""
 
-    config: AutoencoderConfig
-    """Its shape; of a tiny one factor and latent_channels."""
-    state: dict[str, Tensor]
-    """Under our names, or diffusers' for a tiny one."""
-    pixels: int
-    """Height and width of the images it was trained on; 0 if it does not say."""
-    tiny: dict[str, Any] | None = None
-    """The settings of an AutoencoderTiny."""
+    config: AutoencoderConfig  # its shape; of a tiny one factor and latent_channels
+    state: dict[str, Tensor]  # under our names, or diffusers' for a tiny one
+    pixels: int  # height and width of the images it was trained on; 0 if it does not say
+    tiny: dict[str, Any] | None = None  # the settings of an AutoencoderTiny
 
 
 class TinyAutoencoder(nn.Module):

@@ -28,10 +28,10 @@ SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volu
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or an archive holds: names of image files, with "/", sorted; and reason -> names left out."""
+    """What a folder or an archive holds."""
 
-    images: list[str]
-    left_out: dict[str, list[str]]
+    images: list[str]  # names of the image files, with "/", sorted
+    left_out: dict[str, list[str]]  # reason -> names of what is passed over
 
     def without(self, used: Iterable[str]) -> "Listing":
         """The listing, where files that are used after all are not passed over."""
@@ -42,19 +42,12 @@ class Listing:
 
 @dataclass(frozen=True)
 class Choice:
-    """The images of one split.
+    """The images of one split."""
 
-    Attributes:
-        names: of the files, sorted.
-        labels: the number of each one's class; None where there are no classes.
-        class_names: by number, sorted; None where there are no classes.
-        notes: which folder the split is, and what was passed over.
-    """
-
-    names: list[str]
-    labels: list[int] | None
-    class_names: tuple[str, ...] | None
-    notes: tuple[str, ...]
+    names: list[str]  # of the files, sorted
+    labels: list[int] | None  # the number of each one's class; None where there are no classes
+    class_names: tuple[str, ...] | None  # by number, sorted; None where there are no classes
+    notes: tuple[str, ...]  # which folder the split is, and what was passed over
 
 
 def some(items: Sequence[str], most: int = 3, separator: str = ", ") -> str:

@@ -29,10 +29,8 @@ class Batch(NamedTuple):
     Conditions (labels, captions) are not in it: who needs them looks them up by `index` in a table on the device.
     """
 
-    images: Tensor
-    """uint8 (N, H, W, C), contiguous; or moments of latents, float16."""
-    index: Tensor
-    """int64 (N,): where each image stands in the set."""
+    images: Tensor  # uint8 (N, H, W, C), contiguous; or moments of latents, float16
+    index: Tensor  # int64 (N,): where each image stands in the set
 
 
 @lru_cache(maxsize=4)
@@ -75,10 +73,8 @@ def batch_plan(
 class Moments:
     """Means and log variances of the latents of images, in the place of an `ImageSet`."""
 
-    images: np.ndarray
-    """float16 (N, V, H, W, 2 C): of each image as it is and, with V = 2, mirrored."""
-    name: str
-    """Of the image set."""
+    images: np.ndarray  # float16 (N, V, H, W, 2 C): of each image as it is and, with V = 2, mirrored
+    name: str  # of the image set
 
 
 class Loader:

@@ -106,17 +106,10 @@ def open_run(path: str | os.PathLike) -> Run:
 
 
 class Run:
-    """A run directory held open, and locked, by this process. Made by `create_run` and `open_run`.
-
-    Attributes:
-        path: the directory.
-        config: what `config.json` holds.
-        checkpoints: `<path>/checkpoints`.
-        saves: `<path>/saves`, for sample grids, trajectories and plots.
-    """
+    """A run directory held open, and locked, by this process. Made by `create_run` and `open_run`."""
 
     def __init__(self, path: Path, config: dict, lock: int):
-        self.path, self.config = path, config
+        self.path, self.config = path, config  # `config` is what `config.json` holds
         self.checkpoints, self.saves = path / "checkpoints", path / "saves"
         self._lock: int | None = lock
         self._files: list[Lines] = []  # metrics.jsonl and metrics.csv

@@ -33,30 +33,20 @@ def weights_sha256(state: Mapping[str, Tensor], more: str = "") -> str:
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """What one of our runs has trained.
-
-    Attributes:
-        config: the run's.
-        state: averaged weights, on the CPU.
-        step: updates made.
-        path: the checkpoint's folder, or the exported one.
-        run: the run directory of a checkpoint that lies in one.
-        rest: of the checkpoint's state, without tensors; {} of an exported folder.
-    """
+    """What one of our runs has trained."""
 
     config: Config
-    state: dict[str, Tensor]
-    step: int
-    path: Path
-    run: Path | None
-    rest: dict[str, Any]
+    state: dict[str, Tensor]  # averaged weights, on the CPU
+    step: int  # updates made
+    path: Path  # the checkpoint's folder, or the exported one
+    run: Path | None  # the run directory of a checkpoint that lies in one
+    rest: dict[str, Any]  # of the checkpoint's state, without tensors; {} of an exported folder
 
 
 def read_trained(path: Path | str) -> TrainedWeights:
     """Read a run's newest checkpoint, one `step-N` folder, or what `export --to safetensors` wrote.
 
-    Raises:
-        UserError: nothing there, or nothing that verifies.
+    Raises UserError if nothing is there, or nothing verifies.
     """
     path = Path(path)
     if (path / "checkpoints").is_dir():
@@ -74,12 +64,10 @@ def read_trained(path: Path | str) -> TrainedWeights:
         raise UserError(f"{path} has no checkpoint yet.")
     for skipped, reason in found.skipped:
         print(f"skipped {skipped}: {reason}", file=sys.stderr)
-    run = found.path.resolve().parent.parent
-    config = Config.from_dict(found.state["config"])
+    folder = found.path.resolve().parent.parent
+    run = folder if (folder / "config.json").is_file() else None
     rest = {name: value for name, value in found.state.items() if name not in ("model", "ema", "optimizer")}
-    return TrainedWeights(
-        config, found.state["ema"], found.step, found.path, run if (run / "config.json").is_file() else None, rest
-    )
+    return TrainedWeights(Config.from_dict(rest["config"]), found.state["ema"], found.step, found.path, run, rest)
 
 
 def _is_export(path: Path) -> bool:
@@ -104,17 +92,11 @@ def _read_export(path: Path) -> TrainedWeights:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a new run starts from.
+    """Weights that a new run starts from."""
 
-    Attributes:
-        state: of the network, on the CPU.
-        source: where they come from, for the user.
-        warning: that they were trained for something else, if so.
-    """
-
-    state: dict[str, Tensor]
-    source: str
-    warning: str | None
+    state: dict[str, Tensor]  # of the network, on the CPU
+    source: str  # where they come from, for the user
+    warning: str | None  # that they were trained for something else, if so
 
 
 def initial_weights(config: Config) -> InitialWeights | None:
@@ -126,9 +108,8 @@ def initial_weights(config: Config) -> InitialWeights | None:
     named = config.optim.init_from or config.tuning.teacher
     if named is None:
         return None
-    flag = "--init-from" if config.optim.init_from else "--teacher"
     path = expanded(named)
-    flag, text, latents = f"{flag} {path}", "", ""
+    flag, text, latents = f"{'--init-from' if config.optim.init_from else '--teacher'} {path}", "", ""
     ours = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path)
     trained = read_trained(path) if ours else None
     if config.autoencoder.factor or (trained is not None and trained.config.autoencoder.factor):
@@ -155,10 +136,11 @@ def initial_weights(config: Config) -> InitialWeights | None:
     if text != config.conditions.text_fingerprint and config.net.text_encoder == "frozen":
         raise UserError(f"{flag} was trained on the tokens of another text encoder; choose its --text.")
     state, labels = _with_labels(flag, config, net, state, theirs=names)
-    source += labels
-    source += f", trained as {task}" if task is not None else ""
-    other = task is not None and task != config.diffusion.task
-    warning = f"{flag} was trained as {task}, but this run trains {config.diffusion.task}." if other else None
+    source, warning = source + labels, None
+    if task is not None:
+        source += f", trained as {task}"
+        if task != config.diffusion.task:
+            warning = f"{flag} was trained as {task}, but this run trains {config.diffusion.task}."
     return InitialWeights(state, source, warning)
 
 
@@ -256,8 +238,7 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
         return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
 
     theirs = fields(there)
-    wrong = {name: value for name, value in fields(here).items() if value != theirs[name]}
-    if wrong:
+    if wrong := {name: value for name, value in fields(here).items() if value != theirs[name]}:
         listed = "; ".join(f"{name} is {value} here, {theirs[name]} there" for name, value in wrong.items())
         raise UserError(
             f"{flag} holds a network of another shape: {listed}. Add "
