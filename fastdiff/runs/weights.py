@@ -215,9 +215,7 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
 
 
 def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
-    """Raise UserError where the shapes differ; dropout has no weights, so that it may."""
-
-    text = ("text_width", "text_blocks", "text_pooled")
+    """Raise UserError where the shapes differ."""
     if there.two_times and not here.two_times:
         raise UserError(f"{flag} was trained for two times; only --few-step flow-map and mean-flow can start from it.")
     if here.text_encoder != there.text_encoder:
@@ -227,15 +225,15 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
             f"{told[here.text_encoder]}; choose --text as there."
         )
 
+    free = {"dropout", "num_classes"}  # the one has no weights, the other's rows are `_with_labels`' concern
+    if here.two_times:
+        free.add("two_times")  # which begins without effect
+    if here.text_encoder == "none":
+        free |= {"text_width", "text_blocks", "text_pooled"}
+
     def fields(net: UNetConfig) -> dict[str, object]:
         values = {**vars(net), "attention_resolutions": tuple(sorted(set(net.attention_resolutions)))}
-        ours = values.keys() - {
-            "dropout",
-            "num_classes",
-            *(("two_times",) if here.two_times else ()),  # which begins without effect
-            *(text if here.text_encoder == there.text_encoder == "none" else ()),
-        }
-        return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name in ours}
+        return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name not in free}
 
     theirs = fields(there)
     if wrong := {name: value for name, value in fields(here).items() if value != theirs[name]}:
