@@ -137,8 +137,7 @@ def new_images(n: int, size: int, folder: Path | None = None) -> np.ndarray:
 def new_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None, what: str) -> np.ndarray:
     """An uninitialised array; a large one in a file in the folder that has no name, where there is room for it.
 
-    Raises:
-        UserError: the memory does not suffice; says what needs how much.
+    Raises UserError if the memory does not suffice; says what needs how much.
     """
     needed = math.prod(shape) * np.dtype(dtype).itemsize
     told = f"{what} need {needed / 2**30:.1f} GiB"

@@ -65,11 +65,7 @@ class ImageSet:
         notes: Sequence[str] = (),
         captions: Captions | None = None,
     ) -> "ImageSet":
-        """An image set of arrays as described above.
-
-        Raises:
-            UserError: fewer than two images (training and the Frechet distance need at least two), or all of one value.
-        """
+        """A set of arrays as described above. Raises UserError for fewer than two images, or pixels of one value."""
         _range(images, name)
         names = None if class_names is None else tuple(class_names)
         return cls(images, labels, names, name, content_sha256(images, labels), tuple(notes), captions)
@@ -80,11 +76,7 @@ class ImageSet:
         return None if self.captions is None else hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
 
     def with_templates(self, path: str | os.PathLike[str]) -> "ImageSet":
-        """This set with the captions that a file of templates makes of its class names.
-
-        Raises:
-            UserError: the set has no classes with names, or the file is not one of templates.
-        """
+        """This set with captions by a file of templates. Raises UserError for no class names, or no such file."""
         if self.labels is None or self.class_names is None:
             raise UserError(f"{self.name} has no class names, which the templates of {path} need; caption its images")
         of_class = caption_templates(expanded(path), self.class_names)

@@ -19,8 +19,7 @@ MAX_CLASSES = 2**20  # a label beyond is no class, but a hash, or -1 that wrappe
 def read_npz(path: Path, *, captions: bool = False) -> Decoded:
     """Images uint8 (N, H, W, 3) or (N, H, W); labels int64 (N,) or None; their names and the other arrays' as notes.
 
-    Args:
-        captions: read the array `captions` too, to `about["captions"]`.
+    With `captions` that array too, to `about["captions"]`.
 
     Raises:
         UserError: the file is damaged, or an array is not what it should be; says which, and how to convert it.

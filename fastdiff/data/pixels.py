@@ -10,13 +10,9 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images as they are stored: rounded, not truncated, which would darken every pixel by half a level.
+    """Floating point in [-1, 1], clamped -> uint8 of the same shape and memory format.
 
-    Args:
-        x: floating point, any shape and layout; -1 becomes 0, 1 becomes 255, and what lies outside is clamped.
-
-    Returns:
-        uint8 of the same shape and memory format.
+    Rounded, not truncated, which would darken every pixel by half a level.
     """
     if not x.is_floating_point():
         raise TypeError(f"expected floating-point images in [-1, 1], got {x.dtype}")

@@ -64,12 +64,9 @@ def load_run_data(config: Config, saved: Mapping[str, Any], *, split: Any = None
 
 
 def with_conditions(config: Config, images: ImageSet) -> Config:
-    """The config with what its data say, the classes, and with what its flags say of the network's inputs.
+    """The config with the classes of its data, which a run keeps, and `with_inputs`.
 
-    A run keeps the names of its classes, and its encoder.
-
-    Raises:
-        UserError: a conditional run, and data without classes; or a text encoder that cannot be had, or has changed.
+    Raises UserError for a conditional run on data without classes.
     """
     if config.conditions.captions is not None:
         config = config.replace(captions=_path(config.conditions.captions))
@@ -79,8 +76,7 @@ def with_conditions(config: Config, images: ImageSet) -> Config:
 def with_inputs(config: Config) -> Config:
     """The config with what its flags say of the network's inputs: the text encoder, a second time.
 
-    Raises:
-        UserError: a text encoder that cannot be had, or has changed.
+    Raises UserError for a text encoder that cannot be had.
     """
     config, name = config.replace(two_times=config.tuning.two_times), config.conditions.text
     if name == "none":

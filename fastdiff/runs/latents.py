@@ -60,13 +60,9 @@ class AutoencoderWeights(FoundAutoencoder):
 
 
 def autoencoder_weights(
-    config: Config,
-    saved: Mapping[str, Any],
-    *,
-    home: Path | None = None,
-    moved: Path | None = None,
+    config: Config, saved: Mapping[str, Any], *, home: Path | None = None, moved: Path | None = None,
     flag: str = "--latents",
-) -> AutoencoderWeights | None:
+) -> AutoencoderWeights | None:  # fmt: skip
     """The autoencoder that `--latents` names, if it names one.
 
     Tried are the copy in the run, where it lay, and the name, in this order, until one has the weights that the run

@@ -26,11 +26,7 @@ def is_empty_folder(path: Path) -> bool:
 def complete_folder(out: Path, *, flag: str = "--out ") -> Generator[Path]:
     """A folder to write in, whose content is moved to `out` in the end; after an error nothing is left.
 
-    Args:
-        flag: that named it, for messages.
-
-    Raises:
-        UserError: it cannot be written.
+    Raises UserError, which names the flag, if it cannot be written.
     """
     there = is_empty_folder(out)
     temporary = None

@@ -16,9 +16,7 @@ Texts = Callable[[list[str]], dict[str, Tensor]]  # n texts -> n rows of each ar
 def text_reader(config: Config, cache: Path | None) -> Texts | None:
     """What turns texts into the network's arguments; None for a network without text.
 
-    Args:
-        config: of the run.
-        cache: folder of tokens that were computed before; None: no cache.
+    Tokens of a frozen encoder are kept in the folder `cache`, if any.
 
     Returns:
         A function of texts. For --text bytes and words it gives `text`, int64 (n, L), which the network's own encoder
@@ -26,7 +24,7 @@ def text_reader(config: Config, cache: Path | None) -> Texts | None:
         would cost time and change no result.
 
     Raises:
-        UserError: an encoder that cannot be had; the function, for a text that is too long.
+        UserError: an encoder that cannot be had, or has changed; the function, for a text that is too long.
     """
     if config.net.text_encoder == "none":
         return None

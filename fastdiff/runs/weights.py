@@ -249,10 +249,8 @@ def _with_labels(
 ) -> tuple[dict[str, Tensor], str]:
     """The weights with a row for each class of the run and one for none, zero where they have none; and what was done.
 
-    diffusers' networks need not have a row for no class, so that one more class than we count may be meant.
-
-    Raises:
-        UserError: other classes.
+    diffusers' networks need not have a row for no class, so that one more class than we count may be meant. Raises
+    UserError for other classes.
     """
     here, ours = config.net.num_classes, config.conditions.class_names
     if here == there.num_classes and (not theirs or theirs == ours):
