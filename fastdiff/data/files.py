@@ -9,9 +9,8 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,9 @@ MAX_MEMBER_BYTES = 2**28  # of one image in an archive
 MAX_UNPACKED_BYTES = 2**32  # of an archive as a whole, or
 MAX_UNPACKED_RATIO = 100  # this many times its own size, if that is more: beyond, it is made to do harm
 _UNREADABLE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+
+Members = Iterator[tuple[str, int, Literal["file", "folder", "other"], Any]]  # name, size, kind and record
+Contents = Iterator[tuple[str, bytes | Exception]]  # name and content, or the error that only this member has
 
 
 @contextmanager
@@ -103,15 +105,15 @@ class Folder:
         return ((name, self.path / name) for name in names)
 
 
-class Archive(ABC):
-    """Image files in a tar or zip archive, read in place: nothing is unpacked to disk.
+class Archive:
+    """Image files in an archive, read in place by `members` and `contents`: nothing is unpacked to disk.
 
     Only plain files with safe names count; links, devices, absolute names and names with `..` are left out.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._members: dict[str, Any] = {}  # name -> TarInfo or ZipInfo
+    def __init__(self, path: Path, members: Callable[[Path], Members], contents: Callable[[Path, dict], Contents]):
+        self.path, self._list, self._contents = path, members, contents
+        self._members: dict[str, Any] = {}  # name -> record
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the archive."""
@@ -125,7 +127,7 @@ class Archive(ABC):
         sizes: dict[str, int] = {}
         with _reported(self.path):
             left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self.path.stat().st_size)
-            for name, size, kind, member in self._list():
+            for name, size, kind, member in self._list(self.path):
                 left -= size
                 if left < 0:
                     raise UserError(
@@ -151,15 +153,7 @@ class Archive(ABC):
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Path | Exception]]:
         """(name, content or error) of each, in the order of the archive, so that a tar is gone through once."""
         with _reported(self.path):
-            yield from self._read({name: self._members[name] for name in names})
-
-    @abstractmethod
-    def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], Any]]:
-        """Name, size, kind and record of each member."""
-
-    @abstractmethod
-    def _read(self, members: dict[str, Any]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Name and content, or the error that only this member has, of each of these, in the order of the archive."""
+            yield from self._contents(self.path, {name: self._members[name] for name in names})
 
 
 class _ShortHeaders(tarfile.TarInfo):
@@ -180,43 +174,41 @@ class _ShortHeaders(tarfile.TarInfo):
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _no_sparse
 
 
-class Tar(Archive):
-    """A tar archive, plain or compressed by gzip, bzip2 or xz."""
-
-    def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], tarfile.TarInfo]]:
-        with tarfile.open(self.path, tarinfo=_ShortHeaders) as tar:
-            for member in tar:
-                kind = "file" if member.isfile() else "folder" if member.isdir() else "other"
-                yield member.name, member.size, kind, member
-            # tarfile takes a damaged or missing header for the end; the true end is two blocks of zeros.
-            block: Any = tar.fileobj
-            if block.tell() != tar.offset + tarfile.BLOCKSIZE or block.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError("it is damaged or truncated")
-
-    def _read(self, members: dict[str, tarfile.TarInfo]) -> Iterator[tuple[str, bytes | Exception]]:
-        with tarfile.open(self.path) as tar:
-            for name in sorted(members, key=lambda name: members[name].offset_data):
-                file = tar.extractfile(members[name])
-                assert file is not None  # only plain files are members
-                yield name, file.read()
+def _tar_members(path: Path) -> Members:
+    with tarfile.open(path, tarinfo=_ShortHeaders) as tar:
+        for member in tar:
+            kind = "file" if member.isfile() else "folder" if member.isdir() else "other"
+            yield member.name, member.size, kind, member
+        # tarfile takes a damaged or missing header for the end; the true end is two blocks of zeros.
+        block: Any = tar.fileobj
+        if block.tell() != tar.offset + tarfile.BLOCKSIZE or block.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError("it is damaged or truncated")
 
 
-class Zip(Archive):
-    def _list(self) -> Iterator[tuple[str, int, Literal["file", "folder", "other"], zipfile.ZipInfo]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for member in archive.infolist():
-                mode = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive comes from no Unix
-                kind = "folder" if member.is_dir() else "file" if mode in (0, stat.S_IFREG) else "other"
-                yield member.filename, member.file_size, kind, member
+def _tar_contents(path: Path, members: dict[str, tarfile.TarInfo]) -> Contents:
+    with tarfile.open(path) as tar:
+        for name in sorted(members, key=lambda name: members[name].offset_data):
+            file = tar.extractfile(members[name])
+            assert file is not None  # only plain files are members
+            yield name, file.read()
 
-    def _read(self, members: dict[str, zipfile.ZipInfo]) -> Iterator[tuple[str, bytes | Exception]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for name in sorted(members, key=lambda name: members[name].header_offset):
-                try:
-                    content: bytes | Exception = archive.read(members[name])
-                except _UNREADABLE as error:
-                    content = error
-                yield name, content
+
+def _zip_members(path: Path) -> Members:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            mode = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive comes from no Unix
+            kind = "folder" if member.is_dir() else "file" if mode in (0, stat.S_IFREG) else "other"
+            yield member.filename, member.file_size, kind, member
+
+
+def _zip_contents(path: Path, members: dict[str, zipfile.ZipInfo]) -> Contents:
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(members, key=lambda name: members[name].header_offset):
+            try:
+                content: bytes | Exception = archive.read(members[name])
+            except _UNREADABLE as error:
+                content = error
+            yield name, content
 
 
 def open_files(path: Path) -> Folder | Archive:
@@ -225,8 +217,8 @@ def open_files(path: Path) -> Folder | Archive:
     if path.is_dir():
         return Folder(path)
     if name.endswith(TAR_SUFFIXES):
-        return Tar(path)
+        return Archive(path, _tar_members, _tar_contents)
     if name.endswith(".zip"):
-        return Zip(path)
+        return Archive(path, _zip_members, _zip_contents)
     kinds = ", ".join((*TAR_SUFFIXES, ".zip"))
     raise UserError(f"{path} is no data set; expected a folder of images, a .npz file, or an archive ({kinds})")
