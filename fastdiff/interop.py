@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.interop_settings import (
+    not_exported,
     scheduler_to_diffusers,
     trained_as,
     unet_config_from_diffusers,
@@ -227,7 +228,7 @@ def save_diffusers_pipeline(
         time_scale=time_scale,
     )  # fmt: skip
     if model.config.text_encoder != "none":
-        raise UserError("a network that reads texts cannot be exported, as UNet2DModel has none; use --to safetensors.")
+        raise not_exported("a network that reads texts", "UNet2DModel has none")
     if latents:
         scheduler["clip_sample"] = False
     own = latents or model.config.num_classes > 0

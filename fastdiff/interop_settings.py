@@ -56,13 +56,14 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+def not_exported(what: str, why: str) -> UserError:
+    return UserError(f"{what} cannot be exported, as {why}; use --to safetensors.")
+
+
 def unet_config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     """The settings of a diffusers `UNet2DModel` of the same shape. Raises UserError for one with patches."""
     if config.patch > 1:
-        raise UserError(
-            f"a network with --patch {config.patch} cannot be exported, as UNet2DModel has no patches; use --to "
-            "safetensors."
-        )
+        raise not_exported(f"a network with --patch {config.patch}", "UNet2DModel has no patches")
     attends = [resolution in config.attention_resolutions for resolution in config.resolutions]
     return {
         "sample_size": config.image_size,
@@ -169,22 +170,14 @@ def scheduler_to_diffusers(
     """
     for what, name, known in (("schedule", schedule, SCHEDULES), ("objective", objective, PREDICTION_TYPES)):
         if name not in known:
-            raise UserError(
-                f"{what} {name!r} cannot be exported, as diffusers' DDPMScheduler has only {', '.join(known)}; use "
-                "--to safetensors."
-            )
+            raise not_exported(f"{what} {name!r}", f"diffusers' DDPMScheduler has only {', '.join(known)}")
+    own_number = "diffusers would give this network the step's own number"
     if timesteps > 1000:
-        raise UserError(
-            f"{timesteps} timesteps cannot be exported: this network is given numbers up to 1000, and diffusers' would "
-            "be given the step's own; use --to safetensors."
-        )
+        raise not_exported(f"{timesteps} timesteps", f"{own_number}, not one up to 1000")
     if time_scale != 1:
-        raise UserError(
-            f"time scale {time_scale:g} cannot be exported: diffusers would give this network the step's own number; "
-            "use --to safetensors."
-        )
+        raise not_exported(f"time scale {time_scale:g}", own_number)
     if zero_terminal_snr and timesteps == 1:
-        raise UserError("zero terminal SNR cannot be exported with 1 timestep: diffusers makes NaN of it.")
+        raise not_exported("zero terminal SNR with 1 timestep", "diffusers makes NaN of it")
     return {
         "num_train_timesteps": timesteps,
         "prediction_type": PREDICTION_TYPES[objective],

@@ -215,7 +215,7 @@ def test_both_grids_agree_where_the_steps_divide_the_timesteps(timesteps):
         ({"objective": "edm"}, "objective 'edm' cannot be exported"),
         ({"objective": "score"}, "objective 'score' cannot be exported"),
         ({"timesteps": 1001}, "1001 timesteps cannot be exported"),
-        ({"timesteps": 1, "zero_terminal_snr": True}, "zero terminal SNR cannot be exported"),
+        ({"timesteps": 1, "zero_terminal_snr": True}, "zero terminal SNR with 1 timestep cannot be exported"),
         ({"time_scale": 0.01}, "time scale 0.01 cannot be exported"),
     ],
 )
