@@ -158,10 +158,8 @@ def _text(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{where}, line {line}: byte {content[error.start]:#04x} is not UTF-8; save it as UTF-8"
-        ) from error
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{where}, line {line}: byte {byte:#04x} is not UTF-8; save it as UTF-8") from error
 
 
 def _caption(text: str, where: str) -> str:
@@ -181,9 +179,8 @@ def _metadata_rows(name: str, content: bytes, where: str) -> Iterator[tuple[int,
         image, text = row.get("file_name"), row.get("text")
         texts: list[Any] = text if isinstance(text, list) else [text]
         if not isinstance(image, str) or not texts or not all(isinstance(each, str) for each in texts):
-            raise UserError(
-                f"{where}, line {line}: expected {COLUMNS}, but it has {some(list(map(str, row))) or 'nothing'}"
-            )
+            found = some(list(map(str, row))) or "nothing"
+            raise UserError(f"{where}, line {line}: expected {COLUMNS}, but it has {found}")
         for each in texts:
             yield line, image, each
 

@@ -34,9 +34,7 @@ def read_npz(path: Path, *, captions: bool = False) -> Decoded:
     about = {"class_names": class_names, "notes": notes, "remarks": []}
     if captions:
         if "captions" not in arrays:
-            raise UserError(
-                f"{path} has no array 'captions'; save one, or build captions from class names by templates"
-            )
+            raise UserError(f"{path} has no array 'captions'; save one, or make captions of class names by templates")
         about["captions"] = npz_captions(path, arrays["captions"], len(images))
     return Decoded(images, labels, about)
 

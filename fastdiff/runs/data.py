@@ -9,6 +9,7 @@ import numpy as np
 
 from fastdiff.config import Config
 from fastdiff.data.datasets import BUILT_IN, ImageSet, load_dataset
+from fastdiff.data.layout import some
 from fastdiff.errors import UserError
 from fastdiff.nets.frozen_text import frozen_encoder
 from fastdiff.nets.text import READERS
@@ -99,9 +100,7 @@ def _with_classes(config: Config, images: ImageSet) -> Config:
     names = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
     counts = np.bincount(images.labels, minlength=len(names))
     if missing := [name for name, count in zip(names, counts, strict=True) if count == 0]:
-        raise UserError(
-            f"--conditional needs images of each class, but {images.name} has none of {', '.join(missing[:5])}."
-        )
+        raise UserError(f"--conditional needs images of each class, but {images.name} has none of {some(missing, 5)}.")
     if len(names) < 2:
         raise UserError(f"--conditional needs at least 2 classes, but all images of {images.name} are of one.")
     return config.replace(class_names=names, num_classes=len(names))

@@ -27,14 +27,10 @@ def acquire(run: Path) -> int:
     except BlockingIOError as error:
         holder = _holder(descriptor)
         os.close(descriptor)
-        raise UserError(
-            f"{run}: in use by another process ({holder}); wait for it or stop it first, or start a new run"
-        ) from error
+        raise UserError(f"{run}: in use by another process ({holder}); wait, stop it, or start a new run") from error
     except OSError as error:
         os.close(descriptor)
-        raise UserError(
-            f"{run}: cannot be locked ({error.strerror}); put runs on a file system that supports flock"
-        ) from error
+        raise UserError(f"{run}: cannot be locked ({error.strerror}); put runs on a file system with flock") from error
     started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     try:
         os.ftruncate(descriptor, 0)

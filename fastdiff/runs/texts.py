@@ -36,12 +36,10 @@ def text_reader(config: Config, cache: Path | None) -> Texts | None:
             return {"text": ids[:, : int((ids != PAD).sum(1).max())]}
 
         return read_ids
-    encoder, known = frozen_encoder(config.conditions.text), config.conditions.text_fingerprint
+    name, known = config.conditions.text, config.conditions.text_fingerprint
+    encoder = frozen_encoder(name)
     if known not in ("", encoder.fingerprint):
-        raise UserError(
-            f"--text {config.conditions.text} is another encoder now than the one that the network was trained with; "
-            "restore it."
-        )
+        raise UserError(f"--text {name} is now another encoder than the network was trained with; restore it.")
 
     def read(texts: list[str]) -> dict[str, Tensor]:
         table = text_table(encoder, texts, cache)

@@ -127,9 +127,8 @@ def initial_weights(config: Config) -> InitialWeights | None:
         raise UserError(f"{flag} was trained on {there}, but this run trains on {here}; choose its --latents.")
     if config.diffusion.time_scale != scale:
         raise UserError(
-            f"{flag} was trained with --time-scale {scale:g}, but this run has "
-            f"{config.diffusion.time_scale:g}, by which its network would take each noise level for another; add "
-            f"--time-scale {scale:g}."
+            f"{flag} was trained with --time-scale {scale:g}, but this run has {config.diffusion.time_scale:g}, by "
+            f"which its network would take each noise level for another; add --time-scale {scale:g}."
         )
     pooled = net.text_pooled or config.net.text_pooled  # which begins without effect
     _check_net(flag, config.net, dataclasses.replace(net, text_pooled=pooled))
@@ -198,9 +197,7 @@ def teacher_weights(config: Config, saved: Mapping[str, Any]) -> TeacherWeights 
         named = saved["teacher_path"]
     trained, flag = read_trained(expanded(named)), f"--teacher {named}"
     if (few := trained.config.tuning.few_step) != "none":
-        raise UserError(
-            f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its own teacher."
-        )
+        raise UserError(f"{flag} was trained with --few-step {few}, which leaves no flow to follow; name its teacher.")
     ours, theirs = config.task, trained.config.task
     if ours != theirs:
         raise UserError(
@@ -238,10 +235,8 @@ def _check_net(flag: str, here: UNetConfig, there: UNetConfig) -> None:
     theirs = fields(there)
     if wrong := {name: value for name, value in fields(here).items() if value != theirs[name]}:
         listed = "; ".join(f"{name} is {value} here, {theirs[name]} there" for name, value in wrong.items())
-        raise UserError(
-            f"{flag} holds a network of another shape: {listed}. Add "
-            f"{' '.join(_as_flag(name, theirs[name]) for name in wrong)}."
-        )
+        added = " ".join(_as_flag(name, theirs[name]) for name in wrong)
+        raise UserError(f"{flag} holds a network of another shape: {listed}. Add {added}.")
 
 
 def _with_labels(
