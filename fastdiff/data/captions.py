@@ -76,8 +76,9 @@ def npz_captions(path: Path, captions: np.ndarray, n: int) -> Captions:
     if captions.dtype.kind not in "US" or captions.ndim not in (1, 2) or len(captions) != n:
         raise UserError(f"{path}: 'captions' is {captions.dtype} {captions.shape}; expected strings ({n},) or ({n}, K)")
     result = []
-    for i, row in enumerate(captions.reshape(n, -1).tolist()):
+    for i, row in enumerate(captions.tolist()):
         where = f"{path}: 'captions' of image {i}"
+        row = row if captions.ndim == 2 else [row]
         texts = [text if isinstance(text, str) else _text(text, where) for text in row]
         result.append(tuple(_caption(text, where) for text in texts if text.strip()) or (_caption("", where),))
     return tuple(result)

@@ -140,6 +140,8 @@ def test_captions_in_an_npz(tmp_path, load, user_error):
     user_error(lambda: load(saved([b"a", b"b", b"\xff"])), "image 2, line 1: byte 0xff is not UTF-8")
     np.savez(tmp_path / "set.npz", images=IMAGES)
     user_error(lambda: load(tmp_path / "set.npz"), "no array 'captions'")
+    np.savez(tmp_path / "set.npz", images=IMAGES[:0], captions=np.array([], dtype=str))
+    user_error(lambda: load(tmp_path / "set.npz"), "the number of images is 0")
 
 
 def test_templates_make_captions_of_class_names(pets, tmp_path, load):
