@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import train_cifar
 from fastdiff.cli import run_command
@@ -76,7 +77,11 @@ def test_an_autoencoder_may_start_from_another_of_its_shape_only(autoencoder, tr
     assert train(config) == 0
     before, after = (checkpoint.load_latest(tmp_path / "auto" / n / "checkpoints").state["ema"] for n in "12")
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    (tmp_path / "nameless").mkdir()
+    (tmp_path / "nameless" / "config.json").write_text("{}")
+    save_file({}, tmp_path / "nameless" / "diffusion_pytorch_model.safetensors")
     for wrong, message in (
+        (config.replace(init_from=str(tmp_path / "nameless")), "nameless: block_out_channels is None, but must list"),
         (config.replace(base_channels=16), "has --base-channels 8, but this run has 16; add --base-channels 8"),
         (tiny_config(init_from=str(trained)), "holds an autoencoder of factor 2, but this run trains a network"),
     ):
