@@ -100,8 +100,10 @@ def read_autoencoder(folder: Path) -> FoundAutoencoder:
     try:
         size = _number(settings, "sample_size", 0) if settings.get("sample_size") else 0
         if settings.get("_class_name") == "AutoencoderTiny":
-            state = {name: value.float() for name, value in theirs.items()}
-            return FoundAutoencoder(_tiny_config(settings), state, size, settings)
+            widths = _widths(settings, "encoder_block_out_channels", [64] * 4)
+            channels = _number(settings, "latent_channels", 4)
+            config = AutoencoderConfig(factor=2 ** (len(widths) - 1), latent_channels=channels, equivariance=False)
+            return FoundAutoencoder(config, {name: value.float() for name, value in theirs.items()}, size, settings)
         config = _config(settings)
         state = _state(config, settings, theirs)
     except UserError as error:
@@ -158,13 +160,6 @@ def _widths(settings: dict[str, Any], name: str, default: list[int] | None = Non
     if not (isinstance(widths, list) and all(isinstance(w, int) and w > 0 for w in widths) and 2 <= len(widths) <= 5):
         raise UserError(f"{name} is {widths!r}, but must list the channels of two to five resolutions.")
     return widths
-
-
-def _tiny_config(settings: dict[str, Any]) -> AutoencoderConfig:
-    """Factor and channels of an AutoencoderTiny. Raises UserError for settings of none."""
-    widths = _widths(settings, "encoder_block_out_channels", [64] * 4)
-    channels = _number(settings, "latent_channels", 4)
-    return AutoencoderConfig(factor=2 ** (len(widths) - 1), latent_channels=channels, equivariance=False)
 
 
 def _config(settings: dict[str, Any]) -> AutoencoderConfig:
