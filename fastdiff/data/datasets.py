@@ -35,25 +35,15 @@ LOW_RANGE = 16  # levels of grey: a set with fewer holds bits, or 12 bits of 16,
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size.
+    """Images of one size."""
 
-    Attributes:
-        images: uint8 (N, H, W, 3), RGB, N >= 2, of at least two values.
-        labels: int64 (N,), >= 0, or None where there are no classes.
-        class_names: of all classes, by label; None where they have no names.
-        name: of the set and its split, e.g. "cifar10-train"; fit for a file name.
-        sha256: of the content (images and labels), in hex; equal for equal content, wherever it came from.
-        notes: what the split is, and what was passed over, for people.
-        captions: of each image one or more; None where none were asked for, and the set has none of its own.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    class_names: tuple[str, ...] | None
-    name: str
-    sha256: str
-    notes: tuple[str, ...] = ()
-    captions: Captions | None = None
+    images: np.ndarray  # uint8 (N, H, W, 3), RGB, N >= 2, of at least two values
+    labels: np.ndarray | None  # int64 (N,), >= 0, or None where there are no classes
+    class_names: tuple[str, ...] | None  # of all classes, by label; None where they have no names
+    name: str  # of the set and its split, e.g. "cifar10-train"; fit for a file name
+    sha256: str  # of the content (images and labels), in hex; equal for equal content, wherever it came from
+    notes: tuple[str, ...] = ()  # what the split is, and what was passed over, for people
+    captions: Captions | None = None  # of each image; None where none were asked for, and the set has none of its own
 
     @classmethod
     def from_arrays(
