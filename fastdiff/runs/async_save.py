@@ -3,7 +3,6 @@
 import copy
 import logging
 from collections.abc import Mapping
-from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class BackgroundSaver:
     def wait(self) -> None:
         """Until no save is under way; how it has ended is for `collect` to say."""
         if self._saving is not None:
-            futures.wait([self._saving])
+            self._saving.exception()  # returned, not raised
 
     def close(self) -> None:
         """Wait, and end the thread."""
