@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastdiff.data.layout import some
 from fastdiff.errors import UserError
 from fastdiff.interop_settings import (
     not_exported,
@@ -106,9 +107,8 @@ def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
     """Raise UserError unless `state` holds floating-point tensors of just these names and shapes."""
     found = {n: tuple(v.shape) if isinstance(v, Tensor) and v.is_floating_point() else None for n, v in state.items()}
     if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
-        listed = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:3]]
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights do not fit the network's shape: {'; '.join(listed)}{more}.")
+        listed = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong]
+        raise UserError(f"the weights do not fit the network's shape: {some(listed, separator='; ')}.")
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,8 @@ def scheduler_to_diffusers(
 
 def trained_as(settings: Mapping[str, Any]) -> str:
     """What a network was trained for, by the settings of its scheduler; see `fastdiff.config.task`."""
-    s: dict[str, Any] = {
-        "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon", **settings,
-    }  # fmt: skip
+    defaults: dict[str, Any] = {**SCHEDULES["ddpm-linear"], "prediction_type": "epsilon"}  # diffusers'
+    s = {**defaults, **settings}
     objective = next((ours for ours, name in PREDICTION_TYPES.items() if name == s["prediction_type"]), None)
     schedule = next((ours for ours, theirs in SCHEDULES.items() if theirs.items() <= s.items()), None)
     return task(
