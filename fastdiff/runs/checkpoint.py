@@ -236,13 +236,11 @@ def _read_once(path: Path) -> Checkpoint:
         raise _absent_or_unreadable(path / "manifest.json", error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"manifest.json is missing or unreadable ({type(error).__name__})") from error
+    other = "" if version == FORMAT else f"its format is {version}, this version reads {FORMAT}; "
     if _manifest_sha256(manifest) != expected_sha256:
-        hint = "" if version == FORMAT else f"; its format is {version}, this version reads {FORMAT}"
-        raise Damaged(f"manifest.json does not match its own SHA-256{hint}")
-    if version != FORMAT:  # not damaged: passing over it would throw good training away
-        raise UserError(
-            f"{path}: its format is {version}, this version reads {FORMAT}; use the version of fastdiff that wrote it"
-        )
+        raise Damaged(f"{other}manifest.json does not match its own SHA-256")
+    if other:  # not damaged: passing over it would throw good training away
+        raise UserError(f"{path}: {other}use the version of fastdiff that wrote it")
     part_of = {name: part for part, name in _PARTS.items()}
     for name, expected in files.items():
         if name not in part_of or not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
