@@ -9,9 +9,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,8 +110,7 @@ def check_shapes(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
         raise UserError(f"the weights do not fit the network's shape: {some(listed, separator='; ')}.")
 
 
-@dataclass(frozen=True)
-class DiffusersNetwork:
+class DiffusersNetwork(NamedTuple):
     """A network as diffusers saved it, under our names, on the CPU."""
 
     config: UNetConfig
@@ -185,8 +183,7 @@ def unet_from_diffusers(source: Any, *, image_size: int | None = None) -> UNet:
     `image_size` and the errors are those of `read_diffusers`.
     """
     if isinstance(source, str | Path):
-        found = read_diffusers(Path(source), image_size=image_size)
-        config, state = found.config, found.state
+        config, state, _ = read_diffusers(Path(source), image_size=image_size)
     else:
         config = unet_config_from_diffusers(source.config, image_size=image_size)
         state = state_from_diffusers(source.state_dict(), shapes_of(UNet, config))

@@ -120,8 +120,8 @@ def initial_weights(config: Config) -> InitialWeights | None:
         source, text = f"{trained.path}, step {trained.step:,}", trained.config.conditions.text_fingerprint
         latents = trained.config.space.autoencoder_sha256
     else:
-        network = read_diffusers(path, image_size=config.net.image_size)
-        net, state, task, source, names, scale = network.config, network.state, network.task, str(path), (), 1.0
+        net, state, task = read_diffusers(path, image_size=config.net.image_size)
+        source, names, scale = str(path), (), 1.0
     if (here := config.space.autoencoder_sha256) != latents:
         there, here = (f"latents of {each[:12]}..." if each else "pixels" for each in (latents, here))
         raise UserError(f"{flag} was trained on {there}, but this run trains on {here}; choose its --latents.")
