@@ -91,10 +91,11 @@ class Config:
         if tuning.few_step == "none":
             return
         flag = f"--few-step {tuning.few_step}"
-        if diffusion.weighting != "uniform":
+        weightings = ("uniform", "image") if tuning.few_step == "consistency" else ("uniform",)
+        if diffusion.weighting not in weightings:
             raise UserError(
-                f"--weighting {diffusion.weighting} would be ignored, as {flag} has a weight of its own; add "
-                "--weighting uniform."
+                f"--weighting {diffusion.weighting} would be ignored, as {flag} has weights of its own; add "
+                f"--weighting {' or '.join(weightings)}."
             )
         if tuning.few_step != "consistency" and diffusion.time_sampling != "auto":
             raise UserError(

@@ -186,7 +186,8 @@ class DiffusionConfig:
     """Noise schedule; `auto`: ddpm-linear for eps, x0 and v, vp-sde for score, flow for flow, edm for edm."""
     weighting: Literal["uniform", "image", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
     """How the error of the estimated image at each noise level is weighted, the same for every objective; but
-    `uniform`: the plain error of what the network predicts."""
+    `uniform`: the plain error of what the network predicts. --few-step consistency: `uniform` is ECT's weight, which
+    counts small noise most, and `image` counts all levels alike, which suits a --teacher."""
     time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "wide-log-normal", "logit-normal"] = (
         "auto"
     )

@@ -15,7 +15,7 @@ from fastdiff.diffusion.schedule import FEW_STEP_TOP
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 
 Teacher = Callable[..., Tensor]  # teacher(x_t, t, **cond) -> x0_hat, without gradients
-BOUNDARY = 0.1  # sigma / alpha
+BOUNDARY = 0.01  # sigma / alpha; at 0.1 students of few images keep noise
 K, B = 8.0, 1.0  # steps are up to 1 + K / 2 times larger at small noise; Geng et al. 2024, section 3
 
 
@@ -60,7 +60,8 @@ class Tuned(Objective):
 class Consistency(Tuned):
     """Consistency training in the form of ECT (Geng et al. 2024), and distillation where there is a teacher.
 
-        loss = d(f(x_t, t), stop-gradient f(x_r, r)) / (rho_t - rho_r),    f(x_0, 0) = x_0
+        loss = w d(f(x_t, t), stop-gradient f(x_r, r)),    f(x_0, 0) = x_0
+        w = 1 / (rho_t - rho_r) in ECT, 1 in distillation by Song et al. (2023)
         d(a, b) = sqrt(mean((a - b)^2) + c^2) - c                          (pseudo-Huber, Song & Dhariwal 2024)
         rho_r = rho_t (1 - gap (1 + K sigmoid(-B rho_t))), at least 0      (ECT's mapping)
 
@@ -80,6 +81,7 @@ class Consistency(Tuned):
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's step in place of Euler's.
         boundary: of the objective x0; smaller, it changes fewer estimates.
+        per_step: ECT's w, which counts small noise most; without it w = 1.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class Consistency(Tuned):
         teacher: Teacher | None = None,
         heun: bool = False,
         boundary: float = BOUNDARY,
+        per_step: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(kind, at, device=device)
-        self.huber_c, self.teacher, self.heun = huber_c, teacher, heun
+        self.huber_c, self.teacher, self.heun, self.per_step = huber_c, teacher, heun, per_step
         self.boundary = boundary if isinstance(kind, X0Objective) else 0.0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class Consistency(Tuned):
         return TIME_SAMPLINGS[name](self.schedule, n, generator, device).double()
 
     def loss(self, model: Model, x0: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
-        """The distance of the two estimates of each image over the step between them, (N,); see `Objective.loss`."""
+        """The weighted distance of the two estimates of each image, (N,); see `Objective.loss`."""
         rho = (-0.5 * self.schedule.log_snr(t.double())).exp().clamp(max=FEW_STEP_TOP)
         r, rho_r = self.earlier(rho)
         x_t = self.add_noise(x0, t, eps)
@@ -125,7 +128,7 @@ class Consistency(Tuned):
             target = torch.where(per_image(r, x0) > 0, at_r, x_r)
         square = (estimate - target).square().flatten(1).mean(1)
         distance = (square + self.huber_c**2).sqrt() - self.huber_c
-        return distance / (rho - rho_r).to(distance.dtype)
+        return distance / (rho - rho_r).to(distance.dtype) if self.per_step else distance
 
     def earlier(self, rho: Tensor) -> tuple[Tensor, Tensor]:
         """r and rho_r, (N,) each, for rho_t (N,); both 0 where r would lie below t_min."""

@@ -36,8 +36,10 @@ def objective_of(
     led = None if teacher is None else _frozen(config, objective, teacher, device, nothing or {})
     if tuning.exact:
         return ContinuousConsistency(objective, tuning.at, teacher=led, device=device)
-    heun = tuning.teacher_solver == "heun"
-    return Consistency(objective, tuning.at, huber_c=tuning.huber_c, teacher=led, heun=heun, device=device)
+    return Consistency(
+        objective, tuning.at, huber_c=tuning.huber_c, teacher=led, heun=tuning.teacher_solver == "heun",
+        per_step=config.diffusion.weighting == "uniform", device=device,
+    )  # fmt: skip
 
 
 def _frozen(

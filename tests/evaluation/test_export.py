@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdiff.config import Config
+from fastdiff.diffusion.consistency import BOUNDARY
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
@@ -32,7 +33,7 @@ def test_a_consistency_model_is_exported_only_where_diffusers_draws_as_it_does(r
         config = Config.from_dict(state["config"]).replace(objective=objective, few_step=few_step)
         checkpoint.save(run / "checkpoints", 3, {**state, "config": config.to_dict()})
         trained = load_trained(run, device=torch.device("cpu"))
-        assert getattr(trained.objective, "boundary", 0) == (0.1 if objective == "x0" else 0)
+        assert getattr(trained.objective, "boundary", 0) == (BOUNDARY if objective == "x0" else 0)
         out = tmp_path / objective
         assert call("export", "--checkpoint", run, "--to", "diffusers", "--out", out) == (objective != "v")
         assert out.exists() == (objective == "v")

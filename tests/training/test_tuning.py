@@ -22,6 +22,15 @@ def test_each_few_step_is_an_objective_of_its_own(few_step, objective, kind):
     assert type(objective_of(Config.of(few_step=few_step, objective=objective), torch.device("cpu"))) is kind
 
 
+def test_consistency_weighs_levels_alike_only_if_asked():
+    x0, eps, t = torch.rand(3, 1, 1, 4), torch.randn(3, 1, 1, 4), torch.tensor([0.5, 3.0, 60.0]).double()
+    config, cpu = Config.of(objective="edm", few_step="consistency", q=4.0), torch.device("cpu")
+    ect, alike = (objective_of(config.replace(weighting=name), cpu) for name in ("uniform", "image"))
+    steps = t - ect.earlier(t)[1]
+    ratio = [objective.loss(lambda x, c: x.sin(), x0, t, eps) for objective in (ect, alike)]
+    torch.testing.assert_close(ratio[1] / ratio[0], steps.float())
+
+
 def test_a_guided_teacher_leads_away_from_no_class():
     config = Config.of(
         net=TINY, num_classes=3, conditional=True, objective="edm", few_step="consistency", teacher="x",
