@@ -93,8 +93,11 @@ def open_run(path: str | os.PathLike) -> Run:
         raise UserError(f"{path}: no run directory (it has no config.json); give one such as working/1")
     try:
         config = json.loads(config_path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config_path}: cannot be read as JSON ({error}); restore it, or start a new run") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read as a JSON object ({error})"
+        raise UserError(f"{config_path}: {problem}; restore it, or start a new run") from error
     lock = locking.acquire(path)
     try:
         return Run(path, config, lock)

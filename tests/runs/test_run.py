@@ -101,9 +101,10 @@ class TestDirectory:
 
     def test_damaged_config(self, tmp_path):
         path = made(tmp_path)
-        (path / "config.json").write_text('{"a": ')
-        with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
-            open_run(path)
+        for text in ('{"a": ', "[1]", "[" * 100_000):
+            (path / "config.json").write_text(text)
+            with pytest.raises(UserError, match=r"config\.json: cannot be read as a JSON object"):
+                open_run(path)
 
     def test_import_is_light(self, repo):
         code = "import sys, fastdiff.runs.run; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
