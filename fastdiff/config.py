@@ -77,13 +77,19 @@ class Config:
 
     @property
     def unprepared(self) -> str | None:
-        """A warning where few steps are learned from random weights."""
-        if self.tuning.few_step not in TAUGHT or self.optim.init_from or self.tuning.teacher:
+        """A warning where few steps are learned from random weights, or from the data with a teacher's weighting."""
+        if self.tuning.few_step not in TAUGHT or self.tuning.teacher:
             return None
-        return (
-            f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; name a "
-            "trained run of the same objective by --init-from or --teacher."
-        )
+        if not self.optim.init_from:
+            return (
+                f"--few-step {self.tuning.few_step} begins with random weights, which takes far more images; name a "
+                "trained run of the same objective by --init-from or --teacher."
+            )
+        if self.tuning.few_step == "consistency" and self.diffusion.weighting == "image":
+            return (
+                "--weighting image suits a --teacher; without one digits were unlearned: add --weighting uniform."
+            )
+        return None
 
     def _check_few_steps(self) -> None:
         """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
@@ -94,8 +100,8 @@ class Config:
         weightings = ("uniform", "image") if tuning.few_step == "consistency" else ("uniform",)
         if diffusion.weighting not in weightings:
             raise UserError(
-                f"--weighting {diffusion.weighting} would be ignored, as {flag} has weights of its own; add "
-                f"--weighting {' or '.join(weightings)}."
+                f"--weighting {diffusion.weighting} would be ignored, as {flag} has weights of its own; choose "
+                f"{' or '.join(weightings)}."
             )
         if tuning.few_step != "consistency" and diffusion.time_sampling != "auto":
             raise UserError(
@@ -233,6 +239,8 @@ class Config:
             raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
         if flat.get("text", "none") != "none":  # networks that read texts were so before they had this field
             flat = {"text_pooled": False} | flat
+        if flat.get("few_step") == "consistency":
+            flat = {"boundary": 0.1} | flat
         try:
             return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
         except TypeError as error:

@@ -30,6 +30,9 @@ class TuningConfig:
     derivative by time comes in."""
     huber_c: float = 0.00054
     """consistency: differences of pixel values below which the distance is quadratic; above it is linear."""
+    boundary: float = 0.01
+    """consistency with --objective x0: sigma / alpha at which its estimate of the image is half x_t, as at t = 0 it
+    must be all of it; at 0.1 students of few images keep noise."""
     teacher: str | None = None
     """consistency, scm: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
     trajectories in place of the data (consistency distillation); also where --init-from is not given."""
@@ -46,7 +49,7 @@ class TuningConfig:
         require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
         at_least(1, "stages", self.stages)
         at_least(1, "stage_images", self.stage_images)
-        positive(self, "huber_c", "last_level")
+        positive(self, "huber_c", "boundary", "last_level")
         check_guidance(self.teacher_guidance, None, "teacher_")
         if self.teacher is not None and self.few_step not in TAUGHT:
             raise UserError(

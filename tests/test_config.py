@@ -132,14 +132,15 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         ),
         ({"few_step": "scm", "compile": "on"}, "which --compile on cannot; add --compile off"),
         ({"few_step": "scm", "precision": "bf16"}, "which --precision bf16 cannot; add --precision fp32"),
-        ({"weighting": "edm"}, "weights of its own; add --weighting uniform or image."),
-        ({"few_step": "scm", "weighting": "image"}, "weights of its own; add --weighting uniform."),
+        ({"weighting": "edm"}, "weights of its own; choose uniform or image."),
+        ({"few_step": "scm", "weighting": "image"}, "weights of its own; choose uniform."),
         (
             {"few_step": "flow-map", "objective": "flow", "time_sampling": "uniform"},
             "--time-sampling uniform would be ignored, as --few-step flow-map draws times",
         ),
         ({"q": 1.0}, "--q is 1.0, but must be a finite number above 1"),
         ({"huber_c": 0.0}, "--huber-c is 0.0"),
+        ({"boundary": 0.0}, "--boundary is 0.0"),
         ({"stages": 0}, "--stages is 0"),
         ({"teacher": "x", "few_step": "none"}, "--teacher x would teach nothing; add --few-step consistency or scm"),
         ({"teacher_guidance": 2.0, "conditional": True}, "--teacher-guidance is 2, but there is no --teacher"),
@@ -154,7 +155,9 @@ def test_what_few_steps_cannot_be_learned_by_is_refused(changes, message):
 def test_few_steps_from_random_weights_are_warned_of():
     config = Config.of(few_step="consistency", objective="v")
     assert "--few-step consistency begins with random weights" in config.unprepared
-    assert [c.unprepared for c in (Config(), config.replace(init_from="x"), config.replace(teacher="x"))] == [None] * 3
+    tuned = config.replace(init_from="x")
+    assert [c.unprepared for c in (Config(), tuned, config.replace(teacher="x", weighting="image"))] == [None] * 3
+    assert "--weighting image suits a --teacher" in tuned.replace(weighting="image").unprepared
 
 
 def test_coarse_precision_is_for_the_stages_with_large_steps():
@@ -205,6 +208,13 @@ def test_a_network_that_read_texts_before_there_was_a_choice_is_read_as_it_was()
         values = config.to_dict()
         assert values["net"].pop("text_pooled")
         assert Config.from_dict(values).net.text_pooled is pooled
+
+
+def test_a_consistency_model_from_before_its_boundary_was_a_field_keeps_it():
+    for few_step, boundary in (("consistency", 0.1), ("none", 0.01)):
+        values = Config.of(objective="x0", few_step=few_step).to_dict()
+        assert values["tuning"].pop("boundary") == 0.01
+        assert Config.from_dict(values).tuning.boundary == boundary
 
 
 def test_an_unknown_field_is_named():

@@ -15,7 +15,6 @@ from fastdiff.diffusion.schedule import FEW_STEP_TOP
 from fastdiff.diffusion.times import TIME_SAMPLINGS
 
 Teacher = Callable[..., Tensor]  # teacher(x_t, t, **cond) -> x0_hat, without gradients
-BOUNDARY = 0.01  # sigma / alpha; at 0.1 students of few images keep noise
 K, B = 8.0, 1.0  # steps are up to 1 + K / 2 times larger at small noise; Geng et al. 2024, section 3
 
 
@@ -92,7 +91,7 @@ class Consistency(Tuned):
         huber_c: float = 0.00054,
         teacher: Teacher | None = None,
         heun: bool = False,
-        boundary: float = BOUNDARY,
+        boundary: float = 0.01,
         per_step: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -108,7 +108,7 @@ def load_trained(path: Path | str, *, device: torch.device, moved: Path | None =
     if config.net.two_times:
         objective = FlowMap(objective, config.tuning.at, device=device)
     if config.tuning.few_step == "consistency":
-        objective = Consistency(objective, config.tuning.at, device=device)
+        objective = Consistency(objective, config.tuning.at, boundary=config.tuning.boundary, device=device)
     if warning := unnoised_end(objective.schedule):
         print(f"warning: {warning}", file=sys.stderr)
     return Trained(

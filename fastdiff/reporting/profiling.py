@@ -218,7 +218,7 @@ def analyse(events: Iterable[Event]) -> Profile:
         moved = [op_bytes(e) for e in ops]
         launches, syncs = parents.count(-1), sum(e.name == HOST_READ for e in ops)
     device = _sums(place, shares, n)
-    categories = dict.fromkeys(CATEGORIES, 0.0) | _sums(names, shares, n)
+    categories = {**dict.fromkeys(CATEGORIES, 0.0), **_sums(names, shares, n)}
     categories["idle"] = (end - begin - sum(shares)) / n
     memory = [e for e in by_kind["memory"] if e.cuda == gpu and e.start < end]
     return Profile(

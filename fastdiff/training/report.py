@@ -33,10 +33,12 @@ def facts(
     batch, deterministic = config.optim.batch_size, ", deterministic" if machine.deterministic else ""
     graphs = machine.graphs and device.type == "cuda"
     few_step = config.tuning.few_step
-    learning = f"weighting {diffusion.weighting}" if few_step == "none" else few_step
+    learning = "" if few_step == "none" else f", {few_step}"
     if config.tuning.teacher is not None:
         learning += f" by the teacher {config.tuning.teacher}"
-    objective = f"{diffusion.objective} on {diffusion.schedule}, {learning}"
+    if few_step in ("none", "consistency"):
+        learning += f", weighting {diffusion.weighting}"
+    objective = f"{diffusion.objective} on {diffusion.schedule}{learning}"
     net, latents, network = config.net, config.space.latents, "U-Net"
     encoded = f"{net.image_size}x{net.image_size} of {net.image_channels} channels by {latents}"
     if (shape := config.autoencoder).factor:

@@ -150,7 +150,8 @@ def train(
             for name, value in lines.items():
                 progress.print(f"{name:<10} {value}")
             for warning in (
-                initial.warning if initial else config.unprepared,
+                initial.warning if initial else None,
+                config.unprepared,
                 unnoised_end(step.objective.schedule) if step.objective.schedule is not None else None,
                 config.machine.warning,
             ):  # fmt: skip

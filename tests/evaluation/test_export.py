@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdiff.config import Config
-from fastdiff.diffusion.consistency import BOUNDARY
 from fastdiff.evaluation.evaluate import load_trained
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
@@ -30,10 +29,10 @@ def test_export_to_diffusers_loads_as_a_pipeline(run, tmp_path):
 def test_a_consistency_model_is_exported_only_where_diffusers_draws_as_it_does(run, tmp_path, capsys):
     state = checkpoint.load(run / "checkpoints" / "step-2").state
     for objective, few_step in (("x0", "consistency"), ("edm", "scm"), ("v", "consistency")):
-        config = Config.from_dict(state["config"]).replace(objective=objective, few_step=few_step)
+        config = Config.from_dict(state["config"]).replace(objective=objective, few_step=few_step, boundary=0.02)
         checkpoint.save(run / "checkpoints", 3, {**state, "config": config.to_dict()})
         trained = load_trained(run, device=torch.device("cpu"))
-        assert getattr(trained.objective, "boundary", 0) == (BOUNDARY if objective == "x0" else 0)
+        assert getattr(trained.objective, "boundary", 0) == (0.02 if objective == "x0" else 0)
         out = tmp_path / objective
         assert call("export", "--checkpoint", run, "--to", "diffusers", "--out", out) == (objective != "v")
         assert out.exists() == (objective == "v")

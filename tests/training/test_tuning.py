@@ -31,6 +31,11 @@ def test_consistency_weighs_levels_alike_only_if_asked():
     torch.testing.assert_close(ratio[1] / ratio[0], steps.float())
 
 
+def test_the_boundary_is_the_config_s():
+    config = Config.of(objective="x0", few_step="consistency", boundary=0.03)
+    assert objective_of(config, torch.device("cpu")).boundary == 0.03
+
+
 def test_a_guided_teacher_leads_away_from_no_class():
     config = Config.of(
         net=TINY, num_classes=3, conditional=True, objective="edm", few_step="consistency", teacher="x",
