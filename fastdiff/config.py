@@ -86,9 +86,7 @@ class Config:
                 "trained run of the same objective by --init-from or --teacher."
             )
         if self.tuning.few_step == "consistency" and self.diffusion.weighting == "image":
-            return (
-                "--weighting image suits a --teacher; without one digits were unlearned: add --weighting uniform."
-            )
+            return "--weighting image suits a --teacher; without one digits were unlearned: add --weighting uniform."
         return None
 
     def _check_few_steps(self) -> None:
@@ -239,8 +237,6 @@ class Config:
             raise UserError(f"config.json has fields that this version does not know: {', '.join(unknown)}.")
         if flat.get("text", "none") != "none":  # networks that read texts were so before they had this field
             flat = {"text_pooled": False} | flat
-        if flat.get("few_step") == "consistency":
-            flat = {"boundary": 0.1} | flat
         try:
             return cls.of(**{name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()})
         except TypeError as error:

@@ -95,9 +95,10 @@ PRESETS: dict[str, Config] = {
         preset="quick-consistency",
         **DIGITS,
         few_step="consistency",
-        q=4.0,  # for a --teacher, as the next two; without one 64 was tried
+        q=4.0,  # for a --teacher, as the next three; without one 64 was tried
         weighting="image",
         time_sampling="low-discrepancy",
+        boundary=0.01,
         optimizer="radam",
         lr=6e-4,
         warmup_steps=0,

@@ -210,13 +210,6 @@ def test_a_network_that_read_texts_before_there_was_a_choice_is_read_as_it_was()
         assert Config.from_dict(values).net.text_pooled is pooled
 
 
-def test_a_consistency_model_from_before_its_boundary_was_a_field_keeps_it():
-    for few_step, boundary in (("consistency", 0.1), ("none", 0.01)):
-        values = Config.of(objective="x0", few_step=few_step).to_dict()
-        assert values["tuning"].pop("boundary") == 0.01
-        assert Config.from_dict(values).tuning.boundary == boundary
-
-
 def test_an_unknown_field_is_named():
     with pytest.raises(UserError, match="does not know: colour"):
         Config.from_dict({**Config().to_dict(), "colour": 1})

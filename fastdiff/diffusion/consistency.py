@@ -91,7 +91,7 @@ class Consistency(Tuned):
         huber_c: float = 0.00054,
         teacher: Teacher | None = None,
         heun: bool = False,
-        boundary: float = 0.01,
+        boundary: float = 0.1,
         per_step: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
