@@ -181,7 +181,7 @@ PHASES = {
     "data": (Loader, "__next__"),
     "step": (TrainStep, "__call__"),
     "accumulating": (TorchAdam, "add"),  # once for each part of a batch
-    "saving": (checkpoint, "_write"),
+    "saving": (checkpoint, "write_synced"),
     "sampling": (StopRequest, "check"),  # asked at every sampling step
     "evaluating": (pictures, "save_grid"),
 }
