@@ -11,9 +11,13 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be {expected}.")
 
 
-def at_least(least: int, name: str, value: int) -> None:
-    require(value >= least, name, value, f"at least {least}")
-    require(value < 2**63, name, value, "below 2^63")
+def at_least(least: int, section: object, *names: str) -> None:
+    """Each field, or each number of a tuple."""
+    for name in names:
+        value = getattr(section, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            require(each >= least, name, each, f"at least {least}")
+            require(each < 2**63, name, each, "below 2^63")
 
 
 def positive(section: object, *names: str) -> None:

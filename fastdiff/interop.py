@@ -180,7 +180,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def unet_from_diffusers(source: Any, *, image_size: int | None = None) -> UNet:
     """Build a UNet from a `diffusers.UNet2DModel`, or from the folder of one or of a pipeline.
 
-    `image_size` and the errors are those of `read_diffusers`.
+    Args:
+        image_size: of a network whose sample_size is null.
+
+    Raises:
+        UserError: no such folder, a damaged file, or a network that our U-Net has no counterpart for.
     """
     if isinstance(source, str | Path):
         config, state, _ = read_diffusers(Path(source), image_size=image_size)

@@ -38,14 +38,13 @@ class AutoencoderConfig:
         check_words(self)
         factor, base = self.factor, self.base_channels
         require(factor in (0, 2, 4, 8, 16), "factor", factor, "2, 4, 8 or 16")
-        at_least(1, "latent_channels", self.latent_channels)
-        at_least(1, "blocks", self.blocks)
+        at_least(1, self, "latent_channels", "blocks")
         require(base >= 4 and base % 4 == 0, "base_channels", base, "a multiple of 4")
         require(base <= 128 or base % 32 == 0, "base_channels", base, "a multiple of 32 above 128, the norms' groups")
         positive(self, "kl_weight")
         weight = self.critic_weight
         require(math.isfinite(weight) and weight >= 0, "critic_weight", weight, "a finite number, at least 0")
-        at_least(0, "critic_start", self.critic_start)
+        at_least(0, self, "critic_start")
         unheard = self.critic_start > 0 and weight == 0
         require(not unheard, "critic_start", self.critic_start, "left out without --critic-weight")
         most, channels = 3 * factor**2, self.latent_channels
@@ -75,7 +74,7 @@ class LatentsConfig:
     """Of the autoencoder's weights."""
 
     def __post_init__(self) -> None:
-        at_least(0, "pixels", self.pixels)
+        at_least(0, self, "pixels")
         require(self.pixels == 0 or self.latents is not None, "pixels", self.pixels, "left out without --latents")
         if self.latents is not None:
             require(self.latents.strip() != "", "latents", self.latents, "a path")

@@ -70,10 +70,9 @@ class UNetConfig:
     """Add the mean of a text's tokens to the time embedding, beside the attention to each of them."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "patch", "channels", "blocks_per_level", "norm_groups"):
-            at_least(1, name, getattr(self, name))
-        at_least(0, "num_classes", self.num_classes)
-        at_least(1 if self.text_encoder == "bytes" else 0, "text_blocks", self.text_blocks)  # a byte alone says nothing
+        at_least(1, self, "image_size", "image_channels", "patch", "channels", "blocks_per_level", "norm_groups")
+        at_least(0, self, "num_classes")
+        at_least(1 if self.text_encoder == "bytes" else 0, self, "text_blocks")  # a byte alone says nothing
         mult, size, channels, width = self.channel_mult, self.image_size, self.channels, self.text_width
         require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
         factor, why = self.patch * 2 ** (len(mult) - 1), f" in patches of {self.patch}" if self.patch > 1 else ""
@@ -187,7 +186,7 @@ class DiffusionConfig:
     weighting: Literal["uniform", "image", "snr", "truncated-snr", "min-snr", "edm", "sigmoid"] = "uniform"
     """How the error of the estimated image at each noise level is weighted, the same for every objective; but
     `uniform`: the plain error of what the network predicts. --few-step consistency: `uniform` is ECT's weight, which
-    counts small noise most, and `image` counts all levels alike, which suits a --teacher."""
+    counts small noise most, and `image`, for a --teacher, counts all levels alike."""
     time_sampling: Literal["auto", "uniform", "low-discrepancy", "log-normal", "wide-log-normal", "logit-normal"] = (
         "auto"
     )
@@ -208,7 +207,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_words(self)
-        at_least(1, "timesteps", self.timesteps)
+        at_least(1, self, "timesteps")
         positive(self, "min_snr_gamma", "sigma_data", "time_scale")
         schedule, auto = self.resolved_schedule, " (auto)" if self.schedule == "auto" else ""
         if self.zero_terminal_snr and not self.discrete:

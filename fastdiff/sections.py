@@ -83,8 +83,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_words(self)
-        for name, least in (("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0), ("skip_nonfinite", 0)):
-            at_least(least, name, getattr(self, name))
+        at_least(1, self, "batch_size", "accumulate")
+        at_least(0, self, "warmup_steps", "skip_nonfinite")
         require(self.batch_size < 2**31, "batch_size", self.batch_size, "below 2^31, as for DALI")
         divides = f"a divisor of --batch-size ({self.batch_size})"
         require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate, divides)
@@ -139,16 +139,13 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_words(self)
-        for name in ("eval_every", "eval_batch_size", "eval_steps", "grid_samples"):
-            at_least(1, name, getattr(self, name))
-        at_least(2, "eval_samples", self.eval_samples)
-        for steps in self.eval_few_steps:
-            at_least(1, "eval_few_steps", steps)
-        check_guidance(self.eval_guidance, self.eval_guidance_interval, "eval_")
+        at_least(1, self, "eval_every", "eval_batch_size", "eval_steps", "grid_samples", "eval_few_steps")
+        at_least(2, self, "eval_samples")
         if self.final_eval_samples is not None:
-            at_least(2, "final_eval_samples", self.final_eval_samples)
+            at_least(2, self, "final_eval_samples")
         if self.feature_size is not None:
-            at_least(1, "feature_size", self.feature_size)
+            at_least(1, self, "feature_size")
+        check_guidance(self.eval_guidance, self.eval_guidance_interval, "eval_")
 
 
 @dataclass(frozen=True)
@@ -172,10 +169,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_words(self)
-        for name, least in (("log_every", 1), ("save_every", 1), ("keep_last", 1), ("seed", 0), ("profile", 0)):
-            at_least(least, name, getattr(self, name))
+        at_least(1, self, "log_every", "save_every", "keep_last")
+        at_least(0, self, "seed", "profile")
         if self.steps is not None:
-            at_least(1, "steps", self.steps)
+            at_least(1, self, "steps")
 
 
 @dataclass(frozen=True)

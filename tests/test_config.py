@@ -132,8 +132,11 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         ),
         ({"few_step": "scm", "compile": "on"}, "which --compile on cannot; add --compile off"),
         ({"few_step": "scm", "precision": "bf16"}, "which --precision bf16 cannot; add --precision fp32"),
-        ({"weighting": "edm"}, "weights of its own; choose uniform or image."),
-        ({"few_step": "scm", "weighting": "image"}, "weights of its own; choose uniform."),
+        ({"weighting": "edm"}, "--weighting edm would be ignored, as .*; choose uniform or image."),
+        (
+            {"few_step": "scm", "weighting": "image"},
+            "--weighting image would be ignored, as .*; choose uniform.",
+        ),
         (
             {"few_step": "flow-map", "objective": "flow", "time_sampling": "uniform"},
             "--time-sampling uniform would be ignored, as --few-step flow-map draws times",

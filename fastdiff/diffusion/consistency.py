@@ -74,13 +74,12 @@ class Consistency(Tuned):
     counts as 80.
 
     Args:
-        kind: the objective that the network was trained by.
+        kind: the objective that the network was trained by; its weighting is `uniform` for ECT's w, `image` for 1.
         at: the gap (t - r) / t, in (0, 1), by the images seen.
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's step in place of Euler's.
         boundary: of the objective x0; smaller, it changes fewer estimates.
-        per_step: ECT's w, which counts small noise most; without it w = 1.
     """
 
     def __init__(
@@ -92,11 +91,10 @@ class Consistency(Tuned):
         teacher: Teacher | None = None,
         heun: bool = False,
         boundary: float = 0.1,
-        per_step: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(kind, at, device=device)
-        self.huber_c, self.teacher, self.heun, self.per_step = huber_c, teacher, heun, per_step
+        self.huber_c, self.teacher, self.heun = huber_c, teacher, heun
         self.boundary = boundary if isinstance(kind, X0Objective) else 0.0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -127,7 +125,9 @@ class Consistency(Tuned):
             target = torch.where(per_image(r, x0) > 0, at_r, x_r)
         square = (estimate - target).square().flatten(1).mean(1)
         distance = (square + self.huber_c**2).sqrt() - self.huber_c
-        return distance / (rho - rho_r).to(distance.dtype) if self.per_step else distance
+        if self.kind.log_weight is None:  # weighting uniform: ECT's, which counts small noise most
+            return distance / (rho - rho_r).to(distance.dtype)
+        return distance
 
     def earlier(self, rho: Tensor) -> tuple[Tensor, Tensor]:
         """r and rho_r, (N,) each, for rho_t (N,); both 0 where r would lie below t_min."""

@@ -54,12 +54,12 @@ class Evaluator:
         Returns:
             The row that was logged; None without a distance, and on ranks other than 0.
         """
-        draw = partial(evaluate, seed=self.seed, check=check, ranks=self.ranks)
+        measure = partial(evaluate, seed=self.seed, check=check, ranks=self.ranks)
+        draw = partial(measure, self.generator, guidance=self.guidance)
         columns, row, few = None, {}, []
         asked = self.wishes.of(samples) if self.wishes is not None else None
         if self.distance is not None:
-            few = [draw(each, self.distance, n=samples, keep=0, conditions=asked)[0] for each in self.few_steps]
-        draw = partial(draw, self.generator, guidance=self.guidance)
+            few = [measure(each, self.distance, n=samples, keep=0, conditions=asked)[0] for each in self.few_steps]
         if self.wishes is None:
             row, grid = draw(self.distance, n=samples, keep=self.grid)
         else:

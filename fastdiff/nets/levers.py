@@ -45,8 +45,7 @@ def _convolutions(gm: fx.GraphModule) -> Any:
         with gm.graph.inserting_before(node):
             if conv is not None and _plain(conv.dilation, conv.groups) and conv.padding_mode == "zeros":
                 weight, bias = parameters_of(gm, node)
-                bias = None if conv.bias is None else bias
-                yield node, (node.args[0], weight, bias, conv.stride, conv.padding)
+                yield node, (node.args[0], weight, bias if conv.bias is not None else None, conv.stride, conv.padding)
             elif calls(node, F.conv2d) and len(node.args) == 7 and _plain(*node.args[5:]):
                 yield node, node.args[:5]
 

@@ -172,7 +172,7 @@ def test_no_gradient_flows_through_the_target_nor_to_the_teacher():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("boundary", [0.0, 0.01])
+@pytest.mark.parametrize("boundary", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("schedule", sorted(ALL))
 def test_the_loss_is_finite_at_all_times_of_every_schedule(schedule, dtype, boundary):
     learned = build(schedule, q=256.0, boundary=boundary)
