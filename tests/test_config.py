@@ -230,7 +230,7 @@ BAD = [
     ("batch_size", 2**31), ("steps", 0), ("seed", -1), ("seed", 2**63), ("skip_nonfinite", 2**63), ("steps", 2**63),
     ("log_every", 0), ("accumulate", 0), ("accumulate", 3), ("accumulate", 256),
     ("save_every", 0), ("eval_every", 0), ("keep_last", 0), ("eval_samples", 1), ("eval_batch_size", 0),
-    ("eval_steps", 0), ("eval_steps", 1001), ("final_eval_samples", 1),
+    ("eval_steps", 0), ("eval_steps", 1001), ("eval_few_steps", (2, 0)), ("final_eval_samples", 1),
     ("grid_samples", 0), ("timesteps", 0), ("feature_size", 0), ("schedule", "linear"),
     ("objective", "noise"), ("weighting", "loud"), ("time_sampling", "often"), ("min_snr_gamma", 0.0),
     ("sigma_data", -0.5), ("time_scale", 0.0), ("device", "tpu"), ("loader", "torch"), ("preset", "huge"),
