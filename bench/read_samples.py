@@ -50,7 +50,8 @@ def main(
     device = resolve_device("auto")
     set_backends(device)
     trained = load_trained(checkpoint, device=device)
-    generator = trained.generator(SamplerSettings(sampler, steps), batch_size=min(n, 256), device=device)
+    settings = SamplerSettings(sampler, steps, last_level=trained.config.tuning.last_level)
+    generator = trained.generator(settings, batch_size=min(n, 256), device=device)
 
     def draw(conditions: Conditions, w: float) -> np.ndarray:
         drawn = list(generator.batches(n, seed=seed, conditions=conditions, guidance=Guidance(w)))

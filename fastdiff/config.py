@@ -92,6 +92,11 @@ class Config:
     def _check_few_steps(self) -> None:
         """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
         tuning, diffusion, machine = self.tuning, self.diffusion, self.machine
+        if machine.precision == "staged" and not tuning.compared:
+            raise UserError(
+                "--precision staged follows the stages of --few-step consistency or flow-map; choose one of them, or "
+                "bf16, tf32 or fp32."
+            )
         if tuning.few_step == "none":
             return
         flag = f"--few-step {tuning.few_step}"
@@ -118,22 +123,23 @@ class Config:
             )
         if tuning.few_step == "scm" and diffusion.objective != "edm":
             raise UserError(f"{flag} needs --objective edm, but this is {diffusion.objective}; choose it.")
-        precision = "fp32" if machine.precision == "auto" else machine.precision
         for name, value, can in (
-            ("precision", precision, "fp32"), ("compile", machine.compile, "off"), ("kernels", machine.kernels, "torch")
+            ("precision", machine.precision, "fp32"), ("compile", machine.compile, "off"),
+            ("kernels", machine.kernels, "torch"),
         ):  # fmt: skip
             if tuning.exact and value not in ("auto", can):
                 raise UserError(
                     f"{flag} differentiates the network forwards, which --{name} {value} cannot; add --{name} {can}."
                 )
         seen = 2**63 if self.run.steps is None else (self.run.steps - 1) * self.optim.batch_size
+        precision = machine.precision if machine.precision in SMALLEST_GAP else "fp32"
         gap, least = tuning.at(seen), SMALLEST_GAP[precision]
         if tuning.compared and gap < least:
-            words = "--precision bf16" if precision == "bf16" else "float32"
+            words = "float32" if precision == "fp32" else f"--precision {precision}"
             raise UserError(
                 f"{flag} would compare estimates at noise levels {tuning.compared} = {gap:.2g} apart, but in {words} "
                 f"rounding drowns steps below {least:g}; lower --q or --stages"
-                + (", or drop --precision bf16." if precision == "bf16" else ".")
+                + ("." if precision == "fp32" else ", or use --precision staged.")
             )
 
     def _check_autoencoder(self) -> None:
@@ -201,6 +207,13 @@ class Config:
         values = self.flat()
         return self.replace(**{name: value for name, value in auto.items() if values[name] == "auto"})
 
+    def precision_at(self, images: int) -> str:
+        """bf16, tf32 or fp32: what a step computes in after so many images; of a resolved config."""
+        if self.machine.precision != "staged":
+            return self.machine.precision
+        gap = self.tuning.at(images)
+        return next((name for name, least in SMALLEST_GAP.items() if gap >= least), "fp32")
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, section by section."""
         return dataclasses.asdict(self)
@@ -251,8 +264,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
-# Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates.
-SMALLEST_GAP = {"bf16": 0.3, "fp32": 0.0003}
+# Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates. Coarsest first.
+SMALLEST_GAP = {"bf16": 0.3, "tf32": 0.05, "fp32": 0.0003}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and
 # the update stays the same up to rounding. Data, captions and teacher may have another name or place, as their content

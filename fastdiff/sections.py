@@ -17,7 +17,7 @@ SamplerName = Literal[
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[
     "ddpm-cifar10", "cifar10-conditional", "quick", "quick-latent", "text-digits", "emoji-16", "emoji",
-    "quick-consistency", "consistency-cifar10", "distil-cifar10", "flow-map-cifar10", "autoencoder",
+    "quick-consistency", "consistency-cifar10", "stages-cifar10", "distil-cifar10", "flow-map-cifar10", "autoencoder",
     "quick-autoencoder", "v-cosine", "edm", "flow", "score-vp", "score-ve",
 ]  # fmt: skip
 SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr", "few-step"]
@@ -181,8 +181,10 @@ class MachineConfig:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: cuda if there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Activations under autocast; weights stay float32. `auto`: bf16 on CUDA, fp32 on CPU and with --few-step."""
+    precision: Literal["auto", "bf16", "tf32", "fp32", "staged"] = "auto"
+    """Of the training step, whose weights stay float32: activations in bf16 by autocast; products of a GPU rounded to
+    TF32; neither; `staged`, with --few-step: the coarsest in which rounding does not drown the steps of each stage.
+    `auto`: bf16 on CUDA, fp32 on CPU and with --few-step. tf32 and staged draw samples in float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
     graphs: bool = True

@@ -50,7 +50,7 @@ def test_the_objective_changes_by_one_flag(preset, objective):
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
         **{
             (each, kind): f"Those of --objective {kind} are divided by alpha"
-            for each in ("quick-consistency", "consistency-cifar10", "distil-cifar10")
+            for each in ("quick-consistency", "consistency-cifar10", "stages-cifar10", "distil-cifar10")
             for kind in ("eps", "score")
         },
         **{("flow-map-cifar10", kind): "averages the velocity" for kind in OBJECTIVES if kind != "flow"},
@@ -114,8 +114,15 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
     [
         (
             {"precision": "bf16", "steps": 10},
-            r"= 0\.0039 apart, but in --precision bf16 rounding .* below 0\.3",
+            r"= 0\.0039 apart, but in --precision bf16 rounding .* below 0\.3; .* or use --precision staged\.",
         ),
+        ({"precision": "tf32", "q": 30.0}, r"= 0\.033 apart, but in --precision tf32 rounding .* below 0\.05; "),
+        ({"precision": "staged", "q": 5000.0}, r"= 0\.0002 apart, but in float32"),
+        (
+            {"precision": "staged", "few_step": "none"},
+            "--precision staged follows the stages of --few-step consistency",
+        ),
+        ({"precision": "staged", "few_step": "scm"}, "--precision staged follows the stages of --few-step consistency"),
         ({"q": 5000.0}, r"= 0\.0002 apart, but in float32 rounding drowns steps below 0\.0003; lower --q or --stages"),
         ({"q": 2.0, "stages": 12}, r"= 0\.00024 apart"),
         (
@@ -173,6 +180,18 @@ def test_coarse_precision_is_for_the_stages_with_large_steps():
     exact = Config.of(few_step="scm", objective="edm").resolved("cuda").machine
     assert (exact.kernels, exact.compile, exact.precision) == ("torch", "off", "fp32")
     assert [Config.of(**stages).tuning.at(n) for n in (1280, 1280 * 7, 10**9)] == [0.25, 2.0**-8, 2.0**-8]
+
+
+def test_staged_precision_is_the_coarsest_that_each_stage_allows():
+    config = Config.of(
+        few_step="consistency", objective="edm", q=2.0, stages=8, stage_images=100, precision="staged"
+    ).resolved("cuda")  # fmt: skip
+    stages = [config.precision_at(image) for start in range(0, 800, 100) for image in (start, start + 99)]
+    assert stages == ["bf16"] * 2 + ["tf32"] * 6 + ["fp32"] * 8
+    assert config.precision_at(10**9) == "fp32"
+    falling = Config.of(few_step="flow-map", objective="flow", q=100.0, stage_images=100, precision="staged")
+    assert [falling.precision_at(image) for image in (26, 27, 65, 66)] == ["bf16", "tf32", "tf32", "fp32"]
+    assert {Config.of(precision=name).precision_at(0) for name in ("bf16", "tf32", "fp32")} == {"bf16", "tf32", "fp32"}
 
 
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():

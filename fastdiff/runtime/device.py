@@ -6,7 +6,8 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -120,11 +121,26 @@ def check_triton(kernels: str, compiled: bool, device: torch.device) -> None:
         raise UserError("--compile on needs Triton on CUDA, and it is not installed here: use --compile off.")
 
 
+@contextmanager
+def tf32(enabled: bool) -> Generator[None]:
+    """Inside, a GPU may round the factors of float32 products, convolutions too, to TF32 (10 bits of mantissa)."""
+    if not enabled:
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     """Settings of the whole process, which no step may depend on silently.
 
     cuDNN measures its algorithms once for each shape, as shapes never change. Float32 products are float32 throughout:
-    PyTorch would round convolutions, and only these, to TF32 (10 bits of mantissa); who wants speed has bf16.
+    PyTorch would round convolutions, and only these, to TF32.
 
     Args:
         deterministic: only algorithms that give the same bits in every run on one GPU; an operation that has none

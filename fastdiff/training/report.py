@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff.config import Config
+from fastdiff.config import SMALLEST_GAP, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan
 from fastdiff.evaluation.frechet import FrechetDistance
@@ -22,6 +22,13 @@ from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import LearningRate
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep
+
+PRECISIONS = {
+    "bf16": "bf16 autocast, float32 weights, TF32 off",
+    "tf32": "float32, products rounded to TF32",
+    "fp32": "float32, TF32 off",
+    "staged": ", ".join(f"{name} while steps are at least {least:g}" for name, least in SMALLEST_GAP.items()),
+}
 
 
 def facts(
@@ -49,8 +56,7 @@ def facts(
     return {
         "ranks": f"{size}, each with {batch // size} of {batch} images",
         "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "precision": ("bf16 autocast, float32 weights" if machine.precision == "bf16" else "float32")
-        + f", TF32 off{deterministic}",
+        "precision": PRECISIONS[machine.precision] + deterministic,
         "compile": "torch.compile" if machine.compile == "on" else "off",
         "graphs": f"CUDA graphs of {'' if config.tuning.exact else 'training and '}sampling steps" if graphs else "off",
         "kernels": machine.kernels,

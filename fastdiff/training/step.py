@@ -13,7 +13,7 @@ from fastdiff.diffusion.reconstruction import Reconstruction
 from fastdiff.errors import UserError
 from fastdiff.evaluation.space import PIXELS, Space
 from fastdiff.nets.fuse import seed_or_drawn
-from fastdiff.runtime.device import compiled
+from fastdiff.runtime.device import compiled, tf32
 from fastdiff.runtime.graphs import Captured
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.conditions import UNIFORMS, Table
@@ -80,7 +80,7 @@ class TrainStep:
         if isinstance(objective, Reconstruction) and critic is not None:
             objective.critic = self._judge
         self.lr, self.grad_clip = lr, grad_clip
-        self.seed, self.bf16, self.accumulate, self.graphs = seed, bf16, accumulate, graphs
+        self.seed, self.accumulate, self.graphs = seed, accumulate, graphs
         self.skip_nonfinite = skip_nonfinite
         self.ranks = ranks if ranks is not None and ranks.size > 1 else None
         self.rank, self.size = (ranks.rank, ranks.size) if ranks is not None else (0, 1)
@@ -97,9 +97,14 @@ class TrainStep:
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step, from 0
         # Every rank draws t and eps as rank 0 does, and masks from the default generator, which each seeds differently.
         self.noise = torch.Generator(self.device) if self.rank > 0 else None
+        self.compute_in("bf16" if bf16 else "fp32")
+
+    def compute_in(self, precision: str) -> None:
+        """Take the next steps in bf16, tf32 or fp32; they are compiled and captured anew."""
+        self.bf16, self.tf32 = precision == "bf16", precision == "tf32"
         self.run = Captured(
-            self._body, device=self.device, capture=graphs and self.device.type == "cuda", what="the training step",
-            generators=[self.noise] if self.noise is not None else [],
+            self._body, device=self.device, capture=self.graphs and self.device.type == "cuda",
+            what="the training step", generators=[self.noise] if self.noise is not None else [],
         )  # fmt: skip
 
     def _loss(self, images: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +152,8 @@ class TrainStep:
         self.number.fill_(step)
         self.objective.advance(step * len(images) * self.size)
         self.update.begin(lr=self.lr(step))
-        self.run()
+        with tf32(self.tf32):
+            self.run()
         self.metrics.step()
 
     def _take(self, *batch: Tensor) -> None:

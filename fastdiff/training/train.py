@@ -41,7 +41,7 @@ from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.moments import latent_moments
 from fastdiff.training.parts import evaluation_samplers, make_conditions, make_distance, make_evaluator, make_step
-from fastdiff.training.report import dump_batch, facts, log, plot, profile_facts
+from fastdiff.training.report import PRECISIONS, dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
@@ -263,9 +263,17 @@ def _loop(
         rank=ranks.rank, world_size=ranks.size, device=ranks.device, start_step=state.step,
         flip=config.images.flip == "on",
     )  # fmt: skip
+    precision = ""
     with closing(loader), record() as recorder:
         clock = time.perf_counter()
         while config.run.steps is None or state.step < config.run.steps:
+            if (now := config.precision_at(state.images)) != precision:
+                if precision:
+                    _check_finite(session, step, saver)  # the device is waited for, so the clock has seen its work
+                    state.seconds += time.perf_counter() - clock
+                    progress.print(f"{'precision':<10} {PRECISIONS[now]} from step {state.step + 1:,}")
+                step.compute_in(precision := now)
+                clock = time.perf_counter()
             with record_function("data"):
                 images, index = next(loader)
             ready = step.run.ready

@@ -108,6 +108,23 @@ def test_a_replayed_step_is_the_plain_one_bit_for_bit(captured_step, bf16, accum
     assert_same_state(replayed, plain)
 
 
+def test_a_step_is_captured_anew_in_another_precision(cuda, monkeypatch):
+    plain, replayed = (make_step(kernels="triton", graphs=True) for _ in range(2))
+    losses = []
+    for train_step in (plain, replayed):
+        if train_step is replayed:
+            monkeypatch.setattr(step_module, "Captured", captured)
+        curves = []
+        for i, precision in enumerate(("bf16", "tf32", "fp32")):
+            train_step.compute_in(precision)
+            curves += curve(train_step, 6, start=6 * i)
+        losses.append(curves)
+    assert losses[0] == losses[1]
+    assert replayed.run.graph.replays == 6 - WARMUP
+    assert losses[0][:6] != curve(make_step(kernels="triton", graphs=True), 6)  # which is in float32
+    assert_same_state(replayed, plain)
+
+
 @pytest.mark.parametrize(
     ("make_objective", "net", "stage"),
     [

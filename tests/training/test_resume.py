@@ -34,8 +34,10 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tiny_config, tmp_path, mo
     assert_same_run(tmp_path / "whole" / "1", run)
 
 
-def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "staged"])
+def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_path, monkeypatch, precision):
     config = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 3, "stage_images": 80}
+    config["precision"] = precision
     assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 13)

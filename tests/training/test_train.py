@@ -10,7 +10,9 @@ import torch
 
 import fastdiff.evaluation.evaluator as evaluator_module
 import fastdiff.training.train as train_module
+from fastdiff.diffusion.consistency import Consistency
 from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
 from fastdiff.training import parts
@@ -283,6 +285,30 @@ def test_float32_means_float32(tiny_config):
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark == torch.cuda.is_available()
+
+
+def test_each_stage_computes_in_its_precision(tiny_config, monkeypatch, capsys):
+    seen, real = [], Consistency.loss
+
+    def loss(self, *args, **cond):
+        now = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        seen.append((torch.is_autocast_enabled("cpu"), *now))
+        return real(self, *args, **cond)
+
+    def evaluate(self, *args, **kwargs):
+        assert not torch.backends.cudnn.allow_tf32
+        assert not self.generator.bf16
+
+    monkeypatch.setattr(Consistency, "loss", loss)
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 5, "stage_images": 16}
+    config = tiny_config(**stages, precision="staged", steps=12, eval_every=3, batch_size=8)
+    train(config)
+    assert seen == [(True, "highest", False)] * 2 + [(False, "high", True)] * 6 + [(False, "highest", False)] * 4
+    said = capsys.readouterr().out
+    assert "precision  bf16 while steps are at least 0.3, tf32 while" in said
+    assert "precision  float32, products rounded to TF32 from step 3" in said
+    assert "precision  float32, TF32 off from step 9" in said
 
 
 def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
