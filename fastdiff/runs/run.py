@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
-TRAIN_COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds", "skipped", "gap")
+TRAIN_COLUMNS = (
+    *("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds", "skipped", "gap"),
+    "denoising_error",
+)
 EVAL_COLUMNS = (
     *("step", "images", "metric", "value", "samples", "sampler", "sampler_steps", "eta"),
     *("features", "feature_size", "reference", "seconds", "checkpoint"),
@@ -39,7 +42,7 @@ EVAL_COLUMNS = (
     *("psnr", "ssim", "latent_mean", "latent_std"),
 )
 CSV_HEADER = tuple(dict.fromkeys(("kind", *TRAIN_COLUMNS, *EVAL_COLUMNS)))  # their union, in this order
-TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second")
+TENSORBOARD_SCALARS = ("loss", "grad_norm", "lr", "images_per_second", "denoising_error")
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
 from fastdiff.config import Config
@@ -10,6 +11,7 @@ from fastdiff.data.cache import cache_folder
 from fastdiff.data.datasets import ImageSet
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.reconstruction import Reconstruction
+from fastdiff.evaluation.denoising import DenoisingError
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.features import make_extractor
 from fastdiff.evaluation.frechet import FrechetDistance
@@ -25,7 +27,7 @@ from fastdiff.runs.run import Run
 from fastdiff.runs.texts import text_reader
 from fastdiff.runs.weights import InitialWeights, TeacherWeights
 from fastdiff.runtime.world import Ranks
-from fastdiff.training.conditions import CaptionTable, Labels, Table
+from fastdiff.training.conditions import UNIFORMS, CaptionTable, Labels, Table
 from fastdiff.training.ema import EMA
 from fastdiff.training.optim import LearningRate, make_update
 from fastdiff.training.step import TrainStep, step_seed
@@ -143,3 +145,17 @@ def make_evaluator(
         say=say, wishes=wishes(config, image_set, read), guidance=guidance,
         few_steps=[generator.by(each) for each in few],
     )  # fmt: skip
+
+
+def make_watch(
+    config: Config, image_set: ImageSet, step: TrainStep, evaluator: Evaluator | ReconstructionEvaluator, n: int = 64
+) -> DenoisingError | None:
+    """Of n images of a run for few steps, which may unlearn what its network knew."""
+    if config.tuning.few_step == "none" or not isinstance(evaluator, Evaluator):
+        return None
+    index = np.linspace(0, len(image_set.images) - 1, min(n, len(image_set.images)), dtype=np.int64)
+    x0 = step.space.encode(torch.from_numpy(image_set.images[index]).to(step.device))
+    uniform = torch.ones(len(index), UNIFORMS, device=step.device)  # nothing is left out
+    told = [table(torch.from_numpy(index).to(step.device), uniform) for table in step.conditions]
+    cond = {name: value for each in told for name, value in each.items()}
+    return DenoisingError(evaluator.generator.network, evaluator.generator.objective, x0, cond)

@@ -10,6 +10,7 @@ from torch import nn
 from fastdiff.config import SMALLEST_GAP, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan
+from fastdiff.evaluation.denoising import ALARM, LEVEL, DenoisingError
 from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.presets import PRESETS
 from fastdiff.reporting import plots
@@ -84,8 +85,8 @@ def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
     }
 
 
-def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
-    """Write a row of the steps since the last one. Waits for the device.
+def log(state: RunState, run: Run | None, progress: TrainingProgress, watch: DenoisingError | None) -> None:
+    """Write a row of the steps since the last one, and say if the network unlearns. Waits for the device.
 
     A partial window at the end of a run is logged but not reset, so that resuming with a larger --steps reproduces the
     unbroken run.
@@ -103,6 +104,8 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
         "seconds": state.seconds,
     }
     if run is not None:
+        if watch is not None:
+            row["denoising_error"] = _denoising_error(state, watch, progress)
         run.log_train(row)
     if whole:
         state.last_log = (step, state.seconds)
@@ -114,6 +117,20 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress) -> None:
         step=step, images=state.images, loss=row["loss"], images_per_second=row["images_per_second"],
         steps_to_eval=to_eval,
     )  # fmt: skip
+
+
+def _denoising_error(state: RunState, watch: DenoisingError, progress: TrainingProgress) -> float:
+    error = watch()
+    before = error if state.least_error is None else state.least_error
+    state.least_error = min(error, before)
+    if error > ALARM * before and not state.alarmed:
+        state.alarmed = True
+        progress.print(
+            f"{'warning':<10} step {state.step:,}: estimates of images at sigma / alpha = {LEVEL:g} err "
+            f"{error / before:.1f} times as much as they did (denoising_error); few steps may be unlearning them: "
+            "lower --lr or --q."
+        )
+    return error
 
 
 def plot(state: RunState, run: Run | None, progress: TrainingProgress) -> None:

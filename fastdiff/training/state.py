@@ -29,9 +29,14 @@ class RunState:
     noise_history  the loss by noise level, since the row before
     best           the evaluation with the smallest distance
     evaluated      the last step that was evaluated
+    least_error    the smallest denoising error of a run for few steps
+    alarmed        whether it was said to have risen
     """
 
-    COUNTERS = ("seconds", "last_log", "loss_history", "fid_history", "noise_history", "best", "evaluated")
+    COUNTERS = (
+        "seconds", "last_log", "loss_history", "fid_history", "noise_history", "best", "evaluated", "least_error",
+        "alarmed",
+    )  # fmt: skip
 
     def __init__(
         self, config: Config, data: Mapping[str, Any], model: nn.Module, ema: EMA, update: Update,
@@ -46,6 +51,8 @@ class RunState:
         self.noise_history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.evaluated: int | None = None
+        self.least_error: float | None = None
+        self.alarmed = False
 
     @property
     def images(self) -> int:

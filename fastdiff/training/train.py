@@ -23,6 +23,7 @@ from fastdiff.data.loaders import Moments, check_loader, make_loader
 from fastdiff.diffusion.objectives import Objective
 from fastdiff.diffusion.schedules import unnoised_end
 from fastdiff.errors import TrainingFailed, UsageError
+from fastdiff.evaluation.denoising import DenoisingError
 from fastdiff.evaluation.evaluate import space_of
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.evaluation.figures import draw_forward_noising
@@ -40,7 +41,14 @@ from fastdiff.runtime.device import check_triton, set_backends
 from fastdiff.runtime.signals import Stopped, StopRequest
 from fastdiff.runtime.world import Ranks
 from fastdiff.training.moments import latent_moments
-from fastdiff.training.parts import evaluation_samplers, make_conditions, make_distance, make_evaluator, make_step
+from fastdiff.training.parts import (
+    evaluation_samplers,
+    make_conditions,
+    make_distance,
+    make_evaluator,
+    make_step,
+    make_watch,
+)
 from fastdiff.training.report import PRECISIONS, dump_batch, facts, log, plot, profile_facts
 from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
@@ -141,6 +149,9 @@ def train(
             if run is not None:
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
         evaluator = make_evaluator(config, image_set, ranks, run, step, ema, distance, progress.print)
+        watch = make_watch(config, image_set, step, evaluator) if run is not None else None
+        if watch is not None and state.step == 0:
+            state.least_error = watch()
         saver = stack.enter_context(
             Saver(run, state, ends=lambda: bool(stop.signal) or state.step == config.run.steps, say=progress.print)
         )
@@ -164,7 +175,7 @@ def train(
                 device=ranks.device, facts=profile_facts(asked, lines), say=progress.print, settle=saver.settle,
             )  # fmt: skip
         try:
-            _loop(session, state, step, evaluator, saver, record, after_evaluation)
+            _loop(session, state, step, evaluator, saver, watch, record, after_evaluation)
         except TrainingFailed:
             plot(state, run, progress)
             raise
@@ -186,7 +197,8 @@ def train(
 
 def _loop(
     session: Session, state: RunState, step: TrainStep, evaluator: Evaluator | ReconstructionEvaluator, saver: Saver,
-    record: Callable[[], AbstractContextManager[StepRecorder | None]], after_evaluation: Callable[[Run], object],
+    watch: DenoisingError | None, record: Callable[[], AbstractContextManager[StepRecorder | None]],
+    after_evaluation: Callable[[Run], object],
 ) -> None:  # fmt: skip
     """Train until the last step, or until a signal asks to stop; either way the last step is saved.
 
@@ -293,7 +305,7 @@ def _loop(
             _check_finite(session, step, saver)  # the device is waited for, so the clock has seen its work
             state.seconds += time.perf_counter() - clock
             if log_due:
-                log(state, run, progress)
+                log(state, run, progress, watch)
             # Not at a last step between two rows: a longer run would go on with the sums.
             window = state.step % config.run.save_every == 0 or state.step % config.eval.eval_every == 0
             if window and step.objective.schedule is not None:

@@ -46,12 +46,12 @@ class TestRows:
         assert [json.loads(line) for line in lines[:2]] == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}]
         assert lines[2:] == [""]
         assert (run.path / "metrics.csv").read_text().split("\n") == [
-            "kind,step,images,loss,grad_norm,lr,images_per_second,seconds,skipped,gap,"
+            "kind,step,images,loss,grad_norm,lr,images_per_second,seconds,skipped,gap,denoising_error,"
             "metric,value,samples,sampler,sampler_steps,eta,features,feature_size,reference,checkpoint,"
             "labels,guidance,guidance_interval,guide,label_agreement,label_agreement_real,"
             "psnr,ssim,latent_mean,latent_std",
-            "train,100,6400,0.30000000000000004,1e-07,0.0002,3210.5,12.25,,,,,,,,,,,,,,,,,,,,,,",
-            "eval,100,6400,,,,,3.5,,,fd_efficientnet_lite0,1.75,500,ddim,50,0.0,efficientnet_lite0,96,"
+            "train,100,6400,0.30000000000000004,1e-07,0.0002,3210.5,12.25,,,,,,,,,,,,,,,,,,,,,,,",
+            "eval,100,6400,,,,,3.5,,,,fd_efficientnet_lite0,1.75,500,ddim,50,0.0,efficientnet_lite0,96,"
             '"digits, ""train""",checkpoints/step-100,,,,,,,,,,',
             "",
         ]
@@ -187,4 +187,4 @@ for step in itertools.count():
 
 
 def test_header_holds_each_column_once():
-    assert len(set(CSV_HEADER)) == len(CSV_HEADER) == 30
+    assert len(set(CSV_HEADER)) == len(CSV_HEADER) == 31

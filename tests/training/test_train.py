@@ -368,3 +368,23 @@ def test_the_golden_curve(tiny_config, tmp_path, train_in_new_process):
     train_in_new_process(config)
     assert [row["loss"] for row in rows_of(tmp_path / "working" / "2")] == here
     assert here == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
+def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, capsys, monkeypatch):
+    assert train(tiny_config(objective="edm", steps=40, lr=2e-3, run_root=str(tmp_path / "teacher"))) == 0
+    few = {"few_step": "consistency", "objective": "edm", "init_from": str(tmp_path / "teacher" / "1"), "log_every": 2}
+    capsys.readouterr()
+    good, bad = str(tmp_path / "good"), str(tmp_path / "bad")
+    train(tiny_config(**few, steps=6, lr=1e-9, run_root=good))
+    assert "err " not in capsys.readouterr().out
+    errors = [row["denoising_error"] for row in rows_of(Path(good) / "1") if row["kind"] == "train"]
+    assert len(errors) == 3
+    assert errors == pytest.approx([errors[0]] * 3, rel=1e-3)
+    spoilt = tiny_config(**few, steps=6, lr=0.3, warmup_steps=0, ema_decay=0.1, run_root=bad)
+    train(spoilt)
+    said = capsys.readouterr().out
+    assert said.count("times as much as they did (denoising_error)") == 1
+    rows = [row["denoising_error"] for row in rows_of(Path(bad) / "1") if row["kind"] == "train"]
+    assert max(rows) > 2 * errors[0]
+    train(spoilt.replace(steps=10), resume=Path(bad) / "1")
+    assert "denoising_error" not in capsys.readouterr().out  # once in a run
