@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastdiff import _kernels as kernels
+from fastdiff.nets.dropout import Dropout
 from fastdiff.nets.graph import Node, after, calls, calls_method, layer, only_user, parameters_of
-from fastdiff.nets.layers import Dropout
 
 Rule = Callable[[fx.GraphModule], None]
 

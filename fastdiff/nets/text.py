@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
-from fastdiff.nets.layers import merge_heads, split_heads, zeroed
+from fastdiff.nets.conditions import merge_heads, split_heads
+from fastdiff.nets.layers import zeroed
 
 POSITIONS = 64  # begin, at most 62 bytes or words, end
 BEGIN, END, PAD = 256, 257, 258  # after the bytes; words follow

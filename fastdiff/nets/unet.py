@@ -5,18 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.model_sections import UNetConfig
-from fastdiff.nets.layers import (
-    Downsample,
-    LabelEmbedding,
-    NoAttention,
-    PooledText,
-    ResidualBlock,
-    SelfAttention,
-    TimeEmbedding,
-    Upsample,
-    tag_dropouts,
-    zeroed,
-)
+from fastdiff.nets.conditions import CrossAttention, LabelEmbedding, PooledText, TimeEmbedding
+from fastdiff.nets.dropout import tag_dropouts
+from fastdiff.nets.layers import Downsample, NoAttention, ResidualBlock, SelfAttention, Upsample, zeroed
 from fastdiff.nets.text import READERS, TextEncoder
 
 Text = tuple[Tensor | None, Tensor | None]  # tokens and mask
@@ -83,9 +74,10 @@ class UNet(nn.Module):
             )  # fmt: skip
 
         def attention(channels: int, level: int) -> nn.Module:
-            if config.resolutions[level] in config.attention_resolutions:
-                return SelfAttention(channels, groups=groups, eps=eps, text_width=text_width)
-            return NoAttention()
+            if config.resolutions[level] not in config.attention_resolutions:
+                return NoAttention()
+            cross = CrossAttention(channels, text_width, heads=4, groups=groups, eps=eps) if text_width else None
+            return SelfAttention(channels, groups=groups, eps=eps, cross=cross)
 
         self.text = None
         if config.text_encoder in READERS:

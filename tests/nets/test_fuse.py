@@ -11,9 +11,10 @@ from torch import nn
 
 import kernels
 from fastdiff.nets import fuse as rules
+from fastdiff.nets.dropout import Dropout, tag_dropouts
 from fastdiff.nets.fuse import RULES, fold_into_norms, fuse, half_parameters
 from fastdiff.nets.graph import program
-from fastdiff.nets.layers import Dropout, SelfAttention, Upsample, tag_dropouts
+from fastdiff.nets.layers import SelfAttention, Upsample
 from fastdiff.nets.unet import UNet, UNetConfig
 from tests.numerics import assert_as_accurate
 

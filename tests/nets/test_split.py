@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastdiff.model_sections import UNetConfig
+from fastdiff.nets.conditions import LabelEmbedding, PooledText
 from fastdiff.nets.fuse import fuse
-from fastdiff.nets.layers import LabelEmbedding, PooledText
 from fastdiff.nets.split import split_conditions
 from fastdiff.nets.text import TextEncoder, byte_ids, word_ids
 from fastdiff.nets.unet import UNet

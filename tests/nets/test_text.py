@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.errors import UserError
+from fastdiff.nets.conditions import CrossAttention, PooledText
 from fastdiff.nets.fuse import fuse
-from fastdiff.nets.layers import CrossAttention, PooledText
 from fastdiff.nets.text import BEGIN, END, PAD, READERS, TextEncoder, byte_ids, word_ids
 
 TEXTS = ["a red three", "", "ein Kätzchen 🐈", "x" * 14]

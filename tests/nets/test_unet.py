@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff.nets.layers import Dropout, TimeEmbedding
+from fastdiff.nets.conditions import TimeEmbedding
+from fastdiff.nets.dropout import Dropout
 from fastdiff.nets.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
