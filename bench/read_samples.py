@@ -35,7 +35,7 @@ Read = dict[str, float]  # share of pictures that show what was asked for, by wh
 
 def main(
     checkpoint: Annotated[Path, tyro.conf.Positional], /, guidance: tuple[float, ...] = (3.0,), n: int = 200,
-    sampler: SamplerName = "ddim", steps: int = 20, seed: int = 0,
+    sampler: SamplerName = "ddim", steps: int = 20, last_level: float | None = None, seed: int = 0,
 ) -> int:  # fmt: skip
     """Print the share of samples that are read as what was asked for.
 
@@ -45,12 +45,13 @@ def main(
         n: samples of each row.
         sampler: how they are drawn.
         steps: of the sampler.
+        last_level: of the sampler consistency; by default the run's.
         seed: of the noise and of the captions.
     """
     device = resolve_device("auto")
     set_backends(device)
     trained = load_trained(checkpoint, device=device)
-    settings = SamplerSettings(sampler, steps, last_level=trained.config.tuning.last_level)
+    settings = SamplerSettings(sampler, steps, last_level=last_level or trained.config.tuning.last_level)
     generator = trained.generator(settings, batch_size=min(n, 256), device=device)
 
     def draw(conditions: Conditions, w: float) -> np.ndarray:

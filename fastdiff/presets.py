@@ -60,6 +60,13 @@ CAPTIONED = {
     "log_every": 50, "save_every": 600, "eval_every": 3600, "eval_guidance": 3.0,
 }  # fmt: skip
 
+# Few steps on a CPU, by a --teacher; without one q = 64 was tried.
+STUDENT = {
+    "few_step": "consistency", "q": 4.0, "weighting": "image", "time_sampling": "low-discrepancy", "optimizer": "radam",
+    "lr": 6e-4, "warmup_steps": 0, "eval_guidance": 1.0, "eval_sampler": "consistency", "eval_steps": 2,
+    "eval_few_steps": (1, 4),
+}  # fmt: skip
+
 
 PRESETS: dict[str, Config] = {
     "ddpm-cifar10": Config.of(),
@@ -92,22 +99,13 @@ PRESETS: dict[str, Config] = {
         eval_guidance=3.0,
         eval_samples=1000,
     ),
-    "quick-consistency": on_cpu(
-        preset="quick-consistency",
-        **DIGITS,
-        few_step="consistency",
-        q=4.0,  # for a --teacher, as the next three; without one 64 was tried
-        weighting="image",
-        time_sampling="low-discrepancy",
-        boundary=0.01,
-        optimizer="radam",
-        lr=6e-4,
-        warmup_steps=0,
-        eval_guidance=1.0,
-        eval_sampler="consistency",
-        eval_steps=2,
-        eval_few_steps=(1, 4),
-        last_level=2.0,
+    "quick-consistency": on_cpu(preset="quick-consistency", **DIGITS | STUDENT, boundary=0.01, last_level=2.0),
+    "text-consistency": on_cpu(
+        preset="text-consistency",
+        data="digits-captioned",
+        sigma_data=0.7,
+        **CAPTIONED | STUDENT | {"steps": 1800, "eval_every": 1800},
+        last_level=8.0,
     ),
     "consistency-cifar10": few_steps(preset="consistency-cifar10", **TUNED | HOUR),
     # The same images in eight stages, the first half of them in cheaper precision.

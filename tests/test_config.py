@@ -50,7 +50,13 @@ def test_the_objective_changes_by_one_flag(preset, objective):
         ("flow", "edm"): r"--time-sampling logit-normal .* is sigma; choose log-normal",  # times not in [0, 1]
         **{
             (each, kind): f"Those of --objective {kind} are divided by alpha"
-            for each in ("quick-consistency", "consistency-cifar10", "stages-cifar10", "distil-cifar10")
+            for each in (
+                "quick-consistency",
+                "text-consistency",
+                "consistency-cifar10",
+                "stages-cifar10",
+                "distil-cifar10",
+            )
             for kind in ("eps", "score")
         },
         **{("flow-map-cifar10", kind): "averages the velocity" for kind in OBJECTIVES if kind != "flow"},
