@@ -11,7 +11,7 @@ from fastdiff.diffusion.flow_map import FlowMap
 from fastdiff.diffusion.guidance import guidance_weight, guide
 from fastdiff.diffusion.objectives import Objective, make_objective
 from fastdiff.diffusion.tangents import ContinuousConsistency, MeanFlow
-from fastdiff.evaluation.generate import on_device, padded
+from fastdiff.evaluation.generate import half_weights, on_device, padded
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.fuse import fuse
@@ -50,6 +50,8 @@ def _frozen(
     model.load_state_dict(weights.state)
     model = model.to(device).eval().requires_grad_(False)
     network = fuse(model) if config.machine.kernels == "triton" else model
+    if config.machine.precision == "bf16":
+        network = half_weights(network)
     scale = config.tuning.teacher_guidance
     numbers = torch.tensor([Guidance(scale).numbers], dtype=torch.float64, device=device)
     rows = on_device(nothing, device)

@@ -79,3 +79,21 @@ def test_a_teacher_reads_texts_and_leads_away_from_the_empty_one(encoder):
     asked, other = (learned.kind.denoise(net, x_t, t, **each) for each in (cond, nothing))
     assert (got - (other + 2.5 * (asked - other))).abs().max() < 1e-4
     assert (asked - other).abs().amax() > 1e-4
+
+
+def test_a_teacher_under_autocast_has_its_weights_cast_once(monkeypatch):
+    config = Config.of(
+        net=TINY, objective="edm", few_step="consistency", q=2.0, teacher="x", kernels="torch", precision="bf16"
+    )
+    torch.manual_seed(0)
+    net = UNet(config.net).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    learned = objective_of(config, torch.device("cpu"), teacher=TeacherWeights(net.state_dict(), "x", ""))
+    x_t, t, seen = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 10.0]).double(), []
+    real = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (seen.append(self.weight.dtype), real(self, x))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = learned.teacher(x_t, t)
+        assert set(seen) == {torch.bfloat16}
+        assert torch.equal(got, learned.kind.denoise(net, x_t, t))
