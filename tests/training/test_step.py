@@ -227,6 +227,29 @@ def test_the_compiled_step_does_not_recompile(monkeypatch):
     assert_compiled_once(make_step(net=net, compile=True), make_step(net=net))
 
 
+@pytest.mark.lab
+def test_a_compiled_step_follows_its_precision(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(step_module, "compiled", partial(torch.compile, fullgraph=True, backend="aot_eager"))
+    net = UNetConfig(
+        image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
+    )
+    losses = []
+    for compile in (False, True):
+        train_step = make_step(net=net, compile=compile)
+        curves = [curve(train_step, 2)]
+        for i, precision in enumerate(("bf16", "tf32", "fp32"), 1):
+            train_step.compute_in(precision)
+            curves.append(curve(train_step, 2, start=2 * i))
+        losses.append(curves)
+    eager, ours = losses
+    for i, rel in enumerate((1e-6, 1e-3, 1e-6, 1e-6)):
+        assert ours[i] == pytest.approx(eager[i], rel=rel)
+    train_step = make_step(net=net)
+    curve(train_step, 2)
+    assert curve(train_step, 2, start=2) != eager[1]  # bf16 rounds
+
+
 def test_gradients_in_another_layout_than_the_weights_give_the_same_update():
     """autograd.grad promises no strides, and fused Adam reads memory in order."""
     updates = []
