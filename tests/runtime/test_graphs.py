@@ -219,6 +219,19 @@ def test_a_captured_step_goes_on_from_a_loaded_state(kernels):
 
 
 @gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_step_is_captured_anew_in_another_precision(compile):
+    losses = []
+    for graphs in (False, True):
+        train_step, curves = make_step("cuda", compile=compile, kernels="triton", graphs=graphs), []
+        for i, precision in enumerate(("bf16", "tf32", "fp32")):
+            train_step.compute_in(precision)
+            curves += curve(train_step, WARMUP + 3, "cuda", start=(WARMUP + 3) * i)
+        losses.append(curves)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@gpu
 @BOTH
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(("graphs", "accumulate"), [(False, 1), (True, 1), (True, 4)])
