@@ -27,6 +27,7 @@ from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ class ImageSet:
             counts = np.bincount(self.labels)
             names = self.class_names or list(map(str, range(len(counts))))
             shown = [f"{names[i]} {counts[i]:,}" for i in np.flatnonzero(counts)]
-            parts.append(f"{len(shown):,} classes: {some(shown, 10)}")
+            parts.append(f"{counted(len(shown), 'class', 'classes')}: {some(shown, 10)}")
         if self.captions is not None:
             distinct = dict.fromkeys(caption for captions in self.captions for caption in captions)
-            parts.append(f"{len(distinct):,} captions, such as {', '.join(map(repr, islice(distinct, 3)))}")
+            parts.append(f"{counted(len(distinct), 'caption')}, such as {', '.join(map(repr, islice(distinct, 3)))}")
         mean = self.images.mean(dtype=np.float64)
         parts += [f"pixels {self.images.min()} to {self.images.max()}, mean {mean:.1f}", *self.notes[1:]]
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in "; ".join(parts))

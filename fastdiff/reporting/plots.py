@@ -19,16 +19,23 @@ from numpy.typing import ArrayLike
 from fastdiff.reporting.pictures import DPI, save_figure
 from fastdiff.reporting.progress import format_seconds
 from fastdiff.runs.run import Row
+from fastdiff.words import counted
 
 BLUE, ORANGE, GREY, LIGHT = "#2563eb", "#d97706", "#6b7280", "#e5e7eb"
 COLOURS = (BLUE, ORANGE, "#059669", "#7c3aed", GREY, "#dc2626", "#0891b2", "#db2777", "#854d0e", "#65a30d")
 STYLES = tuple(product("os^Dv", COLOURS))  # marker and colour of each curve; the first 50 differ
 INSIDE = 4  # legends of more entries are below the axes, where they hide no curve
-HOW = {
-    "sampler": "{}", "sampler_steps": "{} steps", "eta": "eta {:g}", "samples": "{:,} samples",
-    "reference": "reference {}", "feature_size": "at {} px", "guidance": "guidance {:g}",
-    "guidance_interval": "in {}", "guide": "guide {}",
-}  # fmt: skip
+HOW = {  # column -> its value in words
+    "sampler": str,
+    "sampler_steps": lambda n: counted(n, "step"),
+    "eta": "eta {:g}".format,
+    "samples": lambda n: counted(n, "sample"),
+    "reference": "reference {}".format,
+    "feature_size": "at {} px".format,
+    "guidance": "guidance {:g}".format,
+    "guidance_interval": "in {}".format,
+    "guide": "guide {}".format,
+}
 USUAL = {"eta": 0.0, "guidance_interval": "off"}  # which need no words
 
 
@@ -111,7 +118,7 @@ def plot_few_steps(rows: Sequence[Row], path: Path, *, teacher: Sequence[Row] = 
     for whose, told in (("teacher, ", teacher), ("", rows)):
         for row in told:  # a later one takes an earlier one's place
             if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
-                how = f"{whose}{row['sampler']}, {row['samples']:,} samples"
+                how = f"{whose}{row['sampler']}, {counted(row['samples'], 'sample')}"
                 curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return
@@ -268,7 +275,7 @@ def _column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _how(row: Row) -> str:
     """How an evaluation row was made, for the legend."""
-    told = (text.format(row[name]) for name, text in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
+    told = (words(row[name]) for name, words in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
     return ", ".join(told) or "all"
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.runs.files import sync, write_synced
+from fastdiff.words import counted
 
 FORMAT = 1
 _PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}
@@ -254,7 +255,7 @@ def _read_part(file: Path, expected: dict[str, Any]) -> Any:
     try:
         size = file.stat().st_size
         if size != expected["bytes"]:
-            raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
+            raise Damaged(f"{name} has {counted(size, 'byte')} instead of {expected['bytes']}")
         content = file.read_bytes()
     except OSError as error:
         raise _absent_or_unreadable(file, error) from error

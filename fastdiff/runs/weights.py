@@ -21,6 +21,7 @@ from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
+from fastdiff.words import counted
 
 
 def weights_sha256(state: Mapping[str, Tensor], more: str = "") -> str:
@@ -258,8 +259,9 @@ def _with_labels(
     if here and not theirs and here == there.num_classes + 1:
         rows = state["label.weight"]
         return {**state, "label.weight": torch.cat([rows, torch.zeros_like(rows[:1])])}, ", without a row for no class"
-    advice = f"use data of {there.num_classes} classes" if here else "add --conditional"
-    raise UserError(f"{flag} holds a network of {there.num_classes} classes, but this run has {here}; {advice}.")
+    classes = counted(there.num_classes, "class", "classes")
+    advice = f"use data of {classes}" if here else "add --conditional"
+    raise UserError(f"{flag} holds a network of {classes}, but this run has {here}; {advice}.")
 
 
 def _as_flag(flag: str, value: object) -> str:

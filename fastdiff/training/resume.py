@@ -7,6 +7,7 @@ from fastdiff.config import RESUMABLE_CHANGES, Config
 from fastdiff.errors import UserError
 from fastdiff.runs import checkpoint
 from fastdiff.training.optim import LearningRate
+from fastdiff.words import counted
 
 
 def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
@@ -18,8 +19,8 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
     saved = checkpoint.load_latest(resume / "checkpoints")
     if saved is None:
         raise UserError(
-            f"--resume {resume} has no checkpoint to continue from (it ended before --save-every "
-            f"{config.run.save_every} steps); start a new run."
+            f"--resume {resume} has no checkpoint to continue from (it ended before step "
+            f"{config.run.save_every:,}, the first by --save-every); start a new run."
         )
     for path, reason in saved.skipped:
         print(f"skipped {path}: {reason}", file=sys.stderr)
@@ -41,7 +42,7 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
             else f"Choose --lr-decay, --steps and --decay-fraction so that it falls from step {saved.step:,} or later"
         )
         raise UserError(
-            f"--resume {resume} has made {saved.step:,} steps by a learning rate that is {then}, and cannot go on by "
-            f"one that is {now}: steps already made would have been others. {advice}, or start a new run."
+            f"--resume {resume} has made {counted(saved.step, 'step')} by a learning rate that is {then}, and cannot "
+            f"go on by one that is {now}: steps already made would have been others. {advice}, or start a new run."
         )
     return saved

@@ -87,7 +87,7 @@ def test_only_the_splits_own_captions_are_read(split_pets, load):
         (None, "", "no captions beside its images; add metadata.jsonl"),
         ("metadata.jsonl", jsonl([("cat/x.png", "a"), ("cow.png", "b")]), "line 2: there is no image 'cow.png'"),
         ("metadata.jsonl", jsonl([("../cat/x.png", "a")]), "line 1: there is no image '../cat/x.png'"),
-        ("metadata.jsonl", jsonl([("cat/x.png", "a")]), "4 of 5 images have no caption: 'cat/y.png', 'cat/z.png'"),
+        ("metadata.jsonl", jsonl([("cat/x.png", "a")]), "no caption for 4 of 5 images: 'cat/y.png', 'cat/z.png'"),
         ("metadata.jsonl", jsonl([("cat/x.png", " \n")]), "line 1: the caption is empty"),
         (
             "metadata.jsonl",
@@ -103,7 +103,7 @@ def test_only_the_splits_own_captions_are_read(split_pets, load):
         ("metadata.csv", 'file_name,text\ncat/x.png,"a\n', "it is not CSV"),
         ("metadata.csv", b"file_name,text\ncat/x.png,\xff\n", "line 2: byte 0xff is not UTF-8"),
         ("cat/x.txt", b"a cat\nein K\xe4tzchen", "'cat/x.txt', line 2: byte 0xe4 is not UTF-8"),
-        ("cat/x.txt", "\n", "5 of 5 images have no caption"),
+        ("cat/x.txt", "\n", "no caption for 5 of 5 images"),
     ],
 )
 def test_mistakes_in_caption_files(pets, load, tmp_path, name, content, told, user_error):

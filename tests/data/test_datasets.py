@@ -246,7 +246,7 @@ def test_remarks_of_decoding_are_warnings_also_from_the_cache(tmp_path, root, ca
         caplog.clear()
         load_dataset(tmp_path / "scans", root=root, image_size=8)
         (record,) = caplog.records
-        assert f"{tmp_path / 'scans'}: 3 of 4 images of 16 bits have no pixel of 4,096 or more" in record.getMessage()
+        assert f"{tmp_path / 'scans'}: 3 of 4 images: 16 bits without a pixel of 4,096 or more" in record.getMessage()
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])

@@ -184,6 +184,7 @@ def test_many_curves_all_differ_and_their_legend_hides_none(tmp_path, monkeypatc
 def test_a_legend_tells_once_what_its_curves_share():
     hows = ["ddim, 1 step, guidance 1", "ddim, 50 steps, guidance 1", "ddim, 50 steps, eta 1, guidance 1"]
     assert plots._told_apart(hows) == ("guidance 1", ["ddim, 1 step", "ddim, 50 steps", "ddim, 50 steps, eta 1"])
+    assert plots._how(eval_row(0, 1.0, sampler_steps=1)) == "ddim, 1 step, 5,000 samples, reference cifar10-train"
     assert plots._told_apart(hows[:1]) == ("1 step, guidance 1", ["ddim"])
 
 

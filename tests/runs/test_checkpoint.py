@@ -75,7 +75,7 @@ def test_a_file_that_is_none_is_found_and_the_older_checkpoint_taken(tmp_path, n
 
 def test_if_none_verifies_it_says_so(tmp_path):
     (checkpoint.save(tmp_path, 1, state()) / "optimizer.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no checkpoint .* can be used .*optimizer\.pt has 1 bytes instead of"):
+    with pytest.raises(UserError, match=r"no checkpoint .* can be used .*optimizer\.pt has 1 byte instead of"):
         checkpoint.load_latest(tmp_path)
 
 
