@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -159,12 +160,14 @@ def new_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None, wha
 
 def _write(path: Path, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    # Not by tempfile, whose files only their owner can read: others may share the data root.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
             np.savez(file, allow_pickle=False, **arrays, sha256=np.array(_checksum(arrays)))
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -13,11 +13,9 @@ both from one reading.
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
-from fastdiff.runs.files import sync, write_synced
+from fastdiff.runs.files import sync, temporary_folder, write_synced
 from fastdiff.words import counted
 
 FORMAT = 1
@@ -80,7 +78,7 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         recover(directory)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
+        temporary = temporary_folder(directory, _TEMPORARY)
         try:
             files: dict[str, dict[str, Any]] = {}
             for part, name in _PARTS.items():
@@ -95,7 +93,6 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
             manifest["sha256"] = _manifest_sha256(manifest)
             write_synced(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
             sync(temporary)
-            os.chmod(temporary, 0o755)
             return _put_in_place(temporary, directory, step)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

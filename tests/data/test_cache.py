@@ -109,6 +109,11 @@ def test_a_home_that_no_one_knows_is_a_warning(tmp_path, monkeypatch, caplog):
     assert cached(None, lambda: DECODED).images is IMAGES
 
 
+def test_whoever_may_read_the_data_root_may_read_its_cache(tmp_path, modes):
+    cached(tmp_path / "new" / "set.npz", lambda: DECODED)
+    assert modes(tmp_path) == {"0o770", "0o660"}
+
+
 def test_outdated_caches_of_the_same_set_go_when_the_new_one_is_there(tmp_path):
     for name in ("a-1.npz", "a-2.npz", "b-1.npz"):
         (tmp_path / name).touch()

@@ -37,6 +37,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert found.state["best"] is None
 
 
+def test_permissions_are_as_the_umask_has_them(tmp_path, modes):
+    checkpoint.save(tmp_path, 1, state())
+    assert modes(tmp_path) == {"0o770", "0o660"}
+
+
 def test_the_newest_is_taken_by_number_not_by_name(tmp_path):
     assert checkpoint.load_latest(tmp_path) is None
     assert checkpoint.load_latest(tmp_path / "missing") is None

@@ -73,6 +73,10 @@ print(create_run(sys.argv[1], config={"pid": os.getpid()}).path.name)
 
 
 class TestDirectory:
+    def test_permissions_are_as_the_umask_has_them(self, tmp_path, modes):
+        create_run(tmp_path, config={}).close()
+        assert modes(tmp_path) == {"0o770", "0o660"}
+
     def test_layout_and_config(self, tmp_path):
         with create_run(tmp_path, config={"lr": 2e-4, "resolutions": (16, 8), "data": None}) as run:
             assert run.path == tmp_path / "1"
