@@ -210,6 +210,7 @@ def test_a_config_that_a_full_disk_refuses_is_told_in_one_line(tmp_path, monkeyp
         ({"few_step": "none", "init_from": "{other}"}, 0),  # a run of its own
         ({"few_step": "flow-map"}, 0),
         ({"few_step": "consistency", "teacher": "gone"}, 0),
+        ({"few_step": "consistency", "teacher": "~nobody-of-this-name/1"}, 0),
     ],
 )
 def test_a_student_reads_its_teachers_evaluations(tmp_path, told, rows):
