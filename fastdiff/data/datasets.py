@@ -228,7 +228,7 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
     files = open_files(path)
 
     @cache
-    def chosen() -> Choice:
+    def chosen(captions: bool = False) -> Choice:
         used = chain(*caption_files(files)) if captions else ()
         return choose(files.listing.without(used), split, path)
 
@@ -239,6 +239,7 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
         items = ((place[name], name, data) for name, data in files.read(names))
         images, remarks = decode_all(items, len(names), size, path, folder)
         _range(images, path)  # before anything is stored
+        # Notes as without captions: an archive's are not read again, and the next load may ask for none.
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)
 
@@ -247,7 +248,8 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
     place = None if folder is None else folder / f"{key}-{_decoder()}.npz"
     decoded = cached(place, build, outdated=f"{key}*.npz")
     if isinstance(files, Folder) or captions:  # its other files may have changed since
-        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes, captions=of_images)
+        now = chosen(captions)
+        decoded.about.update(class_names=now.class_names, notes=now.notes, captions=of_images)
     return decoded
 
 

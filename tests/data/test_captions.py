@@ -56,7 +56,9 @@ def test_captions_lie_beside_images(pets, pack, load, how, suffix):
         assert data.captions == CAPTIONS
         assert data.sha256 == plain.sha256  # a run without text goes on
         assert data.labels.tolist() == plain.labels.tolist()
-    assert load(path, captions=False).captions is None
+    without = load(path, captions=False)
+    assert without.captions is None
+    assert ("*.txt (6): " if how == "sidecars" else "metadata.") in without.describe()  # left out, also from the cache
     line = data.describe()
     assert "; 6 captions, such as 'a cat', 'a cat, again', 'ein Kätzchen'; " in line
     assert "metadata" not in line
