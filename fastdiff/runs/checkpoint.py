@@ -13,6 +13,7 @@ both from one reading.
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -151,9 +152,11 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
     """Read the newest checkpoint in `directory` that verifies; None if there is none.
 
     `skipped` of the result names the newer ones that were passed over. Raises UserError if there are checkpoints, but
-    none verifies.
+    none verifies, and OSError if `directory` cannot be read.
     """
     skipped = []
+    if Path(directory).is_dir():
+        os.listdir(directory)  # raises where it may not be read, about which glob is silent
     for path in reversed(list_checkpoints(directory)):
         try:
             return replace(_read(path), skipped=skipped)

@@ -111,6 +111,10 @@ def initial_weights(config: Config) -> InitialWeights | None:
         return None
     path = expanded(named)
     flag, text, latents = f"{'--init-from' if config.optim.init_from else '--teacher'} {path}", "", ""
+    if not path.is_dir():
+        raise UserError(
+            f"{flag} is no folder; name a run, a checkpoint, a folder of `export`, or one of a diffusers pipeline."
+        )
     ours = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path)
     trained = read_trained(path) if ours else None
     if config.autoencoder.factor or (trained is not None and trained.config.autoencoder.factor):

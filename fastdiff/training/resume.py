@@ -26,12 +26,10 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     before = Config.from_dict(saved.state["config"])
     if changes := config.changes(before):
-        listed = "; ".join(
-            f"--{name.replace('_', '-')} was {old!r}, now {new!r}" for name, (old, new) in changes.items()
-        )
+        listed = "; ".join(f"{_flag(name)} was {old!r}, now {new!r}" for name, (old, new) in changes.items())
         raise UserError(
             f"--resume {resume} cannot change what is trained: {listed}. Drop these flags, or start a new run; "
-            f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}."
+            f"free to change are {', '.join(map(_flag, sorted(RESUMABLE_CHANGES)))}."
         )
     then, now = LearningRate.of(before), LearningRate.of(config)
     if not now.agrees(then, saved.step):  # a decay can branch off a constant run, and be moved until it begins
@@ -46,3 +44,7 @@ def find_checkpoint(config: Config, resume: Path) -> checkpoint.Checkpoint:
             f"go on by one that is {now}: steps already made would have been others. {advice}, or start a new run."
         )
     return saved
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -37,6 +37,15 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert found.state["best"] is None
 
 
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        checkpoint.load_latest(tmp_path)
+
+
 def test_permissions_are_as_the_umask_has_them(tmp_path, modes):
     checkpoint.save(tmp_path, 1, state())
     assert modes(tmp_path) == {"0o770", "0o660"}
