@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from fastdiff.cli import defaults, run_command, start_training, told_once
+from fastdiff.cli import HELP, defaults, run_command, start_training, told_once
 from fastdiff.config import Config
 from fastdiff.errors import UsageError
 
@@ -22,7 +22,7 @@ class Flags:
 
 def parse(arguments: list[str]) -> Flags:
     """All flags of the command."""
-    return tyro.cli(Flags, default=Flags(defaults(arguments)), args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(Flags, default=Flags(defaults(arguments)), args=arguments, config=HELP)
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(REPO))
 
 from fastdiff.cli import run_command  # noqa: E402
 from fastdiff.sections import SamplerName  # noqa: E402
+from fastdiff.words import counted  # noqa: E402
 
 COLUMNS = (
     "objective",
@@ -134,7 +135,8 @@ def measure(flags: Flags, objective: str, checkpoint: Path) -> list[dict]:
         np.save(flags.work / objective / f"{sampler}-{steps}.npy", kept)
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        print(f"{objective}: {sampler}, {rows[-1]['evaluations']} evaluations: {row['value']:.4g}", flush=True)
+        drawn = counted(rows[-1]["evaluations"], "evaluation")
+        print(f"{objective}: {sampler}, {drawn}: {row['value']:.4g}", flush=True)
     return [row for row in rows if (row["sampler"], row["sampler_steps"]) in wanted]
 
 

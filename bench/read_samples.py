@@ -28,6 +28,7 @@ from fastdiff.evaluation.wishes import balanced
 from fastdiff.model_sections import Guidance
 from fastdiff.runtime.device import resolve_device, set_backends
 from fastdiff.sections import SamplerName
+from fastdiff.words import counted
 
 Draw = Callable[[Conditions, float], np.ndarray]  # conditions and w -> uint8 (n, H, W, 3)
 Read = dict[str, float]  # share of pictures that show what was asked for, by what was asked
@@ -64,7 +65,7 @@ def main(
         rows = caption_rows(draw, guidance, n, trained, seed)
     else:
         raise UsageError(f"{trained.path} was not trained on digits with classes, nor on digits-captioned with text.")
-    print(f"{trained.path}: {n} samples a row by {sampler} in {steps} steps\n")
+    print(f"{trained.path}: {counted(n, 'sample')} a row by {sampler} in {counted(steps, 'step')}\n")
     for i, (name, read) in enumerate(rows):
         if i == 0:
             print(f"| | {' | '.join(read)} |\n|---|{'---:|' * len(read)}")

@@ -19,6 +19,7 @@ import tyro
 
 from fastdiff.cli import run_command
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 from train_cifar import Flags, defaults
 
 # torch takes seconds to import, which --help and a mistyped flag need not wait for: the functions import what they use.
@@ -148,7 +149,7 @@ def plot(directory: Path) -> int:
         rows = write(run, None)
     if rows == 0:
         raise UserError(f"--plot {directory} has no evaluation yet; there is nothing to draw.")
-    print(f"wrote {directory / 'track.jsonl'} ({rows} rows) and {directory / 'track.png'}")
+    print(f"wrote {directory / 'track.jsonl'} ({counted(rows, 'row')}) and {directory / 'track.png'}")
     return 0
 
 

@@ -20,6 +20,7 @@ from fastdiff.presets import PRESETS
 from fastdiff.runs.run import open_run
 from fastdiff.runtime import output
 
+HELP = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)  # flags without their sections, and only what can be set
 NARROWEST = 20  # columns in which --help is set; in 3 it would never end
 MEMORY = re.compile("out of memory|allocate|Storage size")  # how PyTorch and NumPy say that it does not suffice
 OTHER_RANKS_WAIT = 5.0  # seconds in which another rank tells the mistake that all have found: torchrun ends all by one
@@ -121,8 +122,10 @@ def defaults(arguments: list[str], preset: str = "ddpm-cifar10") -> Config:
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not fields")
         except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"--resume {given['--resume']} is no run directory: cannot read {path} ({error})."
+                f"--resume {given['--resume']} is no run directory: cannot read {path} ({reason}); name one such as "
+                "working/1."
             ) from error
         return Config.from_dict(values)
     return PRESETS.get(given.get("--preset", preset), PRESETS[preset])
@@ -132,9 +135,7 @@ def train_autoencoder(arguments: list[str]) -> int:
     """Parse the flags of `python -m fastdiff autoencoder`, train, and return the exit code."""
     with told_once():
         config, prog = defaults(arguments, "autoencoder"), f"{_prog()} autoencoder"
-        flags = tyro.cli(
-            Autoencoder, default=Autoencoder.of(config), args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        flags = tyro.cli(Autoencoder, default=Autoencoder.of(config), args=arguments, prog=prog, config=HELP)
         config = flags.over(config)
         if config.autoencoder.factor == 0:
             raise UsageError(
@@ -162,6 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["autoencoder"]:
         return train_autoencoder(given[1:])
+    names = [*COMMANDS, "autoencoder"]
+    if given and not given[0].startswith("-") and given[0] not in names:
+        raise UsageError(
+            f"there is no command {given[0]!r}, only {', '.join(names)}; networks are trained by `python "
+            "train_cifar.py`, installed `fastdiff-train`."
+        )
     flags = tyro.extras.subcommand_cli_from_dict(
         {**COMMANDS, "autoencoder": Autoencoder},
         description="Use what a training run has saved, or train an autoencoder. Networks are trained by "

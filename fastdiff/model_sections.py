@@ -13,6 +13,7 @@ import tyro
 
 from fastdiff.checks import at_least, check_words, positive, require
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 DISCRETE_SCHEDULES = ("ddpm-linear", "cosine")
 NEEDS_SIGNAL = ("eps", "score")  # objectives whose prediction does not determine x0 where alpha = 0
@@ -76,7 +77,7 @@ class UNetConfig:
         mult, size, channels, width = self.channel_mult, self.image_size, self.channels, self.text_width
         require(len(mult) >= 1 and min(mult) >= 1, "channel_mult", mult, "one or more positive integers")
         factor, why = self.patch * 2 ** (len(mult) - 1), f" in patches of {self.patch}" if self.patch > 1 else ""
-        require(size % factor == 0, "image_size", size, f"a multiple of {factor} ({len(mult)} levels{why})")
+        require(size % factor == 0, "image_size", size, f"a multiple of {factor} ({counted(len(mult), 'level')}{why})")
         groups = f"a multiple of --norm-groups ({self.norm_groups})"
         require(channels % self.norm_groups == 0, "channels", channels, groups)
         require(channels % 2 == 0, "channels", channels, "even (the time embedding has sine and cosine halves)")

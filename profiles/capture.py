@@ -22,6 +22,7 @@ import tyro
 from fastdiff.cli import run_command
 from fastdiff.config import Config
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 from train_cifar import defaults
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Sample(_Topic):
         )  # fmt: skip
         batches = generator.batches((lead + steps_needed(config.run.profile)) * batch, seed=config.run.seed)
         facts = {
-            "step": f"a batch of {batch} samples, {settings.label}, {evaluations(generator.plan)} evaluations",
+            "step": f"a batch of {batch}, {settings.label}, {counted(evaluations(generator.plan), 'evaluation')}",
             "precision": "bf16 autocast, bf16 weights" if bf16 else "float32",
             "compile": "torch.compile" if compiles else "off",
             "graphs": "a CUDA graph of the sampling step" if config.machine.graphs and cuda else "off",

@@ -46,6 +46,14 @@ def no_arguments(monkeypatch):
 
 
 @pytest.fixture
+def modes():
+    """modes(folder): the permissions of its files and folders, under the umask of people who share a group."""
+    before = os.umask(0o007)
+    yield lambda folder: {oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")}
+    os.umask(before)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Runs in this process draw nothing, which takes them most of their time."""
     for place in (

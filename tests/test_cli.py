@@ -43,6 +43,29 @@ def test_an_empty_value_is_no_default(monkeypatch, capsys, tmp_path, module, com
     assert not os.listdir()
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "code", "said"),
+    [
+        (cli.main, ["sampel", "--checkpoint", "a"], 2, "there is no command 'sampel', only sample, evaluate,"),
+        (train_cifar.main, ["--resume", "gone"], 1, "gone is no run directory: cannot read gone/config.json (No such"),
+    ],
+)
+def test_what_is_not_there_is_one_line(monkeypatch, capsys, tmp_path, main, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    assert cli.run_command(main) == code
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert said in error
+
+
+@pytest.mark.parametrize("parse", [train_cifar.parse, cli.train_autoencoder])
+def test_help_lists_only_what_can_be_set(capsys, parse):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "{fixed}" not in capsys.readouterr().out
+
+
 @pytest.mark.lab
 @pytest.mark.parametrize("columns", ["1", "3", "10"])
 def test_help_ends_however_narrow_the_terminal(repo, columns):

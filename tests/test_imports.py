@@ -11,7 +11,7 @@ import kernels
 # Lowest first. A name stands for a module or for all modules of a package; the longest match decides.
 LAYERS = [
     ["kernels"],
-    ["fastdiff.errors"],
+    ["fastdiff.errors", "fastdiff.words"],
     ["fastdiff._kernels"],
     ["fastdiff.checks"],
     ["fastdiff.model_sections"],

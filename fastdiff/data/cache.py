@@ -9,11 +9,14 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,11 @@ from fastdiff.errors import UserError
 log = logging.getLogger(__name__)
 
 MAPPED = 2**30  # bytes from which on an array is mapped
+UNUSED_DAYS = 14  # after which a file of another version of the code or of packages is outdated
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,35 +66,51 @@ def content_sha256(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 def cached(path: Path | None, build: Callable[[], Decoded], *, outdated: str = "") -> Decoded:
     """An image set, stored as `cached_arrays` says."""
-    return _unpack(cached_arrays(path, lambda: _pack(build()), outdated=outdated))
+    return _unpack(cached_arrays(path, lambda: _pack(build()), outdated=outdated, check=_unpack))
 
 
-def cached_arrays(path: Path | None, build: Callable[[], Arrays], *, outdated: str = "") -> Arrays:
+def cached_arrays(
+    path: Path | None,
+    build: Callable[[], Arrays],
+    *,
+    outdated: str = "",
+    check: Callable[[Arrays], object] = lambda arrays: None,
+) -> Arrays:
     """What is stored at `path`; if there is nothing, or it is damaged, `build()`, which is then stored.
 
     Args:
         path: None for arrays that are not to be stored.
-        outdated: a pattern of the names of files beside it that the new one replaces.
+        outdated: a pattern of the names of files beside it, made by other versions of the code or of packages. Those
+            that were not used for `UNUSED_DAYS` go when a new one is stored: another environment may use the others.
+        check: raises KeyError, TypeError or ValueError for arrays that are not what `build` makes.
     """
     if path is None:
         return build()
     try:
-        return _read(path)
+        arrays = _read(path)
+        check(arrays)
+        return arrays
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         log.warning("%s is damaged or cannot be read (%s); it is made again", path, error)
     arrays = build()
     try:
         _write(path, arrays)
-        for old in path.parent.glob(outdated) if outdated else ():
-            if old != path:
-                old.unlink(missing_ok=True)
+        _remove_unused(path.parent.glob(outdated) if outdated else ())
         if any(array.nbytes >= MAPPED for array in arrays.values()):
             return _read(path)  # mapped; the file without a name goes
     except OSError as error:
         log.warning("%s cannot be written (%s); what it would hold is made anew each time", path, error)
     return arrays
+
+
+def _remove_unused(files: Iterable[Path]) -> None:
+    for file in files:
+        with suppress(OSError):  # another process may be faster, or the file another user's
+            used = max(file.stat().st_atime, file.stat().st_mtime)
+            if time.time() - used > UNUSED_DAYS * 86400:
+                file.unlink()
 
 
 def _pack(decoded: Decoded) -> Arrays:
@@ -95,7 +119,7 @@ def _pack(decoded: Decoded) -> Arrays:
 
 
 def _unpack(arrays: Arrays) -> Decoded:
-    return Decoded(arrays["images"], arrays.get("labels"), json.loads(str(arrays["about"])))
+    return Decoded(arrays["images"], arrays.get("labels"), dict(json.loads(str(arrays["about"]))))
 
 
 def _checksum(arrays: Arrays) -> str:
@@ -159,12 +183,14 @@ def new_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None, wha
 
 def _write(path: Path, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    # Not by tempfile, whose files only their owner can read: others may share the data root.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
             np.savez(file, allow_pickle=False, **arrays, sha256=np.array(_checksum(arrays)))
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -18,6 +18,7 @@ import numpy as np
 from fastdiff.data.files import Archive, Folder
 from fastdiff.data.layout import some
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 Captions = tuple[tuple[str, ...], ...]  # of each image, at least one
 
@@ -61,7 +62,7 @@ def read_captions(files: Folder | Archive, images: Sequence[str]) -> Captions:
     captions = _from_metadata(files, metadata) if metadata else _from_sidecars(files, sidecars, images)
     if missing := [repr(image) for image in images if not captions.get(image)]:
         raise UserError(
-            f"{files.path}: {len(missing):,} of {len(images):,} images have no caption: {some(missing)}; "
+            f"{files.path}: no caption for {len(missing):,} of {counted(len(images), 'image')}: {some(missing)}; "
             "add captions, or remove the images"
         )
     return tuple(tuple(captions[image]) for image in images)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastdiff.data.download import fetch
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -60,7 +61,8 @@ def _from_folder(folder: Path, split: str) -> list[bytes]:
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}; {remedy}") from error
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"{folder / name} is damaged or truncated ({len(content)} bytes, wrong MD5); {remedy}")
+            size = counted(len(content), "byte")
+            raise UserError(f"{folder / name} is damaged or truncated ({size}, wrong MD5); {remedy}")
         contents.append(content)
     return contents
 

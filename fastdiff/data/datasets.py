@@ -27,6 +27,7 @@ from fastdiff.data.files import Folder, open_files
 from fastdiff.data.layout import Choice, choose, some
 from fastdiff.data.npz import read_npz
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ class ImageSet:
             counts = np.bincount(self.labels)
             names = self.class_names or list(map(str, range(len(counts))))
             shown = [f"{names[i]} {counts[i]:,}" for i in np.flatnonzero(counts)]
-            parts.append(f"{len(shown):,} classes: {some(shown, 10)}")
+            parts.append(f"{counted(len(shown), 'class', 'classes')}: {some(shown, 10)}")
         if self.captions is not None:
             distinct = dict.fromkeys(caption for captions in self.captions for caption in captions)
-            parts.append(f"{len(distinct):,} captions, such as {', '.join(map(repr, islice(distinct, 3)))}")
+            parts.append(f"{counted(len(distinct), 'caption')}, such as {', '.join(map(repr, islice(distinct, 3)))}")
         mean = self.images.mean(dtype=np.float64)
         parts += [f"pixels {self.images.min()} to {self.images.max()}, mean {mean:.1f}", *self.notes[1:]]
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in "; ".join(parts))
@@ -227,7 +228,7 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
     files = open_files(path)
 
     @cache
-    def chosen() -> Choice:
+    def chosen(captions: bool = False) -> Choice:
         used = chain(*caption_files(files)) if captions else ()
         return choose(files.listing.without(used), split, path)
 
@@ -238,6 +239,7 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
         items = ((place[name], name, data) for name, data in files.read(names))
         images, remarks = decode_all(items, len(names), size, path, folder)
         _range(images, path)  # before anything is stored
+        # Notes as without captions: an archive's are not read again, and the next load may ask for none.
         about = {"class_names": chosen().class_names, "notes": chosen().notes, "remarks": remarks}
         return Decoded(images, None if labels is None else np.array(labels, dtype=np.int64), about)
 
@@ -246,7 +248,8 @@ def _files(path: Path, folder: Path | None, split: str, size: int, captions: boo
     place = None if folder is None else folder / f"{key}-{_decoder()}.npz"
     decoded = cached(place, build, outdated=f"{key}*.npz")
     if isinstance(files, Folder) or captions:  # its other files may have changed since
-        decoded.about.update(class_names=chosen().class_names, notes=chosen().notes, captions=of_images)
+        now = chosen(captions)
+        decoded.about.update(class_names=now.class_names, notes=now.notes, captions=of_images)
     return decoded
 
 

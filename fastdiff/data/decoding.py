@@ -19,8 +19,8 @@ from fastdiff.data.layout import some
 from fastdiff.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "QOI", "AVIF")
-DARK = "of 16 bits have no pixel of 4,096 or more, as if they held 12 bits: they come out dark; multiply them by 16"
-FRAMES = "have several frames; only the first is used"
+DARK = "16 bits without a pixel of 4,096 or more, as if of 12 bits, which come out dark; multiply the pixels by 16"
+FRAMES = "several frames, of which only the first is used"
 MAX_PIXELS = 2**26  # of one image (8192 x 8192): bounds what a small malicious file can unpack to
 CHUNK = 16  # items per task: small images take less time than handing them over one by one
 
@@ -124,7 +124,7 @@ def decode_all(
         count = f"{len(bad):,} of {n:,}"
         raise UserError(f"{origin}: {count} files cannot be read as images: {listed}; replace or delete them")
     return images, [
-        f"{len(where):,} of {n:,} images {what} ({some([name for _, name in sorted(where)])})"
+        f"{len(where):,} of {n:,} images: {what} ({some([name for _, name in sorted(where)])})"
         for what, where in remarks.items()
     ]
 

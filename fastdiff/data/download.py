@@ -16,6 +16,8 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from fastdiff.words import counted
+
 BLOCK_BYTES = 2**16
 STALL_SECONDS = 15.0  # a download fails if the next block takes longer: nothing comes, or less than 4 KiB/s
 DEADLINE_SECONDS = 3600.0  # of a whole download, and for how long another process's is waited for
@@ -56,7 +58,7 @@ def fetch(url: str, path: Path, *, algorithm: str, digest: str, size: int) -> No
                 actual.update(block)
                 bar.advance(task, len(block))
         if actual.hexdigest() != digest:
-            raise ValueError(f"what came is another file: {received:,} bytes, another {algorithm.upper()}")
+            raise ValueError(f"what came is another file: {counted(received, 'byte')}, another {algorithm.upper()}")
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, path)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from fastdiff.errors import UserError
+from fastdiff.words import counted
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".qoi"),
@@ -179,7 +180,7 @@ def _is_split(folder: str) -> bool:
 
 def _split_folder(folders: Counter[str], split: str, origin: Path) -> str | None:
     """The top-level folder that is the split; None if there are no splits, so that everything is "train"."""
-    counts = {name: f"{n:,} image{'s'[: n > 1]}" for name, n in sorted(folders.items())}
+    counts = {name: counted(n, "image") for name, n in sorted(folders.items())}
     seen = some([f"{name!r} ({count})" if name else f"{count} beside them" for name, count in counts.items()], 10)
     said, rests = zip(*map(_parse, folders), strict=True)
     if all(said) and len(set(rests)) == 1 and (len(folders) > 1 or rests == ((),)):

@@ -41,6 +41,7 @@ from fastdiff.runs.outputs import check_output, npz_writer
 from fastdiff.runs.run import open_run
 from fastdiff.runtime import output
 from fastdiff.runtime.device import resolve_device, set_backends
+from fastdiff.words import counted
 
 GRID_LIMIT = 1024
 
@@ -80,7 +81,7 @@ def _words(steps: Sequence[int]) -> str:
 
 def _told(trained: Trained) -> str:
     task, *names = trained.config.task
-    return f"{task}{f', on {len(names)} classes' if names else ''}"
+    return f"{task}, on {counted(len(names), 'class', 'classes')}" if names else task
 
 
 def sample(flags: Sample) -> None:
@@ -120,15 +121,17 @@ def sample(flags: Sample) -> None:
     grids = [np.concatenate(kept)[:GRID_LIMIT] for kept in shown]
     grid = grids[0]
     if len(generators) > 1:
-        pictures.save_rows(grids, [f"{n} step{'s' * (n > 1)}" for n in flags.steps], out)
+        pictures.save_rows(grids, [counted(n, "step") for n in flags.steps], out)
     elif names:
         rows = {i: grid[row[: len(grid)] == i] for i in np.unique(row[: len(grid)])}
         pictures.save_rows(list(rows.values()), [names[i] for i in rows], out)
     else:
         pictures.save_grid(grid, out)
     led = f", guidance {guidance.label}" if guidance.scale != 1 else ""
-    each, how = " each" if len(generators) > 1 else "", f"{generator.settings.label}, {_words(flags.steps)} steps{led}"
-    print(f"{out}: {len(grid):,} of {n:,} images{each} by {how}, from {trained.path}")
+    each = " each" if len(generators) > 1 else ""
+    steps = f"{_words(flags.steps)} steps" if each else counted(flags.steps[0], "step")
+    how = f"{generator.settings.label}, {steps}{led}"
+    print(f"{out}: {len(grid):,} of {counted(n, 'image')}{each} by {how}, from {trained.path}")
 
 
 def evaluate(flags: Evaluate) -> None:

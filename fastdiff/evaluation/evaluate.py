@@ -99,7 +99,9 @@ def load_trained(path: Path | str, *, device: torch.device, moved: Path | None =
     saved = read_trained(path)
     config = saved.config
     if config.autoencoder.factor:
-        raise UserError(f"{path} holds an autoencoder, not a diffusion network; train one in it by --latents {path}.")
+        raise UserError(
+            f"{path} holds an autoencoder; a network in its latents is trained by `train_cifar.py --latents {path}`."
+        )
     model = UNet(config.net)
     model.load_state_dict(saved.state)
     model = model.to(device).eval()

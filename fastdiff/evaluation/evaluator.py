@@ -16,6 +16,7 @@ from fastdiff.model_sections import Guidance
 from fastdiff.reporting import pictures
 from fastdiff.runs.run import Run
 from fastdiff.runtime.world import Ranks
+from fastdiff.words import counted
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,6 @@ class Evaluator:
         for each in (*few, row):
             each |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}
             self.run.log_eval(each)
-            drawn = f"{each['samples']:,} samples, {each['sampler']} {each['sampler_steps']} steps"
+            drawn = f"{counted(each['samples'], 'sample')}, {each['sampler']} {counted(each['sampler_steps'], 'step')}"
             self.say(f"step {step:,}: {each['metric']} {each['value']:.3f} ({drawn}, {each['seconds']:.0f} s)")
         return row

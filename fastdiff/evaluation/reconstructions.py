@@ -19,6 +19,7 @@ from fastdiff.reporting.progress import bar
 from fastdiff.runs.run import Run
 from fastdiff.runtime.signals import Stopped
 from fastdiff.runtime.world import Ranks
+from fastdiff.words import counted
 
 COLUMNS = 10  # of the picture
 SSIM_SIDE = 11  # pixels of its window
@@ -96,8 +97,9 @@ class ReconstructionEvaluator:
             self._draw(step)
         self.run.log_eval(row)
         self.say(
-            f"step {step:,}: {row['metric']} {row['value']:.3f}, PSNR {row['psnr']:.2f} dB ({n:,} reconstructions, "
-            f"latents {row['latent_mean']:.2f} +- {row['latent_std']:.2f}, {row['seconds']:.0f} s)"
+            f"step {step:,}: {row['metric']} {row['value']:.3f}, PSNR {row['psnr']:.2f} dB "
+            f"({counted(n, 'reconstruction')}, latents {row['latent_mean']:.2f} +- {row['latent_std']:.2f}, "
+            f"{row['seconds']:.0f} s)"
         )
         return row
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastdiff.data.cache import Arrays, cached_arrays
+from fastdiff.data.datasets import expanded
 from fastdiff.errors import UserError
 from fastdiff.nets.text import POSITIONS, check_length, check_unicode
 
@@ -51,7 +52,7 @@ def frozen_encoder(name: str) -> FrozenEncoder:
         return WordLlama()
     kind, _, path = name.partition(":")
     if kind == "transformers" and path:
-        return Transformers(Path(path).expanduser())
+        return Transformers(expanded(path))
     raise UserError(f"text encoder {name!r} is not known; choose bytes, words, wordllama or transformers:PATH")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -17,14 +19,23 @@ from numpy.typing import ArrayLike
 from fastdiff.reporting.pictures import DPI, save_figure
 from fastdiff.reporting.progress import format_seconds
 from fastdiff.runs.run import Row
+from fastdiff.words import counted
 
 BLUE, ORANGE, GREY, LIGHT = "#2563eb", "#d97706", "#6b7280", "#e5e7eb"
-COLOURS = (BLUE, ORANGE, "#059669", "#7c3aed", GREY)  # of curves
-HOW = {
-    "sampler": "{}", "sampler_steps": "{} steps", "eta": "eta {:g}", "samples": "{:,} samples",
-    "reference": "reference {}", "feature_size": "at {} px", "guidance": "guidance {:g}",
-    "guidance_interval": "in {}", "guide": "guide {}",
-}  # fmt: skip
+COLOURS = (BLUE, ORANGE, "#059669", "#7c3aed", GREY, "#dc2626", "#0891b2", "#db2777", "#854d0e", "#65a30d")
+STYLES = tuple(product("os^Dv", COLOURS))  # marker and colour of each curve; the first 50 differ
+INSIDE = 4  # legends of more entries are below the axes, where they hide no curve
+HOW = {  # column -> its value in words
+    "sampler": str,
+    "sampler_steps": lambda n: counted(n, "step"),
+    "eta": "eta {:g}".format,
+    "samples": lambda n: counted(n, "sample"),
+    "reference": "reference {}".format,
+    "feature_size": "at {} px".format,
+    "guidance": "guidance {:g}".format,
+    "guidance_interval": "in {}".format,
+    "guide": "guide {}".format,
+}
 USUAL = {"eta": 0.0, "guidance_interval": "off"}  # which need no words
 
 
@@ -84,14 +95,14 @@ def plot_distance(rows: Sequence[Row], path: Path) -> None:
     for axes, (metric, curves) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         _dress(axes, "Frechet distance of samples to the data (lower is better)", "step", metric)
         _step_axis(axes, rows)
-        for (how, curve), colour in zip(curves.items(), cycle(COLOURS)):
+        common, names = _told_apart(list(curves))
+        for name, curve, style in zip(names, curves.values(), cycle(STYLES)):
             steps = sorted(curve)
-            _line(axes, steps, [curve[step] for step in steps], colour, how)
             best = min(steps, key=lambda step: curve[step])
-            _note(axes, f"best {curve[best]:.4g}", (best, curve[best]), colour, ha="left" if best == 0 else "center")
-        axes.margins(y=0.15)  # room for the label below the lowest point
+            label = f"{name}: best {curve[best]:.4g} at step {best:,}"
+            _line(axes, steps, [curve[step] for step in steps], style, label)
         _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
-        axes.legend(frameon=False, fontsize=9)
+        _legend(figure, axes, common)
     save_figure(figure, path)
 
 
@@ -107,20 +118,21 @@ def plot_few_steps(rows: Sequence[Row], path: Path, *, teacher: Sequence[Row] = 
     for whose, told in (("teacher, ", teacher), ("", rows)):
         for row in told:  # a later one takes an earlier one's place
             if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
-                how = f"{whose}{row['sampler']}, {row['samples']:,} samples"
+                how = f"{whose}{row['sampler']}, {counted(row['samples'], 'sample')}"
                 curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return
     metrics = dict.fromkeys(metric for metric, _ in curves)
     title = "Frechet distance against sampling steps (lower is better)"
     figure, axes = _figure(title, "steps", ", ".join(metrics))
-    for ((metric, how), curve), colour in zip(curves.items(), cycle(COLOURS)):
+    common, names = _told_apart([how if len(metrics) == 1 else f"{metric}: {how}" for metric, how in curves])
+    for name, curve, style in zip(names, curves.values(), cycle(STYLES)):
         steps = sorted(curve)
-        _line(axes, steps, [curve[n] for n in steps], colour, how if len(metrics) == 1 else f"{metric}: {how}")
+        _line(axes, steps, [curve[n] for n in steps], style, name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     _log_scale(axes, np.array([value for curve in curves.values() for value in curve.values()]))
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure, axes, common)
     save_figure(figure, path)
 
 
@@ -130,16 +142,19 @@ def plot_guidance(rows: Sequence[Row], path: Path) -> None:
     title = "Frechet distance against guidance (lower is better)"
     figure, axes = _figure(title, "guidance scale w", rows[0]["metric"])
     agreement = axes.twinx() if "label_agreement" in rows[0] else None
-    for interval, colour in zip(dict.fromkeys(row["guidance_interval"] for row in rows), cycle(COLOURS)):
+    for interval, style in zip(dict.fromkeys(row["guidance_interval"] for row in rows), cycle(STYLES)):
         own = sorted((row for row in rows if row["guidance_interval"] == interval), key=lambda row: row["guidance"])
         scales = [row["guidance"] for row in own]
         label = "at all levels" if interval == "off" else f"at sigma / alpha in {interval}"
-        _line(axes, scales, [row["value"] for row in own], colour, label)
+        _line(axes, scales, [row["value"] for row in own], style, label)
+        marker, colour = style
         best = min(own, key=lambda row: row["value"])
         axes.plot(best["guidance"], best["value"], "o", color=colour, markersize=10, fillstyle="none")
         _note(axes, f"{best['value']:.4g}", (best["guidance"], best["value"]), colour)
         if agreement is not None:
-            agreement.plot(scales, [100 * row["label_agreement"] for row in own], "s--", color=colour, markersize=3)
+            agreement.plot(
+                scales, [100 * row["label_agreement"] for row in own], f"{marker}--", color=colour, markersize=3
+            )
     if agreement is not None:
         ceiling = 100 * rows[0]["label_agreement_real"]
         agreement.axhline(ceiling, color=GREY, linewidth=1, linestyle=":")
@@ -149,7 +164,7 @@ def plot_guidance(rows: Sequence[Row], path: Path) -> None:
         agreement.set_ylim(0, 105)
         agreement.spines["top"].set_visible(False)
     axes.margins(y=0.15)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure, axes)
     save_figure(figure, path)
 
 
@@ -205,15 +220,15 @@ def plot_track(rows: Sequence[Row], path: Path) -> None:
     )
     _step_axis(speed, rows)
     steps, values = _column(rows, "images_per_second")
-    lines = _line(speed, steps, values, BLUE, "images per second", style="s-")
+    lines = _line(speed, steps, values, ("s", BLUE), "images per second")
     speed.set_ylim(0, 1.15 * float(values.max(initial=0)) or 1)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     speed.yaxis.label.set_color(BLUE)
     distance = speed.twinx()
     kinds = dict.fromkeys((row["metric"], _how(row)) for row in rows)
-    for (metric, how), colour in zip(kinds, cycle(COLOURS[1:])):
+    for (metric, how), style in zip(kinds, cycle(STYLES[1:])):
         steps, values = _column([row for row in rows if (row["metric"], _how(row)) == (metric, how)], metric)
-        lines += _line(distance, steps, values, colour, f"{metric}: {how}")
+        lines += _line(distance, steps, values, style, f"{metric}: {how}")
         if len(steps):
             _note(distance, f"{values[-1]:.4g}", (steps[-1], values[-1]), "black", above=7, ha="right")
     distance.set_ylabel(" / ".join(dict.fromkeys(metric for metric, _ in kinds)) + " (lower is better)", color=ORANGE)
@@ -248,7 +263,7 @@ def plot_loss_by_noise(rows: Sequence[Row], path: Path) -> None:
         axes.plot(row["log_snr"], losses[i], ".-", color=colour, alpha=(i + 1) / len(shown), label=label)
     if np.isfinite(losses).any():
         _log_scale(axes, losses[np.isfinite(losses)])
-    axes.legend(handles=[*axes.lines, bars], frameon=False, fontsize=9)
+    _legend(figure, axes, bars=bars)
     save_figure(figure, path)
 
 
@@ -260,8 +275,15 @@ def _column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _how(row: Row) -> str:
     """How an evaluation row was made, for the legend."""
-    told = (text.format(row[name]) for name, text in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
+    told = (words(row[name]) for name, words in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
     return ", ".join(told) or "all"
+
+
+def _told_apart(hows: Sequence[str]) -> tuple[str, list[str]]:
+    """What all ways have in common, and the rest of each, which keeps its first part, such as the sampler."""
+    parts = [how.split(", ") for how in hows]
+    common = [part for part in parts[0][1:] if all(part in each for each in parts)]
+    return ", ".join(common), [", ".join(part for part in each if part not in common) for each in parts]
 
 
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -296,8 +318,23 @@ def _step_axis(axes: Axes, rows: Sequence[Row]) -> None:
         above.spines["top"].set_color("#d1d5db")
 
 
-def _line(axes: Axes, x: ArrayLike, y: ArrayLike, colour: str, label: str, style: str = "o-") -> list[Line2D]:
-    return axes.plot(x, y, style, color=colour, linewidth=1.8, markersize=4.5, label=label)
+def _line(axes: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, str], label: str) -> list[Line2D]:
+    marker, colour = style
+    return axes.plot(x, y, f"{marker}-", color=colour, linewidth=1.8, markersize=4.5, label=label)
+
+
+def _legend(figure: Figure, axes: Axes, title: str = "", *, bars: Container | None = None) -> None:
+    """The labels of the curves: inside the axes, or, if there are many, below them in a figure that grows for it."""
+    handles = [*axes.get_legend_handles_labels()[0], *([] if bars is None else [bars])]
+    title, *labels = (textwrap.fill(text, 90) for text in (title, *(str(each.get_label()) for each in handles)))
+    if len(labels) <= INSIDE:
+        axes.legend(handles, labels, title=title, title_fontsize=9, frameon=False, fontsize=9)
+        return
+    columns = 2 if max(map(len, labels)) <= 45 else 1
+    lines = math.ceil(sum(1 + label.count("\n") for label in labels) / columns) + 1 + title.count("\n")
+    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+    axes.legend(handles, labels, title=title, title_fontsize=8, frameon=False, fontsize=8, ncols=columns,
+                loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)  # fmt: skip
 
 
 def _note(

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastdiff.reporting import plots
 from fastdiff.reporting.profiling import CATEGORIES, Profile
 from fastdiff.runs.files import write_atomically
+from fastdiff.words import counted
 
 TOP = 15
 IDLE_LIMIT = 0.15  # of the step; above it the device waits too much for its kernels to be the first thing to look at
@@ -48,7 +49,7 @@ def write_report(
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [
         f"A step takes **{plain_step:.4g} ms** without the profiler and {profile.step / 1e3:.4g} ms with it "
-        f"(means of {profile.steps} steps each). What follows was recorded with it.",
+        f"(means of {counted(profile.steps, 'step')} each). What follows was recorded with it.",
         "",
         "![time by category](time.png)",
         "",
@@ -81,12 +82,11 @@ def next_step(profile: Profile) -> str:
     idle = share.pop("idle")
     if idle > IDLE_LIMIT:
         if profile.gpu and profile.syncs >= 1:
-            return (
-                f"the GPU is idle for {idle:.0%} and the host waits {profile.syncs:.3g} times a step: take those out."
-            )
+            return f"the GPU is idle for {idle:.0%} (host syncs a step: {profile.syncs:.3g}): take those out."
         if profile.gpu:
+            launches = counted(round(profile.launches), "launch", "launches")
             return (
-                f"the GPU is idle for {idle:.0%} with {profile.launches:,.0f} launches a step and no host sync: the "
+                f"the GPU is idle for {idle:.0%} with {launches} a step and no host sync: the "
                 "host is too slow for it; capture the step in a CUDA graph, or look for gaps where it waits for data."
             )
         return (

@@ -43,7 +43,7 @@ def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[i
     if last is not None and first + need > last:
         raise UserError(
             f"--profile {steps} needs {LEAD + need} steps ({LEAD} to warm up, {steps} timed, 1 to start the profiler, "
-            f"{steps} recorded), but {max(last - start, 0)} remain; raise --steps or lower --profile."
+            f"{steps} recorded), but --steps leaves {max(last - start, 0)}; raise it, or lower --profile."
         )
     middle = first if last is None else max(first, (start + last - need) // 2)
     latest = middle + max(pauses) if last is None else last - need

@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.errors import UserError
-from fastdiff.runs.files import sync, write_synced
+from fastdiff.runs.files import sync, temporary_folder, write_synced
+from fastdiff.words import counted
 
 FORMAT = 1
 _PARTS = {"model": "model.safetensors", "ema": "ema.safetensors", "optimizer": "optimizer.pt"}
@@ -79,7 +79,7 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         recover(directory)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
+        temporary = temporary_folder(directory, _TEMPORARY)
         try:
             files: dict[str, dict[str, Any]] = {}
             for part, name in _PARTS.items():
@@ -94,7 +94,6 @@ def save(directory: Path | str, step: int, state: Mapping[str, Any]) -> Path:
             manifest["sha256"] = _manifest_sha256(manifest)
             write_synced(temporary / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
             sync(temporary)
-            os.chmod(temporary, 0o755)
             return _put_in_place(temporary, directory, step)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -153,9 +152,11 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
     """Read the newest checkpoint in `directory` that verifies; None if there is none.
 
     `skipped` of the result names the newer ones that were passed over. Raises UserError if there are checkpoints, but
-    none verifies.
+    none verifies, and OSError if `directory` cannot be read.
     """
     skipped = []
+    if Path(directory).is_dir():
+        os.listdir(directory)  # raises where it may not be read, about which glob is silent
     for path in reversed(list_checkpoints(directory)):
         try:
             return replace(_read(path), skipped=skipped)
@@ -254,7 +255,7 @@ def _read_part(file: Path, expected: dict[str, Any]) -> Any:
     try:
         size = file.stat().st_size
         if size != expected["bytes"]:
-            raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
+            raise Damaged(f"{name} has {counted(size, 'byte')} instead of {expected['bytes']}")
         content = file.read_bytes()
     except OSError as error:
         raise _absent_or_unreadable(file, error) from error

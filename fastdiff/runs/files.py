@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def temporary_folder(parent: Path, prefix: str) -> Path:
+    """A new folder with the permissions that the umask gives; one of tempfile's is its owner's alone."""
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
 
 
 def sync(directory: Path) -> None:

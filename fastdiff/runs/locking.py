@@ -17,7 +17,7 @@ def acquire(run: Path) -> int:
     """Take the lock of the directory `run`; returns its descriptor. The kernel frees it when the process ends, by
     kill -9 too. Raises UserError, naming the holder, where another process has it."""
     try:
-        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(
             f"{run / 'lock'}: cannot be opened for writing ({error.strerror}); check permissions"

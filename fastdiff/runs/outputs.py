@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from fastdiff.errors import UserError
+from fastdiff.runs.files import temporary_folder
 
 
 def is_empty_folder(path: Path) -> bool:
@@ -33,14 +34,16 @@ def complete_folder(out: Path, *, flag: str = "--out ") -> Generator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # An empty folder is filled, not replaced: it may be a mount, or where the user is.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
+        temporary = temporary_folder(out if there else out.parent, f".{out.name}-")
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors writes for its owner alone
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            file.chmod(mode)
         if there:
             for path in sorted(temporary.iterdir(), reverse=True):  # config.json or model_index.json last
                 path.rename(out / path.name)
             temporary.rmdir()
         else:
-            os.chmod(temporary, 0o755)
             temporary.rename(out)
     except BaseException as error:
         if temporary is not None:

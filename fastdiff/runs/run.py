@@ -183,9 +183,9 @@ class Run:
         named = told.get("teacher") or told.get("init_from")
         if told["few_step"] == "none" or named is None:
             return []
-        path = Path(named).expanduser()
         rows: list[Row] = []
-        with suppress(UserError, OSError):  # it may be gone, or not ours to read
+        with suppress(UserError, OSError, RuntimeError):  # it may be gone, not ours to read, or in no one's ~
+            path = Path(named).expanduser()
             for folder in (path, path.parent.parent):  # a run, or a checkpoint in one
                 rows = rows or _read_rows(folder / "metrics.jsonl")
         return [row for row in rows if row["kind"] == "eval"]

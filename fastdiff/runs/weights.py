@@ -21,6 +21,7 @@ from fastdiff.model_sections import UNetConfig
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
+from fastdiff.words import counted
 
 
 def weights_sha256(state: Mapping[str, Tensor], more: str = "") -> str:
@@ -110,6 +111,10 @@ def initial_weights(config: Config) -> InitialWeights | None:
         return None
     path = expanded(named)
     flag, text, latents = f"{'--init-from' if config.optim.init_from else '--teacher'} {path}", "", ""
+    if not path.is_dir():
+        raise UserError(
+            f"{flag} is no folder; name a run, a checkpoint, a folder of `export`, or one of a diffusers pipeline."
+        )
     ours = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file() or _is_export(path)
     trained = read_trained(path) if ours else None
     if config.autoencoder.factor or (trained is not None and trained.config.autoencoder.factor):
@@ -258,8 +263,9 @@ def _with_labels(
     if here and not theirs and here == there.num_classes + 1:
         rows = state["label.weight"]
         return {**state, "label.weight": torch.cat([rows, torch.zeros_like(rows[:1])])}, ", without a row for no class"
-    advice = f"use data of {there.num_classes} classes" if here else "add --conditional"
-    raise UserError(f"{flag} holds a network of {there.num_classes} classes, but this run has {here}; {advice}.")
+    classes = counted(there.num_classes, "class", "classes")
+    advice = f"use data of {classes}" if here else "add --conditional"
+    raise UserError(f"{flag} holds a network of {classes}, but this run has {here}; {advice}.")
 
 
 def _as_flag(flag: str, value: object) -> str:

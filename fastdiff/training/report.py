@@ -23,6 +23,7 @@ from fastdiff.runtime.world import Ranks
 from fastdiff.training.optim import LearningRate
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep
+from fastdiff.words import counted
 
 PRECISIONS = {
     "bf16": "bf16 autocast, float32 weights, TF32 off",
@@ -48,15 +49,15 @@ def facts(
         learning += f", weighting {diffusion.weighting}"
     objective = f"{diffusion.objective} on {diffusion.schedule}{learning}"
     net, latents, network = config.net, config.space.latents, "U-Net"
-    encoded = f"{net.image_size}x{net.image_size} of {net.image_channels} channels by {latents}"
+    encoded = f"{net.image_size}x{net.image_size} of {counted(net.image_channels, 'channel')} by {latents}"
     if (shape := config.autoencoder).factor:
         equivariance = ", equivariance" if shape.equivariance else ""
         objective = f"reconstruction, {shape.reconstruction}, KL weight {shape.kl_weight:g}{equivariance}"
         side = config.pixels // shape.factor
-        network = f"autoencoder, latents {side}x{side} of {shape.latent_channels} channels"
+        network = f"autoencoder, latents {side}x{side} of {counted(shape.latent_channels, 'channel')}"
     return {
-        "ranks": f"{size}, each with {batch // size} of {batch} images",
-        "device": f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "ranks": f"{size}, each with {batch // size} of {counted(batch, 'image')}",
+        "device": f"{device_name(device)}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}",
         "precision": PRECISIONS[machine.precision] + deterministic,
         "compile": "torch.compile" if machine.compile == "on" else "off",
         "graphs": f"CUDA graphs of {'' if config.tuning.exact else 'training and '}sampling steps" if graphs else "off",

@@ -9,6 +9,7 @@ from fastdiff.runs import checkpoint
 from fastdiff.runs.async_save import BackgroundSaver
 from fastdiff.runs.run import Run
 from fastdiff.training.state import RunState
+from fastdiff.words import counted
 
 
 class Saver:
@@ -75,7 +76,8 @@ class Saver:
             message = f"{error.strerror}; {self.last_good()}"
             if self.ends() and self._step == self.state.step:  # an older one is tried again, at the last step
                 raise TrainingFailed(f"{message}. Free some space and resume") from error
-            self.say(f"{message}. Training goes on, and the next {self.state.config.run.log_every} steps try again")
+            soon = counted(self.state.config.run.log_every, "step")
+            self.say(f"{message}. Training goes on, and tries again within {soon}")
 
     def settle(self) -> None:
         """Wait until no save is under way."""

@@ -54,6 +54,7 @@ from fastdiff.training.resume import find_checkpoint
 from fastdiff.training.saving import Saver
 from fastdiff.training.state import RunState
 from fastdiff.training.step import TrainStep
+from fastdiff.words import counted
 
 OWN_FLAGS = ("device", "data", "data_root")  # which may differ from rank to rank; the content of data is compared
 PLOT_SECONDS = 60.0  # between two pictures of the curves, which take seconds; and after each evaluation, and at the end
@@ -328,8 +329,8 @@ def _check(asked: Config, config: Config, ranks: Ranks) -> None:
     batch, accumulate, machine = config.optim.batch_size, config.optim.accumulate, config.machine
     if batch % (ranks.size * accumulate):
         raise UsageError(
-            f"--batch-size is {batch}, but must be a multiple of {ranks.size * accumulate}: {ranks.size} ranks share "
-            f"it, and --accumulate is {accumulate}."
+            f"--batch-size is {batch}, but must be a multiple of {ranks.size * accumulate}: "
+            f"{counted(ranks.size, 'rank')} times --accumulate {accumulate}."
         )
     evaluation_samplers(config)
     check_triton(machine.kernels, machine.compile == "on", ranks.device)
@@ -367,8 +368,9 @@ def _check_ranks(session: Session, state: RunState, saver: Saver) -> None:
         sums = [float.hex(s) for s in sums.tolist()]  # NaN is the same as NaN, and another error's
         if any(each != sums for each in session.ranks.gather(sums, "the comparison of weights")):
             raise TrainingFailed(
-                f"the ranks' weights differ after {state.step:,} steps; nothing was saved, and {saver.last_good()}. "
-                "Use GPUs of one kind, and the same versions of this repository and of PyTorch on all hosts."
+                f"the ranks' weights differ after {counted(state.step, 'step')}; nothing was saved, and "
+                f"{saver.last_good()}. Use GPUs of one kind, and the same versions of this repository and of PyTorch "
+                "on all hosts."
             )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,11 +110,31 @@ def test_a_home_that_no_one_knows_is_a_warning(tmp_path, monkeypatch, caplog):
     assert cached(None, lambda: DECODED).images is IMAGES
 
 
-def test_outdated_caches_of_the_same_set_go_when_the_new_one_is_there(tmp_path):
-    for name in ("a-1.npz", "a-2.npz", "b-1.npz"):
-        (tmp_path / name).touch()
-    cached(tmp_path / "a-3.npz", lambda: DECODED, outdated="a-*.npz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-3.npz", "b-1.npz"]
+def test_whoever_may_read_the_data_root_may_read_its_cache(tmp_path, modes):
+    cached(tmp_path / "new" / "set.npz", lambda: DECODED)
+    assert modes(tmp_path) == {"0o770", "0o660"}
+
+
+def test_caches_of_the_same_set_that_no_environment_uses_go(tmp_path):
+    now, day = time.time(), 86400
+    for name, read, written in (("a-1", 1, 99), ("a-2", 99, 1), ("a-3", 99, 99), ("b-1", 99, 99)):
+        (tmp_path / f"{name}.npz").touch()
+        os.utime(tmp_path / f"{name}.npz", (now - read * day, now - written * day))
+    cached(tmp_path / "a-4.npz", lambda: DECODED, outdated="a-*.npz")
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a-1", "a-2", "a-4", "b-1"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"about": None}, {"about": np.array("[1]")}, {"about": np.array("{")}, {"images": None}]
+)
+def test_an_intact_cache_of_something_else_is_built_again(tmp_path, wrong, caplog):
+    arrays = cache._pack(DECODED) | wrong
+    cache._write(tmp_path / "set.npz", {name: array for name, array in arrays.items() if array is not None})
+    images, _, about = cached(tmp_path / "set.npz", lambda: DECODED)
+    assert "set.npz is damaged" in caplog.text
+    assert (images == IMAGES).all()
+    assert about == ABOUT
+    cached(tmp_path / "set.npz", lambda: pytest.fail("it was built a moment ago"))
 
 
 def test_the_hash_tells_images_labels_and_shapes_apart():

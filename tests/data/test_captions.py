@@ -56,7 +56,9 @@ def test_captions_lie_beside_images(pets, pack, load, how, suffix):
         assert data.captions == CAPTIONS
         assert data.sha256 == plain.sha256  # a run without text goes on
         assert data.labels.tolist() == plain.labels.tolist()
-    assert load(path, captions=False).captions is None
+    without = load(path, captions=False)
+    assert without.captions is None
+    assert ("*.txt (6): " if how == "sidecars" else "metadata.") in without.describe()  # left out, also from the cache
     line = data.describe()
     assert "; 6 captions, such as 'a cat', 'a cat, again', 'ein Kätzchen'; " in line
     assert "metadata" not in line
@@ -87,7 +89,7 @@ def test_only_the_splits_own_captions_are_read(split_pets, load):
         (None, "", "no captions beside its images; add metadata.jsonl"),
         ("metadata.jsonl", jsonl([("cat/x.png", "a"), ("cow.png", "b")]), "line 2: there is no image 'cow.png'"),
         ("metadata.jsonl", jsonl([("../cat/x.png", "a")]), "line 1: there is no image '../cat/x.png'"),
-        ("metadata.jsonl", jsonl([("cat/x.png", "a")]), "4 of 5 images have no caption: 'cat/y.png', 'cat/z.png'"),
+        ("metadata.jsonl", jsonl([("cat/x.png", "a")]), "no caption for 4 of 5 images: 'cat/y.png', 'cat/z.png'"),
         ("metadata.jsonl", jsonl([("cat/x.png", " \n")]), "line 1: the caption is empty"),
         (
             "metadata.jsonl",
@@ -103,7 +105,7 @@ def test_only_the_splits_own_captions_are_read(split_pets, load):
         ("metadata.csv", 'file_name,text\ncat/x.png,"a\n', "it is not CSV"),
         ("metadata.csv", b"file_name,text\ncat/x.png,\xff\n", "line 2: byte 0xff is not UTF-8"),
         ("cat/x.txt", b"a cat\nein K\xe4tzchen", "'cat/x.txt', line 2: byte 0xe4 is not UTF-8"),
-        ("cat/x.txt", "\n", "5 of 5 images have no caption"),
+        ("cat/x.txt", "\n", "no caption for 5 of 5 images"),
     ],
 )
 def test_mistakes_in_caption_files(pets, load, tmp_path, name, content, told, user_error):

@@ -113,8 +113,8 @@ def test_another_version_of_what_decodes_is_another_cache(pets, root, monkeypatc
     monkeypatch.setattr(decoding, "decode", lambda data, size, remark: 255 - decode(data, size))
     changed = load_dataset(pets, root=root, image_size=8)
     assert changed.images[0, 0, 0, 0] == 255 - np.asarray(Image.open(pets / "cat/x.png"))[0, 0, 0]
-    assert cache_files(root) != before
-    assert len(cache_files(root)) == 1  # the old one is gone
+    assert len(cache_files(root)) == 2  # the old one may be another environment's
+    assert before[0] in cache_files(root)
 
 
 def test_a_cache_of_an_older_version_without_a_version_in_its_name_is_not_read(pets, root):
@@ -123,7 +123,7 @@ def test_a_cache_of_an_older_version_without_a_version_in_its_name_is_not_read(p
     old = new.with_name(f"{new.stem.rpartition('-')[0]}.npz")
     new.rename(old)
     load_dataset(pets, root=root, image_size=8)
-    assert cache_files(root) == [new.name]
+    assert sorted(cache_files(root)) == sorted([old.name, new.name])
 
 
 def test_a_cache_folder_that_is_a_file_does_not_stop_anyone(pets, tmp_path, caplog):
@@ -246,7 +246,7 @@ def test_remarks_of_decoding_are_warnings_also_from_the_cache(tmp_path, root, ca
         caplog.clear()
         load_dataset(tmp_path / "scans", root=root, image_size=8)
         (record,) = caplog.records
-        assert f"{tmp_path / 'scans'}: 3 of 4 images of 16 bits have no pixel of 4,096 or more" in record.getMessage()
+        assert f"{tmp_path / 'scans'}: 3 of 4 images: 16 bits without a pixel of 4,096 or more" in record.getMessage()
 
 
 @pytest.mark.parametrize("suffix", ["", ".zip"])

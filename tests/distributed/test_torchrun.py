@@ -50,7 +50,7 @@ def test_a_bad_flag_is_told_once(tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused_once(tmp_path):
     flags = ["--device", "cpu", "--batch-size", "12", "--accumulate", "4", "--run-root", tmp_path / "working"]
     out, err = torchrun("train_cifar.py", *flags).communicate(timeout=120)
-    told = "error: --batch-size is 12, but must be a multiple of 8: 2 ranks share it, and --accumulate is 4."
+    told = "error: --batch-size is 12, but must be a multiple of 8: 2 ranks times --accumulate 4."
     assert [line.strip() for line in err.splitlines() if told in line] == [told, f"traceback : {told}"], out + err
     assert "exitcode  : 2" in err.partition("Root Cause")[2], out + err
     assert not (tmp_path / "working").exists()

@@ -47,6 +47,15 @@ def test_export_to_safetensors_rebuilds_the_network(run, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("to", ["safetensors", "diffusers"])
+def test_permissions_are_as_the_umask_has_them(run, tmp_path, modes, to):
+    (tmp_path / "there").mkdir()
+    for out in ("new", "there"):
+        assert call("export", "--checkpoint", run, "--to", to, "--out", tmp_path / out) == 0
+        assert modes(tmp_path / out) - {"0o770"} == {"0o660"}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o770
+
+
 def test_an_exported_folder_stands_for_its_checkpoint(run, tmp_path, capsys):
     out = run / "exports" / "weights"  # within a run, whose own checkpoint it is not
     assert call("export", "--checkpoint", run, "--to", "safetensors", "--out", out) == 0

@@ -42,6 +42,7 @@ def test_several_numbers_of_steps_are_a_row_each_from_the_same_noise(run, tmp_pa
             strip = both[2 + 66 * row : 66 * (row + 1), -(3 * 66) : -2]
             drawn = np.stack([strip[::8, 66 * i : 66 * i + 64 : 8] for i in range(3)])
             assert (drawn == file["images"]).all()
+    assert "3 of 3 images by consistency, 1 step, from " in capsys.readouterr().out
     assert call(*common, "--steps", 1, 4, "--save-npz", tmp_path / "new.npz") == 2
     assert "--save-npz holds images of one number of steps, but --steps is 1 4" in capsys.readouterr().err
     assert call(*common, "--steps", 2, 2) == 2

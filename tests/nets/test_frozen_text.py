@@ -107,6 +107,8 @@ def test_names_and_packages_that_are_not_there(tmp_path, monkeypatch):
         frozen_encoder("clip")
     with pytest.raises(UserError, match=r"has no config\.json"):
         frozen_encoder(f"transformers:{tmp_path}")
+    with pytest.raises(UserError, match="~nobody-of-this-name/clip: no folder is known for its ~"):
+        frozen_encoder("transformers:~nobody-of-this-name/clip")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package wordllama, which is not installed: run `uv sync --extra"):
         frozen_encoder("wordllama")

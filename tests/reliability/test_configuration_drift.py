@@ -49,7 +49,8 @@ def test_every_difference_is_named_and_what_is_free_to_change(old_run):
         "--dropout was 0.0, now",
     ):
         assert part in message
-    assert message.endswith(f"free to change are {', '.join(sorted(RESUMABLE_CHANGES))}.")
+    free = [f"--{name.replace('_', '-')}" for name in sorted(RESUMABLE_CHANGES)]
+    assert message.endswith(f"free to change are {', '.join(free)}.")
     assert "\n" not in message
 
 

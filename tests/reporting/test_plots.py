@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdiff.reporting import plots
 from fastdiff.reporting.pictures import image_grid, save_grid, save_labelled
 from fastdiff.reporting.plots import (
     _running_mean,
@@ -77,7 +78,7 @@ class TestLossByNoise:
     def test_the_last_stage_is_drawn_over_the_others(self, tmp_path, n):
         path = tmp_path / "plot.png"
         plot_loss_by_noise([noise_row(step, empty=(0, 13)) for step in range(1, n + 1)], path)
-        assert Image.open(path).size == (864, 504)
+        assert Image.open(path).width == 864
         assert pixels(path, BLUE) > 200
         assert pixels(path, (0xE5, 0xE7, 0xEB)) > 5000  # the bars
 
@@ -157,6 +158,34 @@ class TestDistance:
         plot_distance([eval_row(0, 300.0), eval_row(100, 20.0)], tmp_path / "a.png")
         plot_distance([eval_row(100, 25.0), eval_row(0, 300.0), eval_row(100, 20.0)], tmp_path / "b.png")
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_many_curves_all_differ_and_their_legend_hides_none(tmp_path, monkeypatch):
+    """Nor does it leave the figure, however long a way of evaluation is."""
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    samplers, figures = [f"sampler-{i}" for i in range(12)], []
+    rows = [
+        eval_row(s, 9 / (n + s), sampler=name, sampler_steps=n) for name in samplers for n in (1, 2) for s in (0, 1)
+    ]
+    plot_distance([*rows, eval_row(0, 1.0, guide="working/" + "long/" * 30)], tmp_path / "fid.png")
+    plot_few_steps(rows, tmp_path / "few-step.png")
+    plot_loss_by_noise([noise_row(step) for step in range(1, 6)], tmp_path / "loss-by-noise.png")
+    for figure, count in zip(figures, (25, 12, 5), strict=True):
+        figure.draw_without_rendering()
+        axes = next(axes for axes in figure.axes if axes.lines)
+        looks = {(line.get_color(), line.get_marker(), line.get_alpha()) for line in axes.lines}
+        assert len(looks) == count
+        legend = axes.get_legend().get_window_extent()
+        assert axes.get_window_extent().height > 300
+        assert 0 <= legend.y0 < legend.y1 < axes.xaxis.get_tightbbox().y0
+        assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+
+
+def test_a_legend_tells_once_what_its_curves_share():
+    hows = ["ddim, 1 step, guidance 1", "ddim, 50 steps, guidance 1", "ddim, 50 steps, eta 1, guidance 1"]
+    assert plots._told_apart(hows) == ("guidance 1", ["ddim, 1 step", "ddim, 50 steps", "ddim, 50 steps, eta 1"])
+    assert plots._how(eval_row(0, 1.0, sampler_steps=1)) == "ddim, 1 step, 5,000 samples, reference cifar10-train"
+    assert plots._told_apart(hows[:1]) == ("1 step, guidance 1", ["ddim"])
 
 
 class TestGrid:

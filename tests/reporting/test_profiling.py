@@ -329,7 +329,7 @@ def made(gpu=True, syncs=0.0, **shares):
     [
         (made(conv=0.5, norm=0.4, idle=0.1), "conv is the largest part with 50%"),
         (made(conv=0.3, norm=0.6, idle=0.1), "norm is the largest part with 60%"),
-        (made(conv=0.6, idle=0.4, syncs=2), "idle for 40% and the host waits 2 times a step"),
+        (made(conv=0.6, idle=0.4, syncs=2), "idle for 40% (host syncs a step: 2): take those out"),
         (made(conv=0.6, idle=0.4), "capture the step in a CUDA graph"),
         (made(conv=0.6, idle=0.4, gpu=False), "40% of the step is outside of all ops"),
         (made(conv=1 - IDLE_LIMIT, idle=IDLE_LIMIT), "conv is the largest"),

@@ -48,8 +48,8 @@ def test_a_place_before_the_middle_is_found_too():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"start": 0, "last": LEAD + 10, "steps": 5, "pauses": (100,)}, r"--profile 5 needs 21 steps .* but 20 remain"),
-        ({"start": 90, "last": 100, "steps": 1, "pauses": (100,)}, "but 10 remain"),
+        ({"start": 0, "last": LEAD + 10, "steps": 5, "pauses": (100,)}, r"--profile 5 needs 21 steps .* leaves 20"),
+        ({"start": 90, "last": 100, "steps": 1, "pauses": (100,)}, "but --steps leaves 10"),
         ({"start": 0, "last": 1000, "steps": 5, "pauses": (10,)}, "between two checkpoints"),
         ({"start": 0, "last": None, "steps": 5, "pauses": (10,)}, "between two checkpoints"),
     ],

@@ -37,6 +37,20 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert found.state["best"] is None
 
 
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_permissions_are_as_the_umask_has_them(tmp_path, modes):
+    checkpoint.save(tmp_path, 1, state())
+    assert modes(tmp_path) == {"0o770", "0o660"}
+
+
 def test_the_newest_is_taken_by_number_not_by_name(tmp_path):
     assert checkpoint.load_latest(tmp_path) is None
     assert checkpoint.load_latest(tmp_path / "missing") is None
@@ -75,7 +89,7 @@ def test_a_file_that_is_none_is_found_and_the_older_checkpoint_taken(tmp_path, n
 
 def test_if_none_verifies_it_says_so(tmp_path):
     (checkpoint.save(tmp_path, 1, state()) / "optimizer.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no checkpoint .* can be used .*optimizer\.pt has 1 bytes instead of"):
+    with pytest.raises(UserError, match=r"no checkpoint .* can be used .*optimizer\.pt has 1 byte instead of"):
         checkpoint.load_latest(tmp_path)
 
 

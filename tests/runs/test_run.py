@@ -73,6 +73,10 @@ print(create_run(sys.argv[1], config={"pid": os.getpid()}).path.name)
 
 
 class TestDirectory:
+    def test_permissions_are_as_the_umask_has_them(self, tmp_path, modes):
+        create_run(tmp_path, config={}).close()
+        assert modes(tmp_path) == {"0o770", "0o660"}
+
     def test_layout_and_config(self, tmp_path):
         with create_run(tmp_path, config={"lr": 2e-4, "resolutions": (16, 8), "data": None}) as run:
             assert run.path == tmp_path / "1"
@@ -206,6 +210,7 @@ def test_a_config_that_a_full_disk_refuses_is_told_in_one_line(tmp_path, monkeyp
         ({"few_step": "none", "init_from": "{other}"}, 0),  # a run of its own
         ({"few_step": "flow-map"}, 0),
         ({"few_step": "consistency", "teacher": "gone"}, 0),
+        ({"few_step": "consistency", "teacher": "~nobody-of-this-name/1"}, 0),
     ],
 )
 def test_a_student_reads_its_teachers_evaluations(tmp_path, told, rows):

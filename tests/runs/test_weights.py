@@ -170,7 +170,8 @@ def test_another_shape_is_named_with_its_remedy(source, tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "config.json is missing; expected the folder of a diffusers pipeline or model"),
+        (lambda path: None, "is no folder; name a run, a checkpoint, a folder of `export`, or one of a diffusers"),
+        (lambda path: path.mkdir(), "config.json is missing; expected the folder of a diffusers pipeline or model"),
         (lambda path: (path / "checkpoints").mkdir(parents=True), "has no checkpoint yet"),
         (lambda path: diffusers_folder(path, norm_eps=1e-5), "--norm-eps is 1e-06 here, 1e-05 there. Add --norm-eps"),
         (lambda path: diffusers_folder(path, attn_norm_num_groups=2), "attn_norm_num_groups = 2"),

@@ -169,7 +169,10 @@ def test_another_or_a_missing_autoencoder_is_refused(latent, autoencoder, traine
         train(recorded(plain / "1", latents=str(trained), steps=2), resume=plain / "1")
     for command in ("sample", "evaluate", "likelihood"):
         assert call(command, "--checkpoint", trained) == 1
-        assert "holds an autoencoder, not a diffusion network" in capsys.readouterr().err
+        assert (
+            "holds an autoencoder; a network in its latents is trained by `train_cifar.py --latents"
+            in capsys.readouterr().err
+        )
 
 
 def test_networks_of_other_latents_do_not_mix(latent, autoencoder, trained, tmp_path):
