@@ -214,8 +214,8 @@ def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, how):
          Config.of(objective="v", schedule="cosine", timesteps=100).diffusion.task),
         ({"prediction_type": "sample", "rescale_betas_zero_snr": True},
          Config.of(objective="x0", zero_terminal_snr=True).diffusion.task),
-        ({"beta_end": 0.012}, "eps on other betas (linear), 1,000 timesteps"),
-        ({"trained_betas": [0.1, 0.2]}, "eps on other betas (linear), 1,000 timesteps"),
+        ({"beta_end": 0.012}, "eps on other betas (linear), 1000 timesteps"),
+        ({"trained_betas": [0.1, 0.2]}, "eps on other betas (linear), 1000 timesteps"),
     ],
 )  # fmt: skip
 def test_what_a_pipeline_was_trained_for_is_said_in_our_words(settings, expected):
