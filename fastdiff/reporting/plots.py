@@ -43,9 +43,10 @@ def plot_run(
     train_rows: Sequence[Row], eval_rows: Sequence[Row], noise_rows: Sequence[Row], folder: Path,
     *, teacher: Sequence[Row] = (),
 ) -> None:  # fmt: skip
-    """All curves of a run, a PNG each: loss, throughput, fid, few-step, loss-by-noise; none without rows for it."""
+    """The curves of a run, a PNG each if there are rows: loss, throughput, denoising, fid, few-step, loss-by-noise."""
     plot_loss(train_rows, folder / "loss.png")
     plot_throughput(train_rows, folder / "throughput.png")
+    plot_denoising(train_rows, folder / "denoising.png")
     plot_distance(eval_rows, folder / "fid.png")
     plot_few_steps(eval_rows, folder / "few-step.png", teacher=teacher if eval_rows else ())
     plot_loss_by_noise(noise_rows, folder / "loss-by-noise.png")
@@ -165,6 +166,21 @@ def plot_guidance(rows: Sequence[Row], path: Path) -> None:
         agreement.spines["top"].set_visible(False)
     axes.margins(y=0.15)
     _legend(figure, axes)
+    save_figure(figure, path)
+
+
+def plot_denoising(rows: Sequence[Row], path: Path) -> None:
+    """The denoising error over the steps, which a run for few steps has. No file without rows."""
+    steps, errors = _column(rows, "denoising_error")
+    if len(steps) == 0:
+        return
+    figure, axes = _figure("Denoising error: does the network still know what it knew?", "step", "mean squared error")
+    _step_axis(axes, rows)
+    _line(axes, steps, errors, STYLES[0], "")
+    _log_scale(axes, errors)
+    least = float(errors.min())
+    axes.axhline(2 * least, color=ORANGE, linewidth=1.2, linestyle="--", label=f"twice the smallest ({least:.3g})")
+    axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

@@ -8,6 +8,7 @@ from fastdiff.reporting import plots
 from fastdiff.reporting.pictures import image_grid, save_grid, save_labelled
 from fastdiff.reporting.plots import (
     _running_mean,
+    plot_denoising,
     plot_distance,
     plot_few_steps,
     plot_loss,
@@ -28,6 +29,7 @@ def train_rows(n, every=100, batch=128):
             "images": step * batch,
             "loss": (0.03 + math.exp(-step / (3 * every))) * math.exp(rng.normal(0, 0.1)),
             "images_per_second": 3000 + 200 * rng.random(),
+            "denoising_error": 0.004 * math.exp(rng.normal(0, 0.5)),
         }
         for step in steps
     ]
@@ -90,7 +92,7 @@ class TestLossByNoise:
 
 
 class TestCurves:
-    @pytest.mark.parametrize("plot", [plot_loss, plot_throughput])
+    @pytest.mark.parametrize("plot", [plot_loss, plot_throughput, plot_denoising])
     @pytest.mark.parametrize("n", [1, 2, 40, 2000])
     def test_size_and_content(self, tmp_path, plot, n):
         path = tmp_path / "plot.png"
@@ -104,7 +106,7 @@ class TestCurves:
         plot_loss(train_rows(50_000), tmp_path / "loss.png")
         assert (tmp_path / "loss.png").stat().st_size < 150_000
 
-    @pytest.mark.parametrize("plot", [plot_loss, plot_throughput, plot_distance])
+    @pytest.mark.parametrize("plot", [plot_loss, plot_throughput, plot_denoising, plot_distance])
     @pytest.mark.parametrize("rows", [[], [{"kind": "train", "step": 1, "images": 64, "loss": None}]])
     def test_nothing_to_plot(self, tmp_path, plot, rows):
         plot(rows, tmp_path / "plot.png")
