@@ -81,7 +81,7 @@ def _comparison(size: Size, network: str) -> Comparison:
 def comparisons(size: Size) -> list[Comparison]:
     found = [_comparison(size, "")]
     if size.config.net != DDPM.net and not size.trial:  # a CPU takes a few seconds for a step of it
-        found.append(_comparison(replace(size, config=DDPM.replace(batch_size=4)), "ddpm-cifar10, "))
+        found.append(_comparison(replace(size, config=DDPM.replace(batch_size=2)), "ddpm-cifar10, "))
     return found
 
 
