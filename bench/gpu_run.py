@@ -1,7 +1,7 @@
 """All that is to be measured on a GPU, by one command that ends in time.
 
     python bench/gpu_run.py 540 --data cifar10-jpeg.tar.xz    # seconds, all in all
-    python bench/gpu_run.py 300 --size tiny                   # the same order on a CPU, to see that it runs
+    python bench/gpu_run.py 300 --size tiny --data digits     # the same order on a CPU, to see that it runs
     python bench/bars.py gpu-run                              # afterwards: the table of bars
 
 Each stage is a process of its own with a part of the time. What it leaves is the later stages'; a stage that fails or

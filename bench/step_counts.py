@@ -87,7 +87,8 @@ def markdown(document: dict[str, Any]) -> str:
         "attention, which no variant avoids. Kernels: a guess, since a library call starts several:",
         f"{KERNELS_A_LIBRARY_CALL:.2f} by a GPU's profile of an earlier commit and the calls counted there. Norm:",
         "bytes an element of all the network's norms, each compiled alone, adding nothing up (floor 4 and 6). Update's",
-        "operators and kernels: by multi_tensor_apply's packing rule.",
+        "operators and kernels: by multi_tensor_apply's packing rule. Ours is compiled with `combo_kernels`, as the",
+        "trainer compiles, the others by torch.compile's defaults; [LOG.md](LOG.md) has stock with it too.",
         "",
         "| dropout | variant | MB | forward | backward | update | Inductor's | ours | calls | kernels | norm fwd | norm bwd | update ops | kernels |",  # noqa: E501
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
