@@ -31,7 +31,6 @@ def trial(repo, tmp_path_factory):
     return out, done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)  # a minute and a half where nothing else runs
 def test_every_stage_runs_and_few_small_files_come_back(trial):
     out, told = trial
@@ -48,7 +47,6 @@ def test_every_stage_runs_and_few_small_files_come_back(trial):
     assert len((out / "track.jsonl").read_text().splitlines()) >= 1
 
 
-@pytest.mark.slow
 def test_the_table_of_bars_comes_from_its_files(trial, tmp_path, capsys):
     out, _ = trial
     with pytest.raises(UserError, match="trial in tiny sizes"):
