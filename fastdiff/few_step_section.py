@@ -13,7 +13,7 @@ TAUGHT = ("consistency", "scm")  # may have a teacher
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """How a network is trained for one and two steps, after --init-from has given it what it knows."""
+    """How a network is trained for one and two steps: by tuning, by a teacher, or from random weights."""
 
     few_step: Literal["none", "consistency", "flow-map", "mean-flow", "scm"] = "none"
     """`consistency`: the network's estimates along a trajectory learn to agree, so that the first one is the image
@@ -21,8 +21,8 @@ class TuningConfig:
     velocity from any t to any r (SoFlow); it needs --objective flow. `scm` and `mean-flow` are their limits for a step
     of 0, exact but slower: neither compiled, fused nor captured; scm needs --objective edm."""
     q: float = 256.0
-    """consistency: compared levels have (t - r) / t of at least 1 / q in the first stage, and in each stage q times
-    less. flow-map: a falls from 1 evenly, by q in each stage."""
+    """consistency: two compared levels are at least 1 / q of the noisier one apart (in sigma / alpha), and in each
+    further stage q times less. flow-map: a falls from 1 evenly, by q in each stage."""
     stages: int = 1
     """How many stages there are."""
     stage_images: int = 3_200_000

@@ -129,7 +129,8 @@ class EvalConfig:
     eval_steps: int = 50
     """Sampling steps for each sample: network evaluations, but twice as many for heun and predictor-corrector."""
     eval_few_steps: tuple[int, ...] = ()
-    """Also measure the sampler consistency in each of these numbers of steps, such as 1 2 4, without guidance."""
+    """Also measure the sampler consistency, or flow-map, in each of these numbers of steps, such as 1 2 4, without
+    guidance."""
     eval_guidance: float = 1.0
     """Guidance scale w of evaluations with --conditional or --text, see `python -m fastdiff sample --help`; 1: none."""
     eval_guidance_interval: tuple[float, float] | None = None

@@ -75,7 +75,7 @@ class Consistency(Tuned):
 
     Args:
         kind: the objective that the network was trained by; its weighting is `uniform` for ECT's w, `image` for 1.
-        at: the gap (t - r) / t, in (0, 1), by the images seen.
+        at: the gap (rho_t - rho_r) / rho_t where noise is large, in (0, 1), by the images seen.
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's step in place of Euler's.
@@ -149,5 +149,5 @@ class Consistency(Tuned):
             return x_r
         at_r = self.teacher(x_r, r.clamp(min=self.schedule.t_min), **cond)
         shrinks = sigma_r * alpha > 1e-3 * sigma * alpha_r  # a longer step, above all one to 0, is Euler's
-        mix = torch.where(shrinks, alpha_r / (2.0 * alpha * keep), 0.0)
+        mix = torch.where(shrinks, alpha_r / (2.0 * alpha * keep), 0.0)  # mix * slope = alpha_r (rho - rho_r) / 2 rho_r
         return x_r + torch.where(shrinks, mix * slope * (at_r - x0), 0.0)

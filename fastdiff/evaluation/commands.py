@@ -26,7 +26,7 @@ from fastdiff.evaluation.frechet import FrechetDistance
 from fastdiff.evaluation.generate import Generator, SamplerSettings, on_device, parse_options
 from fastdiff.evaluation.graph_loop import Conditions
 from fastdiff.evaluation.wishes import LabelAgreement, kept_features, wishes
-from fastdiff.flags import Evaluate, Likelihood, Sample, Sampling, Show
+from fastdiff.flags import Evaluate, Likelihood, Sample, Show
 from fastdiff.model_sections import Guidance
 from fastdiff.nets.autoencoder import Autoencoder
 from fastdiff.nets.fuse import fuse
@@ -46,7 +46,7 @@ from fastdiff.words import counted
 GRID_LIMIT = 1024
 
 
-def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
+def _trained(flags: Sample | Evaluate) -> tuple[Trained, list[Generator]]:
     """The network of a checkpoint, and what draws from it in each of --steps. Raises UserError for bad input."""
     _check_seed(flags.seed)
     if not flags.steps or len(set(flags.steps)) < len(flags.steps):
@@ -66,13 +66,30 @@ def _trained(flags: Sampling) -> tuple[Trained, list[Generator]]:
         )
     machine = Config.of(machine=trained.config.machine, device=device.type, precision=flags.precision)
     machine = machine.resolved(device.type).machine
-    if machine.warning:
-        print(f"warning: {machine.warning}", file=sys.stderr)
+    for warning in (machine.warning, _unlike_training(trained, flags)):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     generator = trained.generator(
         samplers[0], batch_size=flags.batch_size, device=device, bf16=machine.precision == "bf16",
         compile=flags.compile == "on", graphs=flags.graphs, guide=guide.network if guide is not None else None,
     )  # fmt: skip
     return trained, [generator.by(each) for each in samplers]
+
+
+def _unlike_training(trained: Trained, flags: Sample | Evaluate) -> str | None:
+    """What a network trained for few steps was not meant for."""
+    tuning = trained.config.tuning
+    if tuning.few_step == "none":
+        return None
+    scales = flags.guidance if isinstance(flags.guidance, tuple) else (flags.guidance,)
+    if tuning.teacher_guidance != 1 and any(w != 1 for w in scales):
+        return (
+            f"this network has guidance {tuning.teacher_guidance:g} built in, and would be guided twice: --guidance 1."
+        )
+    sampler = "flow-map" if tuning.two_times else "consistency"
+    if flags.sampler not in ("flow-map", "consistency"):
+        return f"this network was trained for few steps: --sampler {sampler} --steps 1 2 4."
+    return None
 
 
 def _words(steps: Sequence[int]) -> str:

@@ -10,7 +10,8 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.evaluation.graph_loop import Conditions
 
 LEVEL = 0.3  # sigma / alpha, where a few percent of the image are lost
-ALARM = 2.0  # a student that takes the flow's end for the mean of what is possible errs at most twice as much
+# A perfect student returns one possible image in place of their mean, with at most twice its squared error.
+ALARM = 2.0
 
 
 class DenoisingError:

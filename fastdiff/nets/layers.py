@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         c_in, c_out: channels before and after; a 1x1 convolution is the shortcut where they differ.
-        c_embedding: width of the embedding of time and conditions; 0: the block has none.
+        c_embedding: width of the embedding of time and conditions; 0: none, as in the autoencoder.
         dropout: probability, in [0, 1).
         adaptive: the embedding gives the second norm's scale and offset instead (AdaGN; Dhariwal and Nichol 2021).
     """

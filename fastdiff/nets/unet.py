@@ -90,6 +90,7 @@ class UNet(nn.Module):
         self.pooled = PooledText(text_width, 4 * config.channels) if text_width and config.text_pooled else None
         self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         side = config.patch
+        # 3x3 positions of side x side pixels: a 3x3 convolution where side is 1.
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3 * side, stride=side, padding=side)
 
         c, skips = config.channels, [config.channels]  # channels now, and of every activation that is kept
@@ -132,7 +133,7 @@ class UNet(nn.Module):
             labels: (N,) int64 in 0..num_classes, of which the last means no class; only if the network has classes.
             text: (N, L) int64, bytes or words as by `READERS`, or, of a frozen encoder, tokens (N, L, text_width) with
                 text_mask (N, L) bool, which of them count, at least one in each row; only if the network reads texts.
-            span: (N,) how far its output leads in time, 0 or more, in units of t; only if the network has two times.
+            span: (N,) t - r, how far its output leads, 0 or more, in units of t; only if the network has two times.
 
         Returns:
             (N, C, H, W), in the dtype of the weights or of autocast.
