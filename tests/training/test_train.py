@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import fastdiff.evaluation.evaluator as evaluator_module
 import fastdiff.training.train as train_module
 from fastdiff.diffusion.consistency import Consistency
 from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.evaluation.denoising import DenoisingError
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
@@ -388,3 +391,24 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     assert max(rows) > 2 * errors[0]
     train(spoilt.replace(steps=10), resume=Path(bad) / "1")
     assert "denoising_error" not in capsys.readouterr().out  # once in a run
+
+
+@pytest.mark.parametrize(
+    ("few_step", "errors", "least", "alarmed", "advice"),
+    [
+        ("consistency", [1.0, 0.9, 0.8, 0.1], 0.8, False, ""),
+        ("scm", [1.0, 0.9, 0.8, 9.0], 0.8, False, r"err 11.2 times as much as they did .* lower --lr\.$"),
+        ("consistency", [1.0, math.nan, 0.9, 0.9], 0.9, True, r"err nan times .* lower --lr or --q\.$"),
+    ],
+)
+def test_the_least_denoising_error_is_of_whole_rows(
+    tiny_config, tmp_path, monkeypatch, capsys, few_step, errors, least, alarmed, advice
+):
+    values = iter(errors)  # before the first step and after steps 2, 4, and 5, whose row a longer run would not have
+    monkeypatch.setattr(DenoisingError, "__call__", lambda self: next(values))
+    assert train(tiny_config(few_step=few_step, objective="edm", steps=5, log_every=2)) == 0
+    state = checkpoint.load_latest(tmp_path / "working" / "1" / "checkpoints").state
+    assert (state["least_error"], state["alarmed"]) == (least, alarmed)
+    said = re.findall("^warning .*denoising_error.*$", capsys.readouterr().out, re.MULTILINE)
+    assert len(said) == bool(advice)
+    assert all(re.search(advice, line) for line in said)
