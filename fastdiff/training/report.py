@@ -27,7 +27,7 @@ from fastdiff.words import counted
 
 PRECISIONS = {
     "bf16": "bf16 autocast, float32 weights, TF32 off",
-    "tf32": "float32, products rounded to TF32",
+    "tf32": "float32, products rounded to TF32 where the device can",
     "fp32": "float32, TF32 off",
     "staged": ", ".join(f"{name} while steps are at least {least:g}" for name, least in SMALLEST_GAP.items()),
 }
