@@ -314,6 +314,23 @@ def test_each_stage_computes_in_its_precision(tiny_config, monkeypatch, capsys):
     assert "precision  float32, TF32 off from step 9" in said
 
 
+def test_steps_before_a_change_of_precision_are_in_the_time_and_compiling_is_not(tiny_config, tmp_path, monkeypatch):
+    now, call, compute_in = [0.0], TrainStep.__call__, TrainStep.compute_in
+
+    def takes(seconds, method, self, *args):
+        now[0] += seconds
+        return method(self, *args)
+
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(TrainStep, "__call__", lambda *args: takes(1, call, *args))
+    monkeypatch.setattr(TrainStep, "compute_in", lambda *args: takes(100, compute_in, *args))
+    stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 5, "stage_images": 16}
+    assert train(tiny_config(**stages, precision="staged", steps=12, batch_size=8, log_every=12)) == 0
+    row = json.loads((tmp_path / "working" / "1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["seconds"] == 12 - 3  # steps 1, 3 and 9 compile
+    assert row["images_per_second"] == 8
+
+
 def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
     reads, real = [], Metrics.transfer
 
@@ -391,6 +408,24 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     assert max(rows) > 2 * errors[0]
     train(spoilt.replace(steps=10), resume=Path(bad) / "1")
     assert "denoising_error" not in capsys.readouterr().out  # once in a run
+    least = checkpoint.load_latest(Path(bad) / "1" / "checkpoints").state["least_error"]
+    assert least == pytest.approx(errors[0], rel=0.1)  # of the whole run
+
+
+def test_the_watch_asks_the_average_and_tells_it_all_about_the_images(tiny_config, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(parts, "DenoisingError", lambda *args: given.append(args))
+    images, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8), np.arange(90) % 3
+    np.savez(tmp_path / "labelled.npz", images=images, labels=labels)
+    config = tiny_config(data=str(tmp_path / "labelled.npz"), conditional=True, label_dropout=0.9, steps=1)
+    assert train(config) == 0
+    assert not given  # it is for few steps
+    assert train(config.replace(few_step="consistency", objective="edm")) == 0
+    ((network, _, x0, cond),) = given
+    assert not network.training
+    index = np.linspace(0, 89, 64, dtype=np.int64)
+    assert cond["labels"].tolist() == labels[index].tolist()  # none is left out
+    assert torch.equal((127.5 * x0 + 127.5).round().permute(0, 2, 3, 1).byte(), torch.from_numpy(images[index]))
 
 
 @pytest.mark.parametrize(
