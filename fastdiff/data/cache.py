@@ -89,6 +89,8 @@ def cached_arrays(
     try:
         arrays = _read(path)
         check(arrays)
+        with suppress(OSError):  # another user's file
+            os.utime(path)  # used now, also where a disk notes no reads
         return arrays
     except (FileNotFoundError, NotADirectoryError):
         pass

@@ -65,16 +65,16 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W).
 
-    Args:
-        cross: an attention to a text, after this one.
+    Attributes:
+        cross: an attention to a text, after this one; None at first.
     """
 
-    def __init__(self, channels: int, *, groups: int, eps: float, cross: nn.Module | None = None) -> None:
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
-        self.cross = cross
+        self.cross: nn.Module | None = None
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """In channels_last memory every change of shape is a view."""

@@ -76,8 +76,10 @@ class UNet(nn.Module):
         def attention(channels: int, level: int) -> nn.Module:
             if config.resolutions[level] not in config.attention_resolutions:
                 return NoAttention()
-            cross = CrossAttention(channels, text_width, heads=4, groups=groups, eps=eps) if text_width else None
-            return SelfAttention(channels, groups=groups, eps=eps, cross=cross)
+            layer = SelfAttention(channels, groups=groups, eps=eps)
+            if text_width:  # only now: a seed gives each layer its weights in the order in which they are made
+                layer.cross = CrossAttention(channels, text_width, heads=4, groups=groups, eps=eps)
+            return layer
 
         self.text = None
         if config.text_encoder in READERS:

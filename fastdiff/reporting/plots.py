@@ -24,6 +24,7 @@ from fastdiff.words import counted
 BLUE, ORANGE, GREY, LIGHT = "#2563eb", "#d97706", "#6b7280", "#e5e7eb"
 COLOURS = (BLUE, ORANGE, "#059669", "#7c3aed", GREY, "#dc2626", "#0891b2", "#db2777", "#854d0e", "#65a30d")
 STYLES = tuple(product("os^Dv", COLOURS))  # marker and colour of each curve; the first 50 differ
+How = tuple[str, ...]  # the parts of how an evaluation was made; one may hold commas
 INSIDE = 4  # legends of more entries are below the axes, where they hide no curve
 HOW = {  # column -> its value in words
     "sampler": str,
@@ -85,7 +86,7 @@ def plot_distance(rows: Sequence[Row], path: Path) -> None:
     Values made in different ways (sampler, steps, number of samples, reference) are different curves, and different
     metrics (`fid`, `fd_efficientnet_lite0`) different panels: their numbers do not compare.
     """
-    panels: dict[str, dict[str, dict[int, float]]] = {}  # metric -> how it was made -> step -> value
+    panels: dict[str, dict[How, dict[int, float]]] = {}  # metric -> how it was made -> step -> value
     for row in rows:
         if row.get("value") is not None:
             curve = panels.setdefault(row["metric"], {}).setdefault(_how(row), {})
@@ -115,18 +116,20 @@ def plot_few_steps(rows: Sequence[Row], path: Path, *, teacher: Sequence[Row] = 
     Args:
         teacher: rows of the network that this one was taught by or began from.
     """
-    curves: dict[tuple[str, str], dict[int, float]] = {}  # (metric, how it was made) -> steps -> value
+    curves: dict[tuple[str, How], dict[int, float]] = {}  # (metric, how it was made) -> steps -> value
     for whose, told in (("teacher, ", teacher), ("", rows)):
         for row in told:  # a later one takes an earlier one's place
             if row.get("value") is not None and row.get("sampler_steps") and row.get("guidance", 1.0) == 1.0:
-                how = f"{whose}{row['sampler']}, {counted(row['samples'], 'sample')}"
+                how = f"{whose}{row['sampler']}", counted(row["samples"], "sample")
                 curves.setdefault((row["metric"], how), {})[row["sampler_steps"]] = row["value"]
     if all(len(curve) < 2 for curve in curves.values()):
         return
     metrics = dict.fromkeys(metric for metric, _ in curves)
     title = "Frechet distance against sampling steps (lower is better)"
     figure, axes = _figure(title, "steps", ", ".join(metrics))
-    common, names = _told_apart([how if len(metrics) == 1 else f"{metric}: {how}" for metric, how in curves])
+    common, names = _told_apart(
+        [how if len(metrics) == 1 else (f"{metric}: {how[0]}", *how[1:]) for metric, how in curves]
+    )
     for name, curve, style in zip(names, curves.values(), cycle(STYLES)):
         steps = sorted(curve)
         _line(axes, steps, [curve[n] for n in steps], style, name)
@@ -244,7 +247,7 @@ def plot_track(rows: Sequence[Row], path: Path) -> None:
     kinds = dict.fromkeys((row["metric"], _how(row)) for row in rows)
     for (metric, how), style in zip(kinds, cycle(STYLES[1:])):
         steps, values = _column([row for row in rows if (row["metric"], _how(row)) == (metric, how)], metric)
-        lines += _line(distance, steps, values, style, f"{metric}: {how}")
+        lines += _line(distance, steps, values, style, f"{metric}: {', '.join(how)}")
         if len(steps):
             _note(distance, f"{values[-1]:.4g}", (steps[-1], values[-1]), "black", above=7, ha="right")
     distance.set_ylabel(" / ".join(dict.fromkeys(metric for metric, _ in kinds)) + " (lower is better)", color=ORANGE)
@@ -289,17 +292,16 @@ def _column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([step for step, _ in pairs], np.float64), np.array([value for _, value in pairs], np.float64)
 
 
-def _how(row: Row) -> str:
+def _how(row: Row) -> How:
     """How an evaluation row was made, for the legend."""
     told = (words(row[name]) for name, words in HOW.items() if row.get(name) not in (None, USUAL.get(name)))
-    return ", ".join(told) or "all"
+    return tuple(told) or ("all",)
 
 
-def _told_apart(hows: Sequence[str]) -> tuple[str, list[str]]:
+def _told_apart(hows: Sequence[How]) -> tuple[str, list[str]]:
     """What all ways have in common, and the rest of each, which keeps its first part, such as the sampler."""
-    parts = [how.split(", ") for how in hows]
-    common = [part for part in parts[0][1:] if all(part in each for each in parts)]
-    return ", ".join(common), [", ".join(part for part in each if part not in common) for each in parts]
+    common = [part for part in hows[0][1:] if all(part in how for how in hows)]
+    return ", ".join(common), [", ".join(part for part in how if part not in common) for how in hows]
 
 
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

@@ -123,7 +123,8 @@ def check_triton(kernels: str, compiled: bool, device: torch.device) -> None:
 
 @contextmanager
 def tf32(enabled: bool) -> Generator[None]:
-    """Inside, a GPU may round the factors of float32 products, convolutions too, to TF32 (10 bits of mantissa)."""
+    """Inside, factors of float32 products, convolutions too, are rounded to TF32 (10 bits of mantissa) where the device
+    can, which most CPUs cannot."""
     if not enabled:
         yield
         return
@@ -139,8 +140,8 @@ def tf32(enabled: bool) -> Generator[None]:
 def set_backends(device: torch.device, *, deterministic: bool = False) -> None:
     """Settings of the whole process, which no step may depend on silently.
 
-    cuDNN measures its algorithms once for each shape, as shapes never change. Float32 products are float32 throughout:
-    PyTorch would round convolutions, and only these, to TF32.
+    cuDNN measures its algorithms once for each shape, as shapes never change. Float32 products are float32, but in
+    `tf32`: PyTorch would round convolutions, and only these, to TF32.
 
     Args:
         deterministic: only algorithms that give the same bits in every run on one GPU; an operation that has none

@@ -27,7 +27,7 @@ from fastdiff.words import counted
 
 PRECISIONS = {
     "bf16": "bf16 autocast, float32 weights, TF32 off",
-    "tf32": "float32, products rounded to TF32",
+    "tf32": "float32, products rounded to TF32 where the device can",
     "fp32": "float32, TF32 off",
     "staged": ", ".join(f"{name} while steps are at least {least:g}" for name, least in SMALLEST_GAP.items()),
 }
@@ -74,9 +74,11 @@ def facts(
     }
 
 
-def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
-    """Of the facts, those that a profile is read with."""
+def profile_facts(config: Config, lines: dict[str, str], step: int) -> dict[str, str]:
+    """Of the facts, those that a profile of the steps after `step` is read with."""
     chosen = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "network")}
+    if config.machine.precision == "staged":
+        chosen["precision"] = f"{PRECISIONS[config.precision_at(step * config.optim.batch_size)]}, as staged there"
     changes = config.changes(PRESETS[config.preset])
     return {
         **chosen,
@@ -106,7 +108,7 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress, watch: Den
     }
     if run is not None:
         if watch is not None:
-            row["denoising_error"] = _denoising_error(state, watch, progress)
+            row["denoising_error"] = _denoising_error(state, watch, progress, whole=whole)
         run.log_train(row)
     if whole:
         state.last_log = (step, state.seconds)
@@ -120,17 +122,19 @@ def log(state: RunState, run: Run | None, progress: TrainingProgress, watch: Den
     )  # fmt: skip
 
 
-def _denoising_error(state: RunState, watch: DenoisingError, progress: TrainingProgress) -> float:
+def _denoising_error(state: RunState, watch: DenoisingError, progress: TrainingProgress, *, whole: bool) -> float:
     error = watch()
-    before = error if state.least_error is None else state.least_error
-    state.least_error = min(error, before)
-    if error > ALARM * before and not state.alarmed:
-        state.alarmed = True
+    least = error if state.least_error is None else state.least_error
+    risen = not error <= ALARM * least  # an error of NaN too
+    if risen and not state.alarmed:
+        lower = "--lr" if state.config.tuning.compared is None else "--lr or --q"
         progress.print(
             f"{'warning':<10} step {state.step:,}: estimates of images at sigma / alpha = {LEVEL:g} err "
-            f"{error / before:.1f} times as much as they did (denoising_error); few steps may be unlearning them: "
-            "lower --lr or --q."
+            f"{error / least:.1f} times as much as they did (denoising_error); few steps may be unlearning them: "
+            f"lower {lower}."
         )
+    if whole:  # the unbroken run has no other rows
+        state.least_error, state.alarmed = min(least, error), state.alarmed or risen  # min passes over NaN
     return error
 
 

@@ -124,6 +124,15 @@ def test_caches_of_the_same_set_that_no_environment_uses_go(tmp_path):
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["a-1", "a-2", "a-4", "b-1"]
 
 
+def test_a_cache_that_was_read_is_in_use_also_where_the_disk_notes_no_reads(tmp_path):
+    cached(tmp_path / "a-1.npz", lambda: DECODED)
+    os.utime(tmp_path / "a-1.npz", (0, 0))
+    cached(tmp_path / "a-1.npz", lambda: pytest.fail("it is there"))
+    os.utime(tmp_path / "a-1.npz", (0, (tmp_path / "a-1.npz").stat().st_mtime))  # as noatime leaves it
+    cached(tmp_path / "a-2.npz", lambda: DECODED, outdated="a-*.npz")
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a-1", "a-2"]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"about": None}, {"about": np.array("[1]")}, {"about": np.array("{")}, {"images": None}]
 )

@@ -58,6 +58,14 @@ def test_texts_change_nothing_until_they_are_trained():
     assert told.pooled.linear.weight.grad.abs().sum() > 0
 
 
+def test_a_seed_gives_a_self_attention_its_weights_before_what_reads_the_text():
+    drawn = []
+    for net in (SMALL, replace(SMALL, text_encoder="frozen", text_width=8, text_pooled=False)):
+        torch.manual_seed(0)
+        drawn.append(UNet(net).down[1].attention[0].qkv.weight)
+    assert torch.equal(*drawn)  # so that a seed begins as in earlier versions
+
+
 def test_a_second_time_changes_nothing_until_it_is_trained():
     plain, told = UNet(SMALL).eval(), UNet(replace(SMALL, two_times=True)).eval()
     for p in plain.parameters():

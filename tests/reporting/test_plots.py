@@ -183,11 +183,24 @@ def test_many_curves_all_differ_and_their_legend_hides_none(tmp_path, monkeypatc
         assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
+def test_the_denoising_error_lies_below_twice_its_smallest_value(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plot_denoising([row | {"denoising_error": row["step"] / 100} for row in train_rows(5)], tmp_path / "denoising.png")
+    curve, limit = figures[0].axes[0].lines
+    assert curve.get_ydata().tolist() == [1, 2, 3, 4, 5]
+    assert set(limit.get_ydata()) == {2.0}
+
+
 def test_a_legend_tells_once_what_its_curves_share():
-    hows = ["ddim, 1 step, guidance 1", "ddim, 50 steps, guidance 1", "ddim, 50 steps, eta 1, guidance 1"]
+    hows = [tuple(how.split(", ")) for how in ("ddim, 1 step, guidance 1", "ddim, 50 steps, guidance 1")]
+    hows.append(("ddim", "50 steps", "eta 1", "guidance 1"))
     assert plots._told_apart(hows) == ("guidance 1", ["ddim, 1 step", "ddim, 50 steps", "ddim, 50 steps, eta 1"])
-    assert plots._how(eval_row(0, 1.0, sampler_steps=1)) == "ddim, 1 step, 5,000 samples, reference cifar10-train"
     assert plots._told_apart(hows[:1]) == ("1 step, guidance 1", ["ddim"])
+    rows = [eval_row(0, 1.0, sampler="unipc (log-snr, order=3)", sampler_steps=n) for n in (1, 2)]
+    common, names = plots._told_apart([plots._how(row) for row in rows])
+    assert common == "5,000 samples, reference cifar10-train"
+    assert names == ["unipc (log-snr, order=3), 1 step", "unipc (log-snr, order=3), 2 steps"]
 
 
 class TestGrid:

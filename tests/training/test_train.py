@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import fastdiff.evaluation.evaluator as evaluator_module
 import fastdiff.training.train as train_module
 from fastdiff.diffusion.consistency import Consistency
 from fastdiff.errors import TrainingFailed, UserError
+from fastdiff.evaluation.denoising import DenoisingError
 from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.reporting import pictures, plots
 from fastdiff.runs import checkpoint
@@ -307,8 +310,25 @@ def test_each_stage_computes_in_its_precision(tiny_config, monkeypatch, capsys):
     assert seen == [(True, "highest", False)] * 2 + [(False, "high", True)] * 6 + [(False, "highest", False)] * 4
     said = capsys.readouterr().out
     assert "precision  bf16 while steps are at least 0.3, tf32 while" in said
-    assert "precision  float32, products rounded to TF32 from step 3" in said
+    assert "precision  float32, products rounded to TF32 where the device can from step 3" in said
     assert "precision  float32, TF32 off from step 9" in said
+
+
+def test_steps_before_a_change_of_precision_are_in_the_time_and_compiling_is_not(tiny_config, tmp_path, monkeypatch):
+    now, call, compute_in = [0.0], TrainStep.__call__, TrainStep.compute_in
+
+    def takes(seconds, method, self, *args):
+        now[0] += seconds
+        return method(self, *args)
+
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(TrainStep, "__call__", lambda *args: takes(1, call, *args))
+    monkeypatch.setattr(TrainStep, "compute_in", lambda *args: takes(100, compute_in, *args))
+    stages = {"few_step": "consistency", "objective": "edm", "q": 2.0, "stages": 5, "stage_images": 16}
+    assert train(tiny_config(**stages, precision="staged", steps=12, batch_size=8, log_every=12)) == 0
+    row = json.loads((tmp_path / "working" / "1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["seconds"] == 12 - 3  # steps 1, 3 and 9 compile
+    assert row["images_per_second"] == 8
 
 
 def test_the_device_is_waited_for_once_a_boundary(tiny_config, monkeypatch):
@@ -388,3 +408,42 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     assert max(rows) > 2 * errors[0]
     train(spoilt.replace(steps=10), resume=Path(bad) / "1")
     assert "denoising_error" not in capsys.readouterr().out  # once in a run
+    least = checkpoint.load_latest(Path(bad) / "1" / "checkpoints").state["least_error"]
+    assert least == pytest.approx(errors[0], rel=0.1)  # of the whole run
+
+
+def test_the_watch_asks_the_average_and_tells_it_all_about_the_images(tiny_config, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(parts, "DenoisingError", lambda *args: given.append(args))
+    images, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8), np.arange(90) % 3
+    np.savez(tmp_path / "labelled.npz", images=images, labels=labels)
+    config = tiny_config(data=str(tmp_path / "labelled.npz"), conditional=True, label_dropout=0.9, steps=1)
+    assert train(config) == 0
+    assert not given  # it is for few steps
+    assert train(config.replace(few_step="consistency", objective="edm")) == 0
+    ((network, _, x0, cond),) = given
+    assert not network.training
+    index = np.linspace(0, 89, 64, dtype=np.int64)
+    assert cond["labels"].tolist() == labels[index].tolist()  # none is left out
+    assert torch.equal((127.5 * x0 + 127.5).round().permute(0, 2, 3, 1).byte(), torch.from_numpy(images[index]))
+
+
+@pytest.mark.parametrize(
+    ("few_step", "errors", "least", "alarmed", "advice"),
+    [
+        ("consistency", [1.0, 0.9, 0.8, 0.1], 0.8, False, ""),
+        ("scm", [1.0, 0.9, 0.8, 9.0], 0.8, False, r"err 11.2 times as much as they did .* lower --lr\.$"),
+        ("consistency", [1.0, math.nan, 0.9, 0.9], 0.9, True, r"err nan times .* lower --lr or --q\.$"),
+    ],
+)
+def test_the_least_denoising_error_is_of_whole_rows(
+    tiny_config, tmp_path, monkeypatch, capsys, few_step, errors, least, alarmed, advice
+):
+    values = iter(errors)  # before the first step and after steps 2, 4, and 5, whose row a longer run would not have
+    monkeypatch.setattr(DenoisingError, "__call__", lambda self: next(values))
+    assert train(tiny_config(few_step=few_step, objective="edm", steps=5, log_every=2)) == 0
+    state = checkpoint.load_latest(tmp_path / "working" / "1" / "checkpoints").state
+    assert (state["least_error"], state["alarmed"]) == (least, alarmed)
+    said = re.findall("^warning .*denoising_error.*$", capsys.readouterr().out, re.MULTILINE)
+    assert len(said) == bool(advice)
+    assert all(re.search(advice, line) for line in said)
