@@ -1,7 +1,6 @@
 """The config of a run: its sections together, checked when they are put together."""
 
 import dataclasses
-from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,18 +213,6 @@ class Config:
             return self.machine.precision
         gap = self.tuning.at(images)
         return next((name for name, least in SMALLEST_GAP.items() if gap >= least), "fp32")
-
-    @property
-    def precision_changes(self) -> list[int]:
-        """The steps after which the precision is another one; of a resolved config."""
-        if self.machine.precision != "staged":
-            return []
-        finer, steps = list(SMALLEST_GAP), range(2**40)
-        at = [
-            bisect_left(steps, i, key=lambda step: finer.index(self.precision_at(step * self.optim.batch_size)))
-            for i in range(1, len(finer))
-        ]
-        return [step for step in dict.fromkeys(at) if 0 < step < len(steps)]
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, section by section."""

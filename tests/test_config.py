@@ -201,19 +201,6 @@ def test_staged_precision_is_the_coarsest_that_each_stage_allows():
     assert {Config.of(precision=name).precision_at(0) for name in ("bf16", "tf32", "fp32")} == {"bf16", "tf32", "fp32"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "steps"),
-    [({"q": 2.0, "stages": 8}, [13, 50]), ({"q": 2.0, "stages": 2}, [13]), ({"q": 10.0, "stages": 2}, [13]), ({}, [])],
-)
-def test_a_run_knows_the_steps_after_which_its_precision_changes(changes, steps):
-    staged = {"few_step": "consistency", "objective": "edm", "stage_images": 100, "batch_size": 8}
-    config = Config.of(**staged, precision="staged", **changes)
-    assert config.precision_changes == steps
-    at = [config.precision_at(8 * step) for step in range(200)]
-    assert [step for step in range(1, 200) if at[step] != at[step - 1]] == steps
-    assert config.replace(precision="fp32").precision_changes == []
-
-
 def test_continuous_schedules_have_no_number_of_steps_to_exceed():
     assert Config().replace(objective="flow", eval_steps=2000).eval.eval_steps == 2000
 

@@ -24,20 +24,17 @@ def steps_needed(steps: int) -> int:
     return 2 * steps + 1
 
 
-def choose_begin(
-    *, start: int, last: int | None, steps: int, pauses: Sequence[int], changes: Sequence[int] = ()
-) -> int:
+def choose_begin(*, start: int, last: int | None, steps: int, pauses: Sequence[int]) -> int:
     """The step after which to begin, so that the measured steps hold only training and its logging.
 
-    It aims at the middle of what remains, or at LEAD steps after the start if the run has no end. If a pause or a
-    change lies there, it takes the next place without one, else the nearest before.
+    It aims at the middle of what remains, or at LEAD steps after the start if the run has no end. If a pause lies
+    there, it takes the next place without one, else the nearest before.
 
     Args:
         start: steps taken before this process.
         last: the last step, or None.
         steps: to be recorded.
         pauses: intervals, in steps, at which a checkpoint or an evaluation interrupts the run.
-        changes: steps after which the next LEAD steps warm up again.
 
     Raises:
         UserError: there is no such place.
@@ -49,40 +46,36 @@ def choose_begin(
             f"{steps} recorded), but --steps leaves {max(last - start, 0)}; raise it, or lower --profile."
         )
     middle = first if last is None else max(first, (start + last - need) // 2)
-    latest = max([middle, *(step + LEAD for step in changes)]) + max(pauses) if last is None else last - need
+    latest = middle + max(pauses) if last is None else last - need
     for begin in chain(range(middle, latest + 1), range(middle - 1, first - 1, -1)):
         # A pause after step `begin` would be timed, one after the last recorded step not.
-        paused = any((begin + need - 1) // every != (begin - 1) // every for every in pauses)
-        if not paused and not any(begin - LEAD < step < begin + need for step in changes):
+        if all((begin + need - 1) // every == (begin - 1) // every for every in pauses):
             return begin
-    changed = f", and {LEAD} more after a change of precision" if changes else ""
     raise UserError(
-        f"--profile {steps} needs {need} steps between two checkpoints or evaluations{changed}; lower it, or raise "
-        "--save-every and --eval-every."
+        f"--profile {steps} needs {need} steps between two checkpoints or evaluations; lower it, or raise --save-every "
+        "and --eval-every."
     )
 
 
 def record_run(
-    directory: Path, *, steps: int, start: int, last: int | None, pauses: Sequence[int], changes: Sequence[int],
-    device: torch.device, title: str, facts: Callable[[int], Mapping[str, str]], say: Callable[[str], None],
-    settle: Callable[[], object],
+    directory: Path, *, steps: int, start: int, last: int | None, pauses: Sequence[int], device: torch.device,
+    title: str, facts: Mapping[str, str], say: Callable[[str], None], settle: Callable[[], object],
 ) -> StepRecorder | nullcontext[None]:  # fmt: skip
     """A recorder of `steps` steps of a run; nothing for 0 steps, or if a resumed run already has its profile.
 
-    For the arguments see `choose_begin` and `StepRecorder`; `facts` takes the step after which it begins. Raises
-    UserError if the steps do not fit into the run.
+    For the arguments see `choose_begin` and `StepRecorder`. Raises UserError if the steps do not fit into the run.
     """
     if steps == 0:
         return nullcontext()
     if (directory / "summary.md").exists():
         say(f"profile    is in {directory}; remove it to record another")
         return nullcontext()
-    begin = choose_begin(start=start, last=last, steps=steps, pauses=pauses, changes=changes)
+    begin = choose_begin(start=start, last=last, steps=steps, pauses=pauses)
     first = begin + steps + 2  # after those that are timed, and one in which the profiler starts
     recorded = f"steps {first:,} to {first + steps - 1:,}"
     say(f"profile    {recorded} into {directory}")
-    told = {**facts(begin), "recorded": recorded}
-    return StepRecorder(directory, steps=steps, begin=begin, device=device, title=title, facts=told, settle=settle)
+    facts = {**facts, "recorded": recorded}
+    return StepRecorder(directory, steps=steps, begin=begin, device=device, title=title, facts=facts, settle=settle)
 
 
 class StepRecorder:

@@ -74,11 +74,9 @@ def facts(
     }
 
 
-def profile_facts(config: Config, lines: dict[str, str], step: int) -> dict[str, str]:
-    """Of the facts, those that a profile of the steps after `step` is read with."""
+def profile_facts(config: Config, lines: dict[str, str]) -> dict[str, str]:
+    """Of the facts, those that a profile is read with."""
     chosen = {name: lines[name] for name in ("precision", "compile", "kernels", "loader", "network")}
-    if config.machine.precision == "staged":
-        chosen["precision"] = f"{PRECISIONS[config.precision_at(step * config.optim.batch_size)]}, as staged there"
     changes = config.changes(PRESETS[config.preset])
     return {
         **chosen,

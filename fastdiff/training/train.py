@@ -172,9 +172,8 @@ def train(
             run.record_config(_recorded(asked, config))
             record = partial(
                 record_run, run.path / "profile", steps=config.run.profile, start=state.step, last=config.run.steps,
-                pauses=(config.run.save_every, config.eval.eval_every), changes=config.precision_changes,
-                title=f"Training step, preset {config.preset}", device=ranks.device,
-                facts=partial(profile_facts, asked, lines), say=progress.print, settle=saver.settle,
+                pauses=(config.run.save_every, config.eval.eval_every), title=f"Training step, preset {config.preset}",
+                device=ranks.device, facts=profile_facts(asked, lines), say=progress.print, settle=saver.settle,
             )  # fmt: skip
         try:
             _loop(session, state, step, evaluator, saver, watch, record, after_evaluation)

@@ -46,25 +46,8 @@ def test_a_place_before_the_middle_is_found_too():
 
 
 @pytest.mark.parametrize(
-    ("last", "changes", "begin"),
-    [
-        (850, (100, 800), (850 - 11) // 2),
-        (850, (430,), 419),
-        (850, (429,), 429 + LEAD),  # from 419 step 430 would be recorded, which is of another precision
-        (850, (419 - LEAD,), 419),
-        (850, (420 - LEAD,), 420),  # from 419 step 420 would be timed, the last to warm up
-        (60, (15, 26), 36),
-        (None, (0, 20), LEAD + 20),
-    ],
-)
-def test_the_steps_recorded_are_of_one_precision_and_warm(last, changes, begin):
-    assert choose_begin(start=0, last=last, steps=5, pauses=(10**6,), changes=changes) == begin
-
-
-@pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"start": 0, "last": 40, "steps": 5, "pauses": (100,), "changes": (20,)}, "10 more after a change of prec"),
         ({"start": 0, "last": LEAD + 10, "steps": 5, "pauses": (100,)}, r"--profile 5 needs 21 steps .* leaves 20"),
         ({"start": 90, "last": 100, "steps": 1, "pauses": (100,)}, "but --steps leaves 10"),
         ({"start": 0, "last": 1000, "steps": 5, "pauses": (10,)}, "between two checkpoints"),
@@ -81,15 +64,6 @@ def recorder(directory, **changes):
     cpu = torch.device("cpu")
     options = {"steps": 2, "begin": 3, "device": cpu, "title": "Steps", "facts": {"network": "none"}}
     return StepRecorder(directory, **(options | changes))
-
-
-@pytest.mark.lab
-def test_a_profile_of_a_stage_says_its_precision(tiny_config, tmp_path, no_pictures):
-    stages = {"few_step": "consistency", "objective": "edm", "q": 10.0, "stages": 2, "precision": "staged"}
-    assert train(tiny_config(**stages, stage_images=8 * 5, steps=20, profile=1, save_every=100)) == 0
-    text = (tmp_path / "working" / "1" / "profile" / "summary.md").read_text()
-    assert "recorded: steps 18 to 18" in text  # from step 10, the first, it would begin within LEAD steps of a change
-    assert "precision: float32, TF32 off, as staged there" in text
 
 
 def test_exactly_the_steps_asked_for_are_recorded(tmp_path):
