@@ -93,9 +93,15 @@ class Config:
         """Raises UserError for an objective that cannot be tuned, and where rounding would exceed the step."""
         tuning, diffusion, machine = self.tuning, self.diffusion, self.machine
         if machine.precision == "staged" and not tuning.compared:
+            others = "fp32" if tuning.exact else "bf16, tf32 or fp32"
             raise UserError(
                 "--precision staged follows the stages of --few-step consistency or flow-map; choose one of them, or "
-                "bf16, tf32 or fp32."
+                f"--precision {others}."
+            )
+        if machine.precision == "staged" and self.run.profile:
+            raise UserError(
+                f"--profile {self.run.profile} is of steps in one precision, but --precision staged changes it; "
+                "profile a run of --precision bf16, tf32 or fp32."
             )
         if tuning.few_step == "none":
             return

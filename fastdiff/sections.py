@@ -205,8 +205,8 @@ class MachineConfig:
     @property
     def warning(self) -> str | None:
         """A line on what was asked for, and is slower on a CPU; of a resolved config."""
-        values = {"precision": "bf16", "kernels": "triton"}
-        slow = [f"--{name} {value}" for name, value in values.items() if getattr(self, name) == value]
+        slow = [f"--precision {self.precision}"] if self.precision in ("bf16", "staged") else []
+        slow += ["--kernels triton"] if self.kernels == "triton" else []
         if self.device != "cpu" or not slow:
             return None
         return f"{' and '.join(slow)} on a CPU: 1.6 to 1.9 times slower than what `auto` takes there."

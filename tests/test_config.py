@@ -128,7 +128,8 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
             {"precision": "staged", "few_step": "none"},
             "--precision staged follows the stages of --few-step consistency",
         ),
-        ({"precision": "staged", "few_step": "scm"}, "--precision staged follows the stages of --few-step consistency"),
+        ({"precision": "staged", "few_step": "scm"}, "--precision staged follows .*; choose .*, or --precision fp32."),
+        ({"precision": "staged", "profile": 5}, "--profile 5 is of steps in one precision, but --precision staged"),
         ({"q": 5000.0}, r"= 0\.0002 apart, but in float32 rounding drowns steps below 0\.0003; lower --q or --stages"),
         ({"q": 2.0, "stages": 12}, r"= 0\.00024 apart"),
         (
@@ -337,6 +338,11 @@ def test_any_whole_number_is_taken_or_refused_by_name(name, value):
         ("cpu", {}, None),
         ("cuda", {"precision": "bf16", "kernels": "triton"}, None),
         ("cpu", {"precision": "bf16"}, "--precision bf16 on a CPU: "),
+        (
+            "cpu",
+            {"precision": "staged", "few_step": "consistency", "objective": "edm"},
+            "--precision staged on a CPU: ",
+        ),
         ("cpu", {"precision": "bf16", "kernels": "triton"}, "--precision bf16 and --kernels triton on a CPU: "),
     ],
 )

@@ -182,7 +182,8 @@ def plot_denoising(rows: Sequence[Row], path: Path) -> None:
     _line(axes, steps, errors, STYLES[0], "")
     _log_scale(axes, errors)
     least = float(errors.min())
-    axes.axhline(2 * least, color=ORANGE, linewidth=1.2, linestyle="--", label=f"twice the smallest ({least:.3g})")
+    label = f"warning above {2 * least:.3g}, twice the smallest"
+    axes.axhline(2 * least, color=ORANGE, linewidth=1.2, linestyle="--", label=label)
     axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 

@@ -29,7 +29,7 @@ PRECISIONS = {
     "bf16": "bf16 autocast, float32 weights, TF32 off",
     "tf32": "float32, products rounded to TF32 where the device can",
     "fp32": "float32, TF32 off",
-    "staged": ", ".join(f"{name} while steps are at least {least:g}" for name, least in SMALLEST_GAP.items()),
+    "staged": "staged: " + ", ".join(f"{name} while gap is at least {least:g}" for name, least in SMALLEST_GAP.items()),
 }
 
 
@@ -41,12 +41,15 @@ def facts(
     device, size, machine, diffusion = ranks.device, ranks.size, config.machine, config.diffusion
     batch, deterministic = config.optim.batch_size, ", deterministic" if machine.deterministic else ""
     graphs = machine.graphs and device.type == "cuda"
-    few_step = config.tuning.few_step
-    learning = "" if few_step == "none" else f", {few_step}"
-    if config.tuning.teacher is not None:
-        learning += f" by the teacher {config.tuning.teacher}"
-    if few_step in ("none", "consistency"):
-        learning += f", weighting {diffusion.weighting}"
+    tuning, weighting = config.tuning, f"weighting {diffusion.weighting}"
+    learning = "" if tuning.few_step == "none" else f", {tuning.few_step}"
+    if tuning.teacher is not None:
+        learning += f" by the teacher {tuning.teacher}"
+        learning += f" ({tuning.teacher_solver}, guidance {tuning.teacher_guidance:g})"
+    if tuning.few_step == "consistency":
+        weighting += ": 1" if diffusion.weighting == "image" else ": 1 / (rho_t - rho_r)"
+    if tuning.few_step in ("none", "consistency"):
+        learning += f", {weighting}"
     objective = f"{diffusion.objective} on {diffusion.schedule}{learning}"
     net, latents, network = config.net, config.space.latents, "U-Net"
     encoded = f"{net.image_size}x{net.image_size} of {counted(net.image_channels, 'channel')} by {latents}"

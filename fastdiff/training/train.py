@@ -151,8 +151,9 @@ def train(
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
         evaluator = make_evaluator(config, image_set, ranks, run, step, ema, distance, progress.print)
         watch = make_watch(config, image_set, step, evaluator) if run is not None else None
-        if watch is not None and state.step == 0:
+        if run is not None and watch is not None and state.step == 0:
             state.least_error = watch()
+            run.log_train({"step": 0, "images": 0, "denoising_error": state.least_error})
         saver = stack.enter_context(
             Saver(run, state, ends=lambda: bool(stop.signal) or state.step == config.run.steps, say=progress.print)
         )
@@ -203,8 +204,8 @@ def _loop(
 ) -> None:  # fmt: skip
     """Train until the last step, or until a signal asks to stop; either way the last step is saved.
 
-    The first steps of a process, which compile and capture, are in no `seconds` and no `images_per_second`, unless
-    a row, checkpoint or evaluation is due right after one of them.
+    The first steps of a process and of a precision, which compile and capture, are in no `seconds` and no
+    `images_per_second`, unless a row, checkpoint or evaluation is due right after one of them.
 
     Raises:
         TrainingFailed: the loss or a gradient was not finite.
@@ -284,6 +285,7 @@ def _loop(
                 if precision:
                     _check_finite(session, step, saver)  # the device is waited for, so the clock has seen its work
                     state.seconds += time.perf_counter() - clock
+                if config.machine.precision == "staged":
                     progress.print(f"{'precision':<10} {PRECISIONS[now]} from step {state.step + 1:,}")
                 step.compute_in(precision := now)
                 clock = time.perf_counter()
