@@ -72,7 +72,7 @@ def track_rows(train_rows: list[Row], eval_rows: list[Row], known: list[Row], no
     kept = {_key(row): row for row in known}
     rows: list[Row] = []
     evaluating = 0.0
-    train_rows = list(train_rows)
+    train_rows = [row for row in train_rows if row["step"]]  # before the first there is no time
     speed: float | None = None
     begun = 0  # training rows that belong to earlier evaluations
     for e in eval_rows:

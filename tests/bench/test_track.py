@@ -56,6 +56,14 @@ def test_a_row_holds_what_lies_between_two_evaluations():
     assert second["share_of_ceiling"] is second["memory_peak_bytes"] is None
 
 
+def test_a_row_from_before_the_first_step_has_no_time():
+    train_rows, eval_rows = trained((10, 2)), [evaluated(10, 50.0)]
+    before = {"step": 0, "images": 0, "denoising_error": 0.1}
+    assert track.track_rows([before, *train_rows], eval_rows, [], NOW) == track.track_rows(
+        train_rows, eval_rows, [], NOW
+    )
+
+
 def test_steps_that_no_clock_saw_do_not_make_it_faster():
     """The first steps of a process compile: its first row counts their images, but not their time."""
     rows = [{"step": 4, "images": 256, "seconds": 3.0, "images_per_second": 64.0}]  # 3 of 4 steps were timed
