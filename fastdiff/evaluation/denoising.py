@@ -21,10 +21,14 @@ class DenoisingError:
         network: in eval mode; its weights may change in place.
         x0: (N, C, H, W), what the network works in.
         cond: what it is told about them.
+        batch_size: how many it sees at a time; bounds the memory.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, x0: Tensor, cond: Conditions) -> None:
+    def __init__(
+        self, network: nn.Module, objective: Objective, x0: Tensor, cond: Conditions, *, batch_size: int = 64
+    ) -> None:
         self.network, self.objective, self.x0, self.cond = network, objective, x0, cond
+        self.batch_size = batch_size
         log_snr = torch.full((len(x0),), LEVEL, dtype=torch.float64, device=x0.device).log() * -2
         self.t = objective.schedule.t_of_log_snr(log_snr)
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
@@ -33,5 +37,10 @@ class DenoisingError:
     @torch.no_grad()
     def __call__(self) -> float:
         """The error now. Waits for the device."""
-        estimate = self.objective.denoise(self.network, self.x_t, self.t, **self.cond)
-        return (estimate - self.x0).square().mean().item()
+        squares = []
+        for first in range(0, len(self.x0), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            cond = {name: value[part] for name, value in self.cond.items()}
+            estimate = self.objective.denoise(self.network, self.x_t[part], self.t[part], **cond)
+            squares.append((estimate - self.x0[part]).square().flatten(1).mean(1))
+        return torch.cat(squares).mean().item()

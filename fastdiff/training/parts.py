@@ -158,4 +158,5 @@ def make_watch(
     uniform = torch.ones(len(index), UNIFORMS, device=step.device)  # nothing is left out
     told = [table(torch.from_numpy(index).to(step.device), uniform) for table in step.conditions]
     cond = {name: value for each in told for name, value in each.items()}
-    return DenoisingError(evaluator.generator.network, evaluator.generator.objective, x0, cond)
+    draws = evaluator.generator
+    return DenoisingError(draws.network, draws.objective, x0, cond, batch_size=config.eval.eval_batch_size)

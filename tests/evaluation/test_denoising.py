@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,12 @@ def test_the_error_of_the_exact_denoiser_is_the_least():
     x0 = s * torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     error = DenoisingError(Gaussian(s), objective, x0, {})()
     assert error == pytest.approx(1 / (1 / s**2 + 1 / LEVEL**2), rel=0.02)  # the variance that is left
+    seen = []
+    in_parts = DenoisingError(Gaussian(s), objective, x0, {"labels": torch.arange(256)}, batch_size=100)
+    in_parts.network.forward = lambda x, t, labels: (seen.append(labels.tolist()), Gaussian(s)(x, t))[1]
+    assert in_parts() == pytest.approx(error, rel=1e-5)
+    assert list(map(len, seen)) == [100, 100, 56]
+    assert [*chain(*seen)] == list(range(256))
     worse = DenoisingError(Gaussian(s, 1.2), objective, x0, {})
     assert worse() > 1.05 * error
     assert worse() == worse() == DenoisingError(Gaussian(s, 1.2), objective, x0, {})()  # the same noise each time

@@ -414,15 +414,16 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
 
 def test_the_watch_asks_the_average_and_tells_it_all_about_the_images(tiny_config, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(parts, "DenoisingError", lambda *args: given.append(args))
+    monkeypatch.setattr(parts, "DenoisingError", lambda *args, batch_size: given.append((*args, batch_size)))
     images, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8), np.arange(90) % 3
     np.savez(tmp_path / "labelled.npz", images=images, labels=labels)
     config = tiny_config(data=str(tmp_path / "labelled.npz"), conditional=True, label_dropout=0.9, steps=1)
     assert train(config) == 0
     assert not given  # it is for few steps
     assert train(config.replace(few_step="consistency", objective="edm")) == 0
-    ((network, _, x0, cond),) = given
+    ((network, _, x0, cond, batch_size),) = given
     assert not network.training
+    assert batch_size == config.eval.eval_batch_size
     index = np.linspace(0, 89, 64, dtype=np.int64)
     assert cond["labels"].tolist() == labels[index].tolist()  # none is left out
     assert torch.equal((127.5 * x0 + 127.5).round().permute(0, 2, 3, 1).byte(), torch.from_numpy(images[index]))
