@@ -185,7 +185,7 @@ class MachineConfig:
     precision: Literal["auto", "bf16", "tf32", "fp32", "staged"] = "auto"
     """Of the training step, whose weights stay float32: activations in bf16 by autocast; products of a GPU rounded to
     TF32; neither; `staged`, with --few-step: the coarsest in which rounding does not drown the steps of each stage.
-    `auto`: bf16 on CUDA, fp32 on CPU and with --few-step. tf32 and staged draw samples in float32."""
+    `auto`: bf16 on CUDA, fp32 on CPU and with --few-step. Evaluations of tf32 and staged runs draw in float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto`: on for CUDA, off for CPU."""
     graphs: bool = True
