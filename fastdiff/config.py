@@ -270,7 +270,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 
-# Of a step (t - r) / t: below it rounding is more than half of the difference of two estimates. Coarsest first.
+# Of a step's `gap`: below it rounding is more than half of the difference of two estimates. Coarsest first.
 SMALLEST_GAP = {"bf16": 0.3, "tf32": 0.05, "fp32": 0.0003}
 
 # A resumed run may change these: none of them changes the mathematics of a later step. `accumulate` splits a batch, and

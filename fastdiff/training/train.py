@@ -151,7 +151,7 @@ def train(
                 run.truncate(saved.step, drop=lambda row: not state.counts(row))
         evaluator = make_evaluator(config, image_set, ranks, run, step, ema, distance, progress.print)
         watch = make_watch(config, image_set, step, evaluator) if run is not None else None
-        if run is not None and watch is not None and state.step == 0:
+        if run is not None and watch is not None and state.step == 0 and state.least_error is None:
             state.least_error = watch()
             run.log_train({"step": 0, "images": 0, "denoising_error": state.least_error})
         saver = stack.enter_context(

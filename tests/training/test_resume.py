@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from fastdiff.config import Config
 from fastdiff.errors import UserError
 from fastdiff.evaluation.evaluate import load_trained
+from fastdiff.evaluation.evaluator import Evaluator
 from fastdiff.nets.text import READERS
 from fastdiff.nets.unet import UNet
 from fastdiff.runs import checkpoint
@@ -46,6 +48,25 @@ def test_consistency_training_resumes_bit_for_bit_in_its_stage(tiny_config, tmp_
     assert train(tiny_config(**config), resume=run) == 0
     assert_same_run(tmp_path / "whole" / "1", run)
     assert [row["gap"] for row in rows_of(run) if "gap" in row] == [0.5, 0.25, 0.125]
+
+
+def test_a_run_that_was_stopped_in_its_first_evaluation_resumes_as_if_not(tiny_config, tmp_path, monkeypatch):
+    config = {"few_step": "consistency", "objective": "edm", "q": 2.0, "eval_at_start": True, "eval_every": 20}
+    assert train(tiny_config(**config, run_root=str(tmp_path / "whole"))) == 0
+    evaluate = Evaluator.__call__
+
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", stopped)
+        assert train(tiny_config(**config)) == 128 + signal.SIGTERM
+    run = tmp_path / "working" / "1"
+    assert checkpoint.load_latest(run / "checkpoints").step == 0
+    assert train(tiny_config(**config), resume=run) == 0
+    assert [row["step"] for row in rows_of(run) if row["kind"] == "train"] == [0, 10, 20, 30]
+    assert_same_run(tmp_path / "whole" / "1", run)
 
 
 def test_a_flow_map_begins_as_its_teacher_and_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):
