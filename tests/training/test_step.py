@@ -216,27 +216,28 @@ def assert_compiled_once(compiled, eager):
     assert all(torch.equal(value, end[name]) for name, value in compiled.model.state_dict().items())
 
 
-@pytest.mark.lab
-def test_the_compiled_step_does_not_recompile(monkeypatch):
-    """It is compiled as one graph (fullgraph=True), so a graph break would raise; by Inductor in the next test."""
+FLAT = UNetConfig(
+    image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
+)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """`compile` traces a step as one graph (fullgraph=True), so that a graph break raises; Inductor has tests below."""
     torch._dynamo.reset()
     monkeypatch.setattr(step_module, "compiled", partial(torch.compile, fullgraph=True, backend="aot_eager"))
-    net = UNetConfig(
-        image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
-    )
-    assert_compiled_once(make_step(net=net, compile=True), make_step(net=net))
 
 
 @pytest.mark.lab
-def test_a_compiled_step_follows_its_precision(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(step_module, "compiled", partial(torch.compile, fullgraph=True, backend="aot_eager"))
-    net = UNetConfig(
-        image_size=8, channels=8, channel_mult=(1,), blocks_per_level=1, attention_resolutions=(), norm_groups=4
-    )
+def test_the_compiled_step_does_not_recompile(traced):
+    assert_compiled_once(make_step(net=FLAT, compile=True), make_step(net=FLAT))
+
+
+@pytest.mark.lab
+def test_a_compiled_step_follows_its_precision(traced):
     losses = []
     for compile in (False, True):
-        train_step = make_step(net=net, compile=compile)
+        train_step = make_step(net=FLAT, compile=compile)
         curves = [curve(train_step, 2)]
         for i, precision in enumerate(("bf16", "tf32", "fp32"), 1):
             train_step.compute_in(precision)
@@ -245,7 +246,7 @@ def test_a_compiled_step_follows_its_precision(monkeypatch):
     eager, ours = losses
     for i, rel in enumerate((1e-6, 1e-3, 1e-6, 1e-6)):
         assert ours[i] == pytest.approx(eager[i], rel=rel)
-    train_step = make_step(net=net)
+    train_step = make_step(net=FLAT)
     curve(train_step, 2)
     assert curve(train_step, 2, start=2) != eager[1]  # bf16 rounds
 
