@@ -10,8 +10,6 @@ from fastdiff.diffusion.objectives import Objective
 from fastdiff.evaluation.graph_loop import Conditions
 
 LEVEL = 0.3  # sigma / alpha, where a few percent of the image are lost
-# A perfect student returns one possible image in place of their mean, with at most twice its squared error.
-ALARM = 2.0
 
 
 class DenoisingError:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from fastdiff.few_step_section import ALARM
 from fastdiff.reporting.pictures import DPI, save_figure
 from fastdiff.reporting.progress import format_seconds
 from fastdiff.runs.run import Row
@@ -182,8 +183,8 @@ def plot_denoising(rows: Sequence[Row], path: Path) -> None:
     _line(axes, steps, errors, STYLES[0], "")
     _log_scale(axes, errors)
     least = float(errors.min())
-    label = f"warning above {2 * least:.3g}, twice the smallest"
-    axes.axhline(2 * least, color=ORANGE, linewidth=1.2, linestyle="--", label=label)
+    label = f"warning above {ALARM * least:.3g}, {ALARM:g} times the smallest"
+    axes.axhline(ALARM * least, color=ORANGE, linewidth=1.2, linestyle="--", label=label)
     axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 

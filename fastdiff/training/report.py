@@ -10,8 +10,9 @@ from torch import nn
 from fastdiff.config import SMALLEST_GAP, Config
 from fastdiff.data.datasets import ImageSet
 from fastdiff.data.loaders import batch_plan
-from fastdiff.evaluation.denoising import ALARM, LEVEL, DenoisingError
+from fastdiff.evaluation.denoising import LEVEL, DenoisingError
 from fastdiff.evaluation.frechet import FrechetDistance
+from fastdiff.few_step_section import ALARM
 from fastdiff.presets import PRESETS
 from fastdiff.reporting import plots
 from fastdiff.reporting.progress import TrainingProgress

@@ -183,13 +183,13 @@ def test_many_curves_all_differ_and_their_legend_hides_none(tmp_path, monkeypatc
         assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
-def test_the_denoising_error_lies_below_twice_its_smallest_value(tmp_path, monkeypatch):
+def test_the_line_of_warning_is_a_multiple_of_the_smallest_denoising_error(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     plot_denoising([row | {"denoising_error": row["step"] / 100} for row in train_rows(5)], tmp_path / "denoising.png")
     curve, limit = figures[0].axes[0].lines
     assert curve.get_ydata().tolist() == [1, 2, 3, 4, 5]
-    assert set(limit.get_ydata()) == {2.0}
+    assert set(limit.get_ydata()) == {2.5}
 
 
 def test_a_legend_tells_once_what_its_curves_share():

@@ -405,7 +405,7 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     said = capsys.readouterr().out
     assert said.count("times as much as they did (denoising_error)") == 1
     rows = [row["denoising_error"] for row in rows_of(Path(bad) / "1") if row["kind"] == "train"]
-    assert max(rows) > 2 * errors[0]
+    assert max(rows) > 2.5 * errors[0]
     train(spoilt.replace(steps=10), resume=Path(bad) / "1")
     assert "denoising_error" not in capsys.readouterr().out  # once in a run
     least = checkpoint.load_latest(Path(bad) / "1" / "checkpoints").state["least_error"]
@@ -433,6 +433,8 @@ def test_the_watch_asks_the_average_and_tells_it_all_about_the_images(tiny_confi
     ("few_step", "errors", "least", "alarmed", "advice"),
     [
         ("consistency", [1.0, 0.9, 0.8, 0.1], 0.8, False, ""),
+        ("consistency", [1.0, 2.4, 2.4, 2.4], 1.0, False, ""),
+        ("consistency", [1.0, 2.4, 2.6, 2.4], 1.0, True, r"err 2.6 times .* lower --lr or --q\.$"),
         ("scm", [1.0, 0.9, 0.8, 9.0], 0.8, False, r"err 11.2 times as much as they did .* lower --lr\.$"),
         ("consistency", [1.0, math.nan, 0.9, 0.9], 0.9, True, r"err nan times .* lower --lr or --q\.$"),
     ],
