@@ -20,8 +20,8 @@ KINDS = {
     "guarantee": (
         "distributed/", "guarantees/", "reliability/", "test_installing.py", "evaluation/test_commands.py",
         "evaluation/test_conditional.py", "evaluation/test_export.py", "evaluation/test_sample.py",
-        "runs/test_data.py", "runs/test_weights.py", "training/test_autoencoder_runs.py", "training/test_latent",
-        "training/test_resume.py", "training/test_train.py",
+        "runs/test_data.py", "runs/test_weights.py", "training/test_autoencoder_runs.py",
+        "training/test_few_step_runs.py", "training/test_latent", "training/test_resume.py", "training/test_train.py",
     ),
 }  # fmt: skip
 LONGEST = 3.0  # seconds of processor time: 2, and what a slower machine takes more

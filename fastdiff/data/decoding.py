@@ -20,7 +20,7 @@ from fastdiff.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "QOI", "AVIF")
 DARK = "16 bits without a pixel of 4,096 or more, as if of 12 bits, which come out dark; multiply the pixels by 16"
-FRAMES = "several frames, of which only the first is used"
+FRAMES = "several frames; only the first is used"
 MAX_PIXELS = 2**26  # of one image (8192 x 8192): bounds what a small malicious file can unpack to
 CHUNK = 16  # items per task: small images take less time than handing them over one by one
 

@@ -119,7 +119,7 @@ def test_remarks_are_counted_and_name_the_first():
     images, remarks = decode_all(items, 8, 8, Path("set"))
     assert (images[6] == 9).all()
     assert sorted(remarks) == [
-        "1 of 8 images: several frames, of which only the first is used ('6.gif')",
+        "1 of 8 images: several frames; only the first is used ('6.gif')",
         f"5 of 8 images: {decoding.DARK} ('0.gif', '1.gif', '2.gif' and 2 more)",
     ]
 
