@@ -148,12 +148,13 @@ def make_evaluator(
 
 
 def make_watch(
-    config: Config, image_set: ImageSet, step: TrainStep, evaluator: Evaluator | ReconstructionEvaluator, n: int = 64
+    config: Config, image_set: ImageSet, step: TrainStep, evaluator: Evaluator | ReconstructionEvaluator
 ) -> DenoisingError | None:
-    """Of n images of a run for few steps, which may unlearn what its network knew."""
+    """Of 64 images of a run for few steps, which may unlearn what its network knew."""
     if config.tuning.few_step == "none" or not isinstance(evaluator, Evaluator):
         return None
-    index = np.linspace(0, len(image_set.images) - 1, min(n, len(image_set.images)), dtype=np.int64)
+    n = len(image_set.images)
+    index = np.linspace(0, n - 1, min(64, n), dtype=np.int64)
     x0 = step.space.encode(torch.from_numpy(image_set.images[index]).to(step.device))
     uniform = torch.ones(len(index), UNIFORMS, device=step.device)  # nothing is left out
     told = [table(torch.from_numpy(index).to(step.device), uniform) for table in step.conditions]

@@ -45,9 +45,9 @@ def facts(
     tuning, weighting = config.tuning, f"weighting {diffusion.weighting}"
     learning = "" if tuning.few_step == "none" else f", {tuning.few_step}"
     if tuning.teacher is not None:
-        learning += f" by the teacher {tuning.teacher}"
-        learning += f" ({tuning.teacher_solver}, guidance {tuning.teacher_guidance:g})"
+        learning += f" by the teacher {tuning.teacher}, guidance {tuning.teacher_guidance:g}"
     if tuning.few_step == "consistency":
+        learning += f", {tuning.teacher_solver}" if tuning.teacher is not None else ""
         weighting += ": 1" if diffusion.weighting == "image" else ": 1 / (rho_t - rho_r)"
     if tuning.few_step in ("none", "consistency"):
         learning += f", {weighting}"

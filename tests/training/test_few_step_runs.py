@@ -70,7 +70,9 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     capsys.readouterr()
     good, bad = str(tmp_path / "good"), str(tmp_path / "bad")
     train(tiny_config(**few, steps=6, lr=1e-9, run_root=good))
-    assert "err " not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "err " not in said
+    assert "objective  edm on edm, consistency, weighting uniform: 1 / (rho_t - rho_r)\n" in said
     errors = [row["denoising_error"] for row in rows_of(Path(good) / "1") if row["kind"] == "train"]
     assert errors == pytest.approx([errors[0]] * 4, rel=1e-3)  # from before the first step on
     spoilt = tiny_config(**few, steps=6, lr=0.3, warmup_steps=0, ema_decay=0.1, run_root=bad)
@@ -83,6 +85,21 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
     assert "denoising_error" not in capsys.readouterr().out  # once in a run
     least = checkpoint.load_latest(Path(bad) / "1" / "checkpoints").state["least_error"]
     assert least == pytest.approx(errors[0], rel=0.1)  # of the whole run
+
+
+@pytest.mark.parametrize(
+    ("few_step", "changes", "told"),
+    [
+        ("consistency", {"teacher_solver": "heun", "weighting": "image"}, "guidance 1, heun, weighting image: 1"),
+        ("scm", {}, "guidance 1"),  # which takes no step
+    ],
+)
+def test_a_run_says_how_its_teacher_leads(tiny_config, tmp_path, capsys, few_step, changes, told):
+    assert train(tiny_config(objective="edm", steps=1, run_root=str(tmp_path / "teacher"))) == 0
+    teacher = str(tmp_path / "teacher" / "1")
+    assert train(tiny_config(objective="edm", few_step=few_step, teacher=teacher, steps=1, **changes)) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"edm on edm, {few_step} by the teacher {teacher}, {told} network" in " ".join(said.split())
 
 
 def test_the_watch_asks_the_average_and_tells_it_all_about_the_images(tiny_config, tmp_path, monkeypatch):
