@@ -12,11 +12,13 @@ from fastdiff.nets.layers import zeroed
 class TimeEmbedding(nn.Module):
     """Sinusoids of the noise level, then a two-layer MLP: (N,) -> (N, 4 * channels) (Ho et al. 2020, appendix B)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, without_effect: bool = False) -> None:
         super().__init__()
         self.channels = channels
         self.linear_1 = nn.Linear(channels, 4 * channels)
         self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+        if without_effect:  # at the start
+            zeroed(self.linear_2)
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (N,), about 0..1000, of any dtype; the MLP computes in the dtype of its weights."""

@@ -28,16 +28,9 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        c_embedding: int = 0,
-        *,
-        groups: int,
-        eps: float,
-        dropout: float = 0.0,
-        adaptive: bool = False,
-    ) -> None:
+        self, c_in: int, c_out: int, c_embedding: int = 0, *,
+        groups: int, eps: float, dropout: float = 0.0, adaptive: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.adaptive = adaptive
         self.norm_1 = nn.GroupNorm(groups, c_in, eps)
@@ -63,18 +56,14 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W).
-
-    Attributes:
-        cross: an attention to a text, after this one; None at first.
-    """
+    """Single-head self-attention over the H * W positions, with a residual: (N, C, H, W) -> (N, C, H, W)."""
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
-        self.cross: nn.Module | None = None
+        self.cross: nn.Module | None = None  # attention to a text may follow
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """In channels_last memory every change of shape is a view."""

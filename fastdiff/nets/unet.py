@@ -14,19 +14,16 @@ Text = tuple[Tensor | None, Tensor | None]  # tokens and mask
 
 
 class DownStage(nn.Module):
-    """One level on the way down: residual blocks, each with attention (or an identity) after it, then a downsampling
-    (None on the last level)."""
+    """One level on the way down: residual blocks, each with attention after it, then a downsampling or None."""
 
     def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.downsample = nn.ModuleList(blocks), nn.ModuleList(attention), downsample
 
-    def forward(
-        self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor], text: Text
-    ) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor], text: Text) -> Tensor:
         """Appends every activation that the way up needs to `skips`."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(h, embedding, dropout_seed), *text)
+            h = attention(block(h, embedding, seed), *text)
             skips.append(h)
         if self.downsample is not None:
             h = self.downsample(h)
@@ -35,18 +32,16 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """One level on the way up: residual blocks, each fed one skip connection, then an upsampling (None on the last)."""
+    """One level on the way up: residual blocks, each fed one skip connection, then an upsampling or None."""
 
     def __init__(self, blocks: list[nn.Module], attention: list[nn.Module], upsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attention, self.upsample = nn.ModuleList(blocks), nn.ModuleList(attention), upsample
 
-    def forward(
-        self, h: Tensor, embedding: Tensor, dropout_seed: Tensor | None, skips: list[Tensor], text: Text
-    ) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, seed: Tensor | None, skips: list[Tensor], text: Text) -> Tensor:
         """Takes one activation from the end of `skips` for each block."""
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, dropout_seed), *text)
+            h = attention(block(torch.cat([h, skips.pop()], 1), embedding, seed), *text)
         return h if self.upsample is None else self.upsample(h)
 
 
@@ -68,10 +63,8 @@ class UNet(nn.Module):
         widths = [config.channels * m for m in config.channel_mult]
 
         def block(c_in: int, c_out: int) -> nn.Module:
-            return ResidualBlock(
-                c_in, c_out, 4 * config.channels, groups=groups, eps=eps, dropout=dropout,
-                adaptive=config.norm_conditioning,
-            )  # fmt: skip
+            shape = c_in, c_out, 4 * config.channels
+            return ResidualBlock(*shape, groups=groups, eps=eps, dropout=dropout, adaptive=config.norm_conditioning)
 
         def attention(channels: int, level: int) -> nn.Module:
             if config.resolutions[level] not in config.attention_resolutions:
@@ -81,14 +74,10 @@ class UNet(nn.Module):
                 layer.cross = CrossAttention(channels, text_width, heads=4, groups=groups, eps=eps)
             return layer
 
-        self.text = None
-        if config.text_encoder in READERS:
-            _, ids = READERS[config.text_encoder]
-            self.text = TextEncoder(ids, text_width, config.text_blocks)
+        _, ids = READERS.get(config.text_encoder, (None, 0))
+        self.text = TextEncoder(ids, text_width, config.text_blocks) if ids else None
         self.time = TimeEmbedding(config.channels)
-        self.span = TimeEmbedding(config.channels) if config.two_times else None
-        if self.span is not None:
-            zeroed(self.span.linear_2)
+        self.span = TimeEmbedding(config.channels, without_effect=True) if config.two_times else None
         self.pooled = PooledText(text_width, 4 * config.channels) if text_width and config.text_pooled else None
         self.label = LabelEmbedding(config.num_classes, 4 * config.channels) if config.num_classes else None
         side = config.patch
