@@ -40,7 +40,9 @@ class TuningConfig:
     """consistency, scm: a run, a checkpoint or an exported folder of the same task, whose frozen network gives the
     trajectories in place of the data (consistency distillation); also where --init-from is not given."""
     teacher_solver: Literal["euler", "heun"] = "euler"
-    """consistency: how the teacher goes from t to r: `euler` asks it once, `heun` twice."""
+    """consistency: how the teacher goes from t to r: in each step `euler` asks it once, `heun` twice."""
+    teacher_steps: int = 1
+    """consistency: in how many steps; with more of them a smaller --q, so that fewer pairs lead from noise to data."""
     teacher_guidance: float = 1.0
     """Guidance scale w of the teacher, which its student then has built in; 1: none."""
     last_level: float = 0.821
@@ -50,17 +52,18 @@ class TuningConfig:
     def __post_init__(self) -> None:
         check_words(self)
         require(1 < self.q < math.inf, "q", self.q, "a finite number above 1")
-        at_least(1, self, "stages", "stage_images")
+        at_least(1, self, "stages", "stage_images", "teacher_steps")
         positive(self, "huber_c", "boundary", "last_level")
         check_guidance(self.teacher_guidance, None, "teacher_")
         if self.teacher is not None and self.few_step not in TAUGHT:
             raise UserError(
                 f"--teacher {self.teacher} would teach nothing; add --few-step consistency or scm, or drop it."
             )
-        if self.teacher_solver != "euler" and self.few_step != "consistency":
-            raise UserError(
-                f"--teacher-solver {self.teacher_solver} is for --few-step consistency, not {self.few_step}; drop it."
-            )
+        for flag, value, default in (("solver", self.teacher_solver, "euler"), ("steps", self.teacher_steps, 1)):
+            if value != default and self.few_step != "consistency":
+                raise UserError(
+                    f"--teacher-{flag} {value} is for --few-step consistency, not {self.few_step}; drop it."
+                )
         if self.teacher_guidance != 1 and self.teacher is None:
             raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")
 

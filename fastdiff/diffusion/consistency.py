@@ -64,9 +64,9 @@ class Consistency(Tuned):
         d(a, b) = sqrt(mean((a - b)^2) + c^2) - c                          (pseudo-Huber, Song & Dhariwal 2024)
         rho_r = rho_t (1 - gap (1 + K sigmoid(-B rho_t))), at least 0      (ECT's mapping)
 
-    In training x_r is x0 with the noise of x_t; in distillation it is where a step of the teacher's flow leads from
-    x_t. Both evaluations have one dropout mask. At t = 0 the estimates of `edm`, `v` and `flow` are x_t itself; those
-    of `x0` are made so, with b = `boundary`:
+    In training x_r is x0 with the noise of x_t; in distillation it is where the teacher's flow leads from x_t. Both
+    evaluations have one dropout mask. At t = 0 the estimates of `edm`, `v` and `flow` are x_t itself; those of `x0` are
+    made so, with b = `boundary`:
 
         f = (b^2 x_t / alpha + rho^2 x0_hat) / (b^2 + rho^2)
 
@@ -78,7 +78,8 @@ class Consistency(Tuned):
         at: the gap (rho_t - rho_r) / rho_t where noise is large, in (0, 1), by the images seen.
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
-        heun: the teacher takes Heun's step in place of Euler's.
+        heun: the teacher takes Heun's steps in place of Euler's.
+        teacher_steps: how many lead from t to r, evenly in the root of rho.
         boundary: of the objective x0; smaller, it changes fewer estimates.
     """
 
@@ -90,11 +91,12 @@ class Consistency(Tuned):
         huber_c: float = 0.00054,
         teacher: Teacher | None = None,
         heun: bool = False,
+        teacher_steps: int = 1,
         boundary: float = 0.1,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(kind, at, device=device)
-        self.huber_c, self.teacher, self.heun = huber_c, teacher, heun
+        self.huber_c, self.teacher, self.heun, self.teacher_steps = huber_c, teacher, heun, teacher_steps
         self.boundary = boundary if isinstance(kind, X0Objective) else 0.0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class Consistency(Tuned):
         x_t = self.add_noise(x0, t, eps)
         estimate = self.denoise(model, x_t, t, **cond)
         with torch.no_grad():
-            x_r = self.add_noise(x0, r, eps) if self.teacher is None else self._step(x_t, t, r, **cond)
+            x_r = self.add_noise(x0, r, eps) if self.teacher is None else self._led(x_t, t, r, rho, rho_r, **cond)
             at_r = self.denoise(model, x_r, r.clamp(min=self.schedule.t_min), **cond)
             target = torch.where(per_image(r, x0) > 0, at_r, x_r)
         square = (estimate - target).square().flatten(1).mean(1)
@@ -135,6 +137,14 @@ class Consistency(Tuned):
         r = self.schedule.t_of_log_snr(-2.0 * rho_r.log())
         inside = r >= self.schedule.t_min
         return torch.where(inside, r, 0.0), torch.where(inside, rho_r, 0.0)
+
+    def _led(self, x_t: Tensor, t: Tensor, r: Tensor, rho: Tensor, rho_r: Tensor, **cond: Tensor) -> Tensor:
+        """x_r (N, C, H, W): along the teacher's probability flow from t to r (N,)."""
+        for i in range(1, self.teacher_steps):
+            level = torch.lerp(rho.sqrt(), rho_r.sqrt(), i / self.teacher_steps).square()
+            s = self.schedule.t_of_log_snr(-2.0 * level.log()).clamp(min=self.schedule.t_min)
+            x_t, t = self._step(x_t, t, s, **cond), s
+        return self._step(x_t, t, r, **cond)
 
     def _step(self, x_t: Tensor, t: Tensor, r: Tensor, **cond: Tensor) -> Tensor:
         """x_r (N, C, H, W): a step of the teacher's probability flow in rho, from t to r (N,)."""

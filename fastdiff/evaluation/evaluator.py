@@ -82,7 +82,7 @@ class Evaluator:
         self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:
             return None
-        for each in (*few, row):
+        for each in sorted((*few, row), key=lambda each: each["sampler_steps"]):
             each |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}
             self.run.log_eval(each)
             drawn = f"{counted(each['samples'], 'sample')}, {each['sampler']} {counted(each['sampler_steps'], 'step')}"

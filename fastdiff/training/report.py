@@ -47,7 +47,8 @@ def facts(
     if tuning.teacher is not None:
         learning += f" by the teacher {tuning.teacher}, guidance {tuning.teacher_guidance:g}"
     if tuning.few_step == "consistency":
-        learning += f", {tuning.teacher_solver}" if tuning.teacher is not None else ""
+        if tuning.teacher is not None:
+            learning += f", {counted(tuning.teacher_steps, 'step')} of {tuning.teacher_solver}"
         weighting += ": 1" if diffusion.weighting == "image" else ": 1 / (rho_t - rho_r)"
     if tuning.few_step in ("none", "consistency"):
         learning += f", {weighting}"

@@ -38,7 +38,7 @@ def objective_of(
         return ContinuousConsistency(objective, tuning.at, teacher=led, device=device)
     return Consistency(
         objective, tuning.at, huber_c=tuning.huber_c, teacher=led, heun=tuning.teacher_solver == "heun",
-        boundary=tuning.boundary, device=device,
+        teacher_steps=tuning.teacher_steps, boundary=tuning.boundary, device=device,
     )  # fmt: skip
 
 

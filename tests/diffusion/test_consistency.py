@@ -133,6 +133,25 @@ def test_distillation_s_loss_at_the_exact_function_falls_with_the_step(heun, ord
     assert ((losses[0] / losses[1]).log2() - order).abs().max() < 0.2
 
 
+@pytest.mark.parametrize(("schedule", "q"), [("edm", 4.0), ("cosine", 4.0), ("cosine", 1.1)])
+def test_several_steps_of_the_teacher_near_its_flow_s_end(schedule, q):
+    """x_r of the exact flow keeps (x - MEAN alpha) / sqrt(alpha^2 STD^2 + sigma^2)."""
+    rho = torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)
+    x0, eps = draw(3)
+    errors = []
+    for n in (1, 8, 16):
+        learned = build(schedule, q=q, teacher=teacher(ALL[schedule]), teacher_steps=n)
+        t = learned.schedule.t_of_log_snr(-2.0 * rho.log())
+        r, rho_r = learned.earlier(rho)
+        x_t = learned.add_noise(x0, t, eps)
+        x_r = learned._led(x_t, t, r, rho, rho_r)
+        (alpha, sigma), (alpha_r, sigma_r) = learned._alpha_sigma(t, x_t), learned._alpha_sigma(r, x_t)
+        spread, spread_r = (alpha**2 * STD**2 + sigma**2).sqrt(), (alpha_r**2 * STD**2 + sigma_r**2).sqrt()
+        exact = alpha_r * MEAN + (x_t - alpha * MEAN) * spread_r / spread
+        errors.append((x_r - exact).abs().amax((1, 2, 3)))
+    assert ((errors[1] / errors[2]).log2() - 1).abs().max() < 0.3
+
+
 def test_where_r_is_0_the_target_is_the_image_itself():
     learned, seen = build(huber_c=1e-9), []
     x0, eps = draw(2)

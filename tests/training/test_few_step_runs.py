@@ -90,7 +90,11 @@ def test_training_for_few_steps_warns_where_it_unlearns(tiny_config, tmp_path, c
 @pytest.mark.parametrize(
     ("few_step", "changes", "told"),
     [
-        ("consistency", {"teacher_solver": "heun", "weighting": "image"}, "guidance 1, heun, weighting image: 1"),
+        (
+            "consistency",
+            {"teacher_solver": "heun", "teacher_steps": 2, "weighting": "image"},
+            "guidance 1, 2 steps of heun, weighting image: 1",
+        ),
         ("scm", {}, "guidance 1"),  # which takes no step
     ],
 )
