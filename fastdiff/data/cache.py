@@ -99,7 +99,8 @@ def cached_arrays(
     arrays = build()
     try:
         _write(path, arrays)
-        _remove_unused(path.parent.glob(outdated) if outdated else ())
+        for pattern in filter(None, (outdated, "*.tmp")):  # a writer that was killed leaves a .tmp
+            _remove_unused(path.parent.glob(pattern))
         if any(array.nbytes >= MAPPED for array in arrays.values()):
             return _read(path)  # mapped; the file without a name goes
     except OSError as error:
