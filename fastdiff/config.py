@@ -86,7 +86,10 @@ class Config:
                 "trained run of the same objective by --init-from or --teacher."
             )
         if self.tuning.few_step == "consistency" and self.diffusion.weighting == "image":
-            return "--weighting image suits a --teacher; without one digits were unlearned: add --weighting uniform."
+            return (
+                "--weighting image suits a --teacher; without one digits were unlearned: add --weighting uniform and a "
+                "lower --lr, as --preset quick-tuning has."
+            )
         return None
 
     def _check_few_steps(self) -> None:

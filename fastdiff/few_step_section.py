@@ -42,7 +42,8 @@ class TuningConfig:
     teacher_solver: Literal["euler", "heun"] = "euler"
     """consistency: how the teacher goes from t to r: in each step `euler` asks it once, `heun` twice."""
     teacher_steps: int = 1
-    """consistency: in how many steps; with more of them a smaller --q, so that fewer pairs lead from noise to data."""
+    """consistency: how many steps the teacher takes from t to r; more of them bear a smaller --q, so that fewer pairs
+    lead from noise to data."""
     teacher_guidance: float = 1.0
     """Guidance scale w of the teacher, which its student then has built in; 1: none."""
     last_level: float = 0.821
@@ -62,7 +63,8 @@ class TuningConfig:
         for flag, value, default in (("solver", self.teacher_solver, "euler"), ("steps", self.teacher_steps, 1)):
             if value != default and self.few_step != "consistency":
                 raise UserError(
-                    f"--teacher-{flag} {value} is for --few-step consistency, not {self.few_step}; drop it."
+                    f"--teacher-{flag} {value} is for --few-step consistency, not {self.few_step}; "
+                    f"add --teacher-{flag} {default}."
                 )
         if self.teacher_guidance != 1 and self.teacher is None:
             raise UserError(f"--teacher-guidance is {self.teacher_guidance:g}, but there is no --teacher; name one.")

@@ -60,11 +60,20 @@ CAPTIONED = {
     "log_every": 50, "save_every": 600, "eval_every": 3600, "eval_guidance": 3.0,
 }  # fmt: skip
 
-# Few steps on a CPU, by a --teacher; without one q = 64 was tried.
+# Few steps on a CPU, by a --teacher.
 STUDENT = {
     "few_step": "consistency", "q": 4.0, "weighting": "image", "time_sampling": "low-discrepancy", "optimizer": "radam",
     "lr": 6e-4, "warmup_steps": 0, "eval_guidance": 1.0, "eval_sampler": "consistency", "eval_steps": 2,
     "eval_few_steps": (1, 4),
+}  # fmt: skip
+# 57,600 digits; as many samples as there are digits, since fewer of them favour students (bench/results/LOG.md).
+LED = {
+    "q": 2.0, "teacher_steps": 4, "huber_c": 0.01, "lr": 4.8e-3, "steps": 900, "eval_every": 900, "eval_samples": 1797,
+    "boundary": 0.01, "last_level": 2.0,
+}  # fmt: skip
+# Without a teacher: ECT's weight and times.
+TUNING = {
+    "q": 64.0, "lr": 1e-4, "weighting": "uniform", "time_sampling": "auto", "eval_samples": 1797, "last_level": 3.0,
 }  # fmt: skip
 
 
@@ -99,7 +108,8 @@ PRESETS: dict[str, Config] = {
         eval_guidance=3.0,
         eval_samples=1000,
     ),
-    "quick-consistency": on_cpu(preset="quick-consistency", **DIGITS | STUDENT, boundary=0.01, last_level=2.0),
+    "quick-consistency": on_cpu(preset="quick-consistency", **DIGITS | STUDENT | LED),
+    "quick-tuning": on_cpu(preset="quick-tuning", **DIGITS | STUDENT | TUNING),
     "text-consistency": on_cpu(
         preset="text-consistency",
         data="digits-captioned",

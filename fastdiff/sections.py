@@ -17,7 +17,7 @@ SamplerName = Literal[
 """Names in fastdiff.diffusion.samplers.SAMPLERS."""
 PresetName = Literal[
     "ddpm-cifar10", "cifar10-conditional", "quick", "quick-latent", "text-digits", "emoji-16", "emoji",
-    "quick-consistency", "text-consistency", "consistency-cifar10", "stages-cifar10", "distil-cifar10",
+    "quick-consistency", "quick-tuning", "text-consistency", "consistency-cifar10", "stages-cifar10", "distil-cifar10",
     "flow-map-cifar10", "autoencoder", "quick-autoencoder", "v-cosine", "edm", "flow", "score-vp", "score-ve",
 ]  # fmt: skip
 SpacingName = Literal["auto", "trailing", "leading", "uniform", "karras", "log-snr", "few-step"]

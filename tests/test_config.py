@@ -53,6 +53,7 @@ def test_the_objective_changes_by_one_flag(preset, objective):
             (each, kind): f"Those of --objective {kind} are divided by alpha"
             for each in (
                 "quick-consistency",
+                "quick-tuning",
                 "text-consistency",
                 "consistency-cifar10",
                 "stages-cifar10",
@@ -139,7 +140,7 @@ def test_a_learning_rate_needs_steps_to_fall_over(changes, message):
         ),
         ({"objective": "eps"}, "Those of --objective eps are divided by alpha, .*; choose x0"),
         ({"few_step": "scm", "teacher_solver": "heun"}, "--teacher-solver heun is for --few-step consistency, not scm"),
-        ({"few_step": "scm", "teacher_steps": 4}, "--teacher-steps 4 is for --few-step consistency, not scm; drop it."),
+        ({"few_step": "scm", "teacher_steps": 4}, "--teacher-steps 4 is for .* not scm; add --teacher-steps 1."),
         ({"teacher_steps": 0}, "--teacher-steps is 0"),
         ({"few_step": "scm", "objective": "v"}, "--few-step scm needs --objective edm, but this is v"),
         ({"few_step": "mean-flow"}, "averages the velocity of --objective flow on --schedule flow"),
@@ -332,7 +333,7 @@ def test_any_whole_number_is_taken_or_refused_by_name(name, value):
         assert config.flat()[name] == value
         return
     assert "--" in refusal
-    assert re.search("must be|drop it", refusal)
+    assert re.search("must be|; add --teacher-steps 1", refusal)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def cached_arrays(
         path: None for arrays that are not to be stored.
         outdated: a pattern of the names of files beside it, made by other versions of the code or of packages. Those
             that were not used for `UNUSED_DAYS` go when a new one is stored: another environment may use the others.
+            Those that a killed writer left go as well.
         check: raises KeyError, TypeError or ValueError for arrays that are not what `build` makes.
     """
     if path is None:
@@ -99,7 +100,7 @@ def cached_arrays(
     arrays = build()
     try:
         _write(path, arrays)
-        for pattern in filter(None, (outdated, "*.tmp")):  # a writer that was killed leaves a .tmp
+        for pattern in filter(None, (outdated, "*.npz.*.tmp")):  # a writer that was killed leaves one
             _remove_unused(path.parent.glob(pattern))
         if any(array.nbytes >= MAPPED for array in arrays.values()):
             return _read(path)  # mapped; the file without a name goes

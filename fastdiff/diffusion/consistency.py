@@ -79,7 +79,7 @@ class Consistency(Tuned):
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's steps in place of Euler's.
-        teacher_steps: how many lead from t to r, evenly in the root of rho.
+        teacher_steps: how many lead from t to r, evenly in the root of rho, at t_min and above but for the last.
         boundary: of the objective x0; smaller, it changes fewer estimates.
     """
 
@@ -158,6 +158,6 @@ class Consistency(Tuned):
         if not self.heun:
             return x_r
         at_r = self.teacher(x_r, r.clamp(min=self.schedule.t_min), **cond)
-        shrinks = sigma_r * alpha > 1e-3 * sigma * alpha_r  # a longer step, above all one to 0, is Euler's
+        shrinks = sigma_r * alpha > 0.05 * sigma * alpha_r  # a longer step, as to 0 or from above 80, is Euler's
         mix = torch.where(shrinks, alpha_r / (2.0 * alpha * keep), 0.0)  # mix * slope = alpha_r (rho - rho_r) / 2 rho_r
         return x_r + torch.where(shrinks, mix * slope * (at_r - x0), 0.0)

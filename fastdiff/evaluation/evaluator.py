@@ -82,9 +82,10 @@ class Evaluator:
         self.run.log_image("samples", pictures.image_grid(grid, columns=columns), step)
         if self.distance is None:
             return None
-        for each in sorted((*few, row), key=lambda each: each["sampler_steps"]):
+        for each in (*few, row):  # the one that names the best checkpoint is the last of its step
             each |= {"step": step, "images": images, "checkpoint": f"step-{step}" if step else None}
             self.run.log_eval(each)
+        for each in sorted((*few, row), key=lambda each: each["sampler_steps"]):
             drawn = f"{counted(each['samples'], 'sample')}, {each['sampler']} {counted(each['sampler_steps'], 'step')}"
             self.say(f"step {step:,}: {each['metric']} {each['value']:.3f} ({drawn}, {each['seconds']:.0f} s)")
         return row

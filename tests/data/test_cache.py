@@ -118,7 +118,7 @@ def test_whoever_may_read_the_data_root_may_read_its_cache(tmp_path, modes):
 def test_caches_of_the_same_set_that_no_environment_uses_go(tmp_path):
     now, day = time.time(), 86400
     ages = {"a-1.npz": (1, 99), "a-2.npz": (99, 1), "a-3.npz": (99, 99), "b-1.npz": (99, 99),
-            "b-2.npz.0.tmp": (99, 99), "b-2.npz.1.tmp": (1, 1)}  # fmt: skip
+            "b-2.npz.0.tmp": (99, 99), "b-2.npz.1.tmp": (1, 1), "notes.tmp": (99, 99)}  # fmt: skip
     for name, (read, written) in ages.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (now - read * day, now - written * day))

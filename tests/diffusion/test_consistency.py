@@ -133,23 +133,73 @@ def test_distillation_s_loss_at_the_exact_function_falls_with_the_step(heun, ord
     assert ((losses[0] / losses[1]).log2() - order).abs().max() < 0.2
 
 
-@pytest.mark.parametrize(("schedule", "q"), [("edm", 4.0), ("cosine", 4.0), ("cosine", 1.1)])
-def test_several_steps_of_the_teacher_near_its_flow_s_end(schedule, q):
-    """x_r of the exact flow keeps (x - MEAN alpha) / sqrt(alpha^2 STD^2 + sigma^2)."""
-    rho = torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)
-    x0, eps = draw(3)
+def way_error(learned, t, rho):
+    """Largest error of x_r after the steps of the exact teacher, in standard deviations of the exact flow's x_r."""
+    x0, eps = draw(len(t))
+    r, rho_r = learned.earlier(rho)
+    x_t = learned.add_noise(x0, t, eps)
+    x_r = learned._led(x_t, t, r, rho, rho_r)
+    (alpha, sigma), (alpha_r, sigma_r) = learned._alpha_sigma(t, x_t), learned._alpha_sigma(r, x_t)
+    spread, spread_r = (alpha**2 * STD**2 + sigma**2).sqrt(), (alpha_r**2 * STD**2 + sigma_r**2).sqrt()
+    exact = alpha_r * MEAN + (x_t - alpha * MEAN) * spread_r / spread
+    return ((x_r - exact) / spread_r).abs().amax((1, 2, 3))
+
+
+@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize(("schedule", "q"), [("edm", 4.0), ("cosine", 4.0), ("cosine", 1.5)])
+def test_several_steps_of_the_teacher_near_its_flow_s_end(schedule, q, heun):
+    rho = torch.tensor([3.0, 30.0], dtype=torch.float64)
     errors = []
-    for n in (1, 8, 16):
-        learned = build(schedule, q=q, teacher=teacher(ALL[schedule]), teacher_steps=n)
-        t = learned.schedule.t_of_log_snr(-2.0 * rho.log())
-        r, rho_r = learned.earlier(rho)
-        x_t = learned.add_noise(x0, t, eps)
-        x_r = learned._led(x_t, t, r, rho, rho_r)
-        (alpha, sigma), (alpha_r, sigma_r) = learned._alpha_sigma(t, x_t), learned._alpha_sigma(r, x_t)
-        spread, spread_r = (alpha**2 * STD**2 + sigma**2).sqrt(), (alpha_r**2 * STD**2 + sigma_r**2).sqrt()
-        exact = alpha_r * MEAN + (x_t - alpha * MEAN) * spread_r / spread
-        errors.append((x_r - exact).abs().amax((1, 2, 3)))
-    assert ((errors[1] / errors[2]).log2() - 1).abs().max() < 0.3
+    for n in (8, 16):
+        learned = build(schedule, q=q, teacher=teacher(ALL[schedule]), heun=heun, teacher_steps=n)
+        errors.append(way_error(learned, learned.schedule.t_of_log_snr(-2.0 * rho.log()), rho))
+    assert ((errors[0] / errors[1]).log2() - (2 if heun else 1)).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_the_first_step_from_above_80_is_euler_s(schedule, n, heun):
+    learned = build(schedule, q=2.0, teacher=teacher(ALL[schedule]), heun=heun, teacher_steps=n)
+    t = torch.tensor([learned.schedule.t_max * 0.99999], dtype=torch.float64)
+    assert way_error(learned, t, torch.tensor([80.0], dtype=torch.float64)) < 1e-3
+
+
+@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize("schedule", sorted(ALL))
+def test_a_teacher_is_asked_at_times_of_the_schedule_and_about_no_mask(schedule, heun):
+    asked = []
+
+    def denoise(x_t, t):
+        asked.append(t)
+        assert x_t.isfinite().all()
+        return 0.1 * x_t
+
+    learned = build(schedule, teacher=denoise, heun=heun, teacher_steps=4)
+    low, high = learned.schedule.t_min, learned.schedule.t_max
+    t = torch.tensor([low, low + 1e-3 * (high - low), 0.5 * (low + high), high], dtype=torch.float64)
+    x0, eps = draw(4, 4)
+    seed = torch.tensor([1])
+    loss = learned.loss(lambda x, c, dropout_seed: 0.1 * torch.tanh(x), x0, t, eps, dropout_seed=seed)
+    assert loss.isfinite().all()
+    times = torch.stack(asked)
+    assert len(times) == (8 if heun else 4)
+    assert low <= times.min() < times.max() <= high
+
+
+def test_the_teacher_s_steps_are_even_in_the_root_of_rho():
+    seen = []
+
+    def denoise(x, t):
+        seen.append(t)
+        return x
+
+    learned = build("edm", q=2.0, teacher=denoise, teacher_steps=4)
+    rho = torch.tensor([80.0, 40.0], dtype=torch.float64)
+    r, rho_r = learned.earlier(rho)
+    learned._led(torch.zeros(2, 1, 1, 1, dtype=torch.float64), rho, r, rho, rho_r)
+    roots = torch.stack([*seen, r]).sqrt()
+    assert (roots.diff(dim=0) - (roots[-1] - roots[0]) / 4).abs().max() < 1e-9
 
 
 def test_where_r_is_0_the_target_is_the_image_itself():
