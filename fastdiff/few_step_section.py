@@ -42,8 +42,8 @@ class TuningConfig:
     teacher_solver: Literal["euler", "heun"] = "euler"
     """consistency: how the teacher goes from t to r: in each step `euler` asks it once, `heun` twice."""
     teacher_steps: int = 1
-    """consistency: how many steps the teacher takes from t to r; more of them bear a smaller --q, so that fewer pairs
-    lead from noise to data."""
+    """consistency: how many steps the teacher takes from t to r. With several --q can be smaller, and fewer pairs lead
+    from noise to data."""
     teacher_guidance: float = 1.0
     """Guidance scale w of the teacher, which its student then has built in; 1: none."""
     last_level: float = 0.821
