@@ -62,9 +62,8 @@ CAPTIONED = {
 
 # Few steps on a CPU, by a --teacher.
 STUDENT = {
-    "few_step": "consistency", "q": 4.0, "weighting": "image", "time_sampling": "low-discrepancy", "optimizer": "radam",
-    "lr": 6e-4, "warmup_steps": 0, "eval_guidance": 1.0, "eval_sampler": "consistency", "eval_steps": 2,
-    "eval_few_steps": (1, 4),
+    "few_step": "consistency", "weighting": "image", "time_sampling": "low-discrepancy", "optimizer": "radam",
+    "warmup_steps": 0, "eval_guidance": 1.0, "eval_sampler": "consistency", "eval_steps": 2, "eval_few_steps": (1, 4),
 }  # fmt: skip
 # 57,600 digits; as many samples as there are digits, since fewer of them favour students (bench/results/LOG.md).
 LED = {
@@ -114,7 +113,7 @@ PRESETS: dict[str, Config] = {
         preset="text-consistency",
         data="digits-captioned",
         sigma_data=0.7,
-        **CAPTIONED | STUDENT | {"steps": 1800, "eval_every": 1800},
+        **CAPTIONED | STUDENT | {"q": 4.0, "lr": 6e-4, "steps": 1800, "eval_every": 1800},
         last_level=8.0,
     ),
     "consistency-cifar10": few_steps(preset="consistency-cifar10", **TUNED | HOUR),

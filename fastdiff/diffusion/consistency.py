@@ -64,9 +64,9 @@ class Consistency(Tuned):
         d(a, b) = sqrt(mean((a - b)^2) + c^2) - c                          (pseudo-Huber, Song & Dhariwal 2024)
         rho_r = rho_t (1 - gap (1 + K sigmoid(-B rho_t))), at least 0      (ECT's mapping)
 
-    In training x_r is x0 with the noise of x_t; in distillation it is where the teacher's flow leads from x_t. Both
-    evaluations have one dropout mask. At t = 0 the estimates of `edm`, `v` and `flow` are x_t itself; those of `x0` are
-    made so, with b = `boundary`:
+    In training x_r is x0 with the noise of x_t. In distillation the teacher's flow leads from x_t to x_r. Both
+    evaluations share one dropout mask. At t = 0 the objectives `edm`, `v` and `flow` estimate x_t itself. The objective
+    `x0` does so by b = `boundary`:
 
         f = (b^2 x_t / alpha + rho^2 x0_hat) / (b^2 + rho^2)
 
@@ -79,7 +79,7 @@ class Consistency(Tuned):
         huber_c: c; the closer to 0, the closer to the plain distance.
         teacher: gives the trajectories; None: the data do.
         heun: the teacher takes Heun's steps in place of Euler's.
-        teacher_steps: how many lead from t to r, evenly in the root of rho, at t_min and above but for the last.
+        teacher_steps: how many steps the teacher takes from t to r, even in sqrt(rho); only the last ends below t_min.
         boundary: of the objective x0; smaller, it changes fewer estimates.
     """
 

@@ -7,7 +7,7 @@ import torch
 
 from fastdiff.diffusion.consistency import Consistency
 from fastdiff.diffusion.objectives import make_objective
-from tests.diffusion.truths import ALL, MEAN, STD, gaussian_denoise
+from tests.diffusion.truths import ALL, MEAN, STD, gaussian_denoise, gaussian_flow, gaussian_marginal
 
 Q = 4.0
 
@@ -139,10 +139,9 @@ def way_error(learned, t, rho):
     r, rho_r = learned.earlier(rho)
     x_t = learned.add_noise(x0, t, eps)
     x_r = learned._led(x_t, t, r, rho, rho_r)
-    (alpha, sigma), (alpha_r, sigma_r) = learned._alpha_sigma(t, x_t), learned._alpha_sigma(r, x_t)
-    spread, spread_r = (alpha**2 * STD**2 + sigma**2).sqrt(), (alpha_r**2 * STD**2 + sigma_r**2).sqrt()
-    exact = alpha_r * MEAN + (x_t - alpha * MEAN) * spread_r / spread
-    return ((x_r - exact) / spread_r).abs().amax((1, 2, 3))
+    t, r = (each[:, None, None, None] for each in (t, r))
+    _, spread = gaussian_marginal(learned.schedule, r)
+    return ((x_r - gaussian_flow(learned.schedule, x_t, t, r)) / spread).abs().amax((1, 2, 3))
 
 
 @pytest.mark.parametrize("heun", [False, True])

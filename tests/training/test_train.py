@@ -226,7 +226,7 @@ def test_curves_are_drawn_after_evaluations_when_stopped_and_on_a_failure(tiny_c
     assert drawn[4:] == [5, 10, 11, 11, 11]  # the last step is saved before its evaluation and after it
 
 
-def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monkeypatch):
+def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monkeypatch, capsys):
     drawn = []
 
     class FakeDistance:
@@ -245,6 +245,8 @@ def test_few_steps_are_measured_beside_the_main_row(tiny_config, tmp_path, monke
     train(tiny_config(eval_every=15, features="auto", eval_samples=4, eval_few_steps=(1, 4), last_level=0.9))
     few = [("consistency (last_level=0.9)", steps, 4) for steps in (1, 4)]
     assert drawn == [*few, ("ddim", 2, 4)] * 2
+    said = [line.split() for line in capsys.readouterr().out.splitlines() if "fd_fake " in line and "samples" in line]
+    assert [words[-4] for words in said] == list("124124")
     run = tmp_path / "working" / "1"
     rows = [row for row in rows_of(run) if row["kind"] == "eval"]
     assert [(row["step"], row["sampler_steps"]) for row in rows] == [(s, n) for s in (15, 30) for n in (1, 4, 2)]
